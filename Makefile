@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up .venv themselves; PYTHON=python3.12 chooses another Python for it.
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2 --dist loadgroup
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test demo quality style clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## create .venv and install the pinned releases
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hf_gnp needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# PATH: DeepSpeed looks there for ninja, to compile its CPU collectives.
+test: $(STAMP) ## run the whole test suite (PYTEST_ARGS="-x tests/test_trainer.py" for a part)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(STAMP) ## fine-tune a small ViT with and without the penalty
+	$(BIN)/python examples/demo.py
+
+quality: $(STAMP) ## check lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(STAMP) ## fix lint and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, builds and caches
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
