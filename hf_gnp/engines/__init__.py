@@ -1,0 +1,32 @@
+"""The engines under the trainer: who owns the shards, and how ranks agree. The one place that chooses."""
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from .base import Engine
+from .native import NativeEngine
+from .support import refuse_unsupported
+
+
+__all__ = ["Engine", "make_engine", "refuse_unsupported"]
+
+
+def make_engine(accelerator: Accelerator, model: nn.Module) -> Engine:
+    """
+    The engine for a model that `accelerator` has prepared.
+
+    Raises:
+        NotImplementedError: for a distributed type that the penalty is not known to be right on.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        from .deepspeed import make_deepspeed_engine
+
+        return make_deepspeed_engine(accelerator)
+    if kind in (DistributedType.NO, DistributedType.FSDP) or kind.value.startswith("MULTI_"):
+        return NativeEngine(accelerator, model)
+    raise NotImplementedError(
+        f"The gradient-norm penalty does not run under {kind}. "
+        "Use one process, DDP, FSDP2 or DeepSpeed ZeRO, or set gnp_alpha=0 for plain training."
+    )

@@ -1,0 +1,36 @@
+"""Which engine knows the DeepSpeed optimizer at hand."""
+
+import torch
+from accelerate import Accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from .base import Engine
+from .zero import Zero0Engine
+from .zero3 import Zero3Engine
+from .zero12 import Bf16Zero1Engine, Zero12Engine
+
+
+def make_deepspeed_engine(accelerator: Accelerator) -> Engine:
+    """
+    The engine for the DeepSpeed optimizer that `accelerator` has prepared.
+
+    Raises:
+        NotImplementedError: for an optimizer wrapper that is not known here.
+    """
+    optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
+    if type(optimizer) is DeepSpeedZeroOptimizer:
+        return Zero12Engine(accelerator)
+    if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
+        return Zero3Engine(accelerator)
+    if type(optimizer) is BF16_Optimizer:
+        return Bf16Zero1Engine(accelerator)
+    if isinstance(optimizer, torch.optim.Optimizer | FP16_Optimizer | FP16_UnfusedOptimizer):
+        return Zero0Engine(accelerator)
+    raise NotImplementedError(
+        f"The gradient-norm penalty does not know DeepSpeed's {type(optimizer).__name__}: "
+        "use ZeRO stage 1, 2 or 3, or set gnp_alpha=0 for plain training."
+    )

@@ -1,0 +1,116 @@
+"""What the penalty cannot run with, refused when the trainer is built, by name and with what to use instead."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_sagemaker_mp_enabled
+
+
+_STEPS_INSIDE_BACKWARD = {
+    OptimizerNames.LOMO,
+    OptimizerNames.ADALOMO,
+    OptimizerNames.GALORE_ADAMW_LAYERWISE,
+    OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE,
+    OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
+    OptimizerNames.APOLLO_ADAMW_LAYERWISE,
+}
+_STEPS_INSIDE_BACKWARD_CLASSES = {"Lomo", "AdaLomo", "LayerWiseDummyOptimizer"}
+
+
+def refuse_unsupported(accelerator: Accelerator, args: TrainingArguments, optimizer: Any, model: nn.Module) -> None:
+    """
+    Raise for an optimizer, a parallelism or an engine on which the penalised step would be wrong.
+
+    Args:
+        optimizer: The optimizer, or the optimizer class, that the user passed; None if `args.optim` decides.
+
+    Raises:
+        ValueError: for an optimizer that steps inside backward.
+        NotImplementedError: for an engine or a parallelism.
+    """
+    _refuse_optimizer(args, optimizer)
+    for reason in (_unsupported_engine(accelerator), _unsupported_model(model), *_unsupported_deepspeed(accelerator)):
+        if reason is not None:
+            raise NotImplementedError(f"The gradient-norm penalty does not run with {reason}, or set gnp_alpha=0.")
+
+
+def _refuse_optimizer(args: TrainingArguments, optimizer: Any) -> None:
+    cls = optimizer if isinstance(optimizer, type) else type(optimizer)
+    name = cls.__name__ if optimizer is not None else args.optim.value
+    if cls.__name__ in _STEPS_INSIDE_BACKWARD_CLASSES or (optimizer is None and args.optim in _STEPS_INSIDE_BACKWARD):
+        raise ValueError(
+            f"optim={name} updates the weights inside backward, so there is no gradient to mix with that of the "
+            "second pass. Use an optimizer that steps after backward (for GaLore and APOLLO the ones without "
+            "'layerwise'), or set gnp_alpha=0."
+        )
+
+
+def _unsupported_engine(accelerator: Accelerator) -> str | None:
+    kind = accelerator.distributed_type
+    if is_sagemaker_mp_enabled():
+        return "SageMaker model parallelism: use FSDP2 or DeepSpeed ZeRO"
+    if kind == DistributedType.XLA:
+        return "XLA: use a CUDA or CPU device"
+    if kind == DistributedType.MEGATRON_LM:
+        return "Megatron-LM: use FSDP2 or DeepSpeed ZeRO"
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        return "FSDP version 1: set fsdp_version to 2"
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        return "context or sequence parallelism, which shards the inputs in place: use FSDP2 or ZeRO-3 alone"
+    return None
+
+
+def _unsupported_model(model: nn.Module) -> str | None:
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        return None
+    embeddings = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]
+    if None not in embeddings and embeddings[0].weight is embeddings[1].weight:
+        return (
+            "tied embeddings in a model that transformers shards at load time: transformers 5.23 shards them twice "
+            "and trains one of the two. Load with tie_word_embeddings=False, or use FSDP2 through accelerate or ZeRO-3"
+        )
+    return None
+
+
+def _unsupported_deepspeed(accelerator: Accelerator) -> Iterator[str]:
+    """What a DeepSpeed configuration asks for that is not known to be right, each with what to use instead."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    config = plugin.hf_ds_config
+    zero = "zero_optimization."
+    for key in ("offload_optimizer", "offload_param"):
+        if config.get_value(f"{zero}{key}.device") == "nvme":
+            yield f"NVMe offload ({zero}{key}): offload to the CPU"
+    if config.get_value(f"{zero}offload_optimizer.super_offload"):
+        yield f"SuperOffload ({zero}offload_optimizer.super_offload): use offload to the CPU without it"
+    if (config.get_value(f"{zero}zero_hpz_partition_size") or 1) > 1:
+        yield f"hpZ ({zero}zero_hpz_partition_size), whose secondary shards would stay: set it to 1"
+    if (config.get_value(f"{zero}mics_shard_size") or 0) > 0:
+        yield f"MiCS ({zero}mics_shard_size): use ZeRO-3, or FSDP2 with replicas (HSDP)"
+    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if config.get_value(f"{zero}{key}"):
+            yield f"ZeRO++ quantisation ({zero}{key}), which rounds a small move away: set it to false"
+    for key, name, instead in (
+        (f"{zero}zenflow", "ZenFlow", "use ZeRO-2 with offload to the CPU"),
+        ("pipeline", "pipeline parallelism", "use ZeRO-3"),
+        ("compile.deepcompile", "DeepCompile", "use torch_compile"),
+        ("sparse_gradients", "sparse gradients", "set it to false"),
+        ("amp.enabled", "Apex AMP", "use the bf16 section"),
+        ("torch_autocast.enabled", "DeepSpeed's torch_autocast", "use the bf16 section"),
+    ):
+        if config.get_value(key):
+            yield f"{name} ({key}): {instead}"
+    if (config.get_value("tensor_parallel.autotp_size") or 1) > 1:
+        yield "AutoTP (tensor_parallel.autotp_size): use ZeRO-3"
+    if config.get_value("managed_gradient_accumulation") is False:
+        yield "managed_gradient_accumulation=false: leave it out"
+    optimizer = str(config.get_value("optimizer.type") or "").lower()
+    if optimizer.startswith(("onebit", "zeroone", "muon")):
+        yield f"the {optimizer} optimizer, which changes gradients as it communicates them: use AdamW"

@@ -1,0 +1,155 @@
+"""
+What DeepSpeed's stages share. Gradients and fp32 masters are this rank's partitions, inside DeepSpeed's optimizers.
+
+Which attributes hold them is private to DeepSpeed. One class here knows one optimizer class there, and its
+equivalence tests fail when the insides change. Checked with DeepSpeed 0.19.8.
+"""
+
+import contextlib
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import deepspeed.comm as ds_comm
+import torch
+from accelerate import Accelerator
+
+from hf_gnp import penalty
+
+from .base import Engine
+from .native import NativeEngine, set_sync_gradients
+
+
+class _BackwardOnly:
+    """Stands where accelerate keeps its DeepSpeedEngineWrapper, whose `backward` would also step."""
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+
+    def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+        self.engine.set_gradient_accumulation_boundary(sync_gradients)
+        self.engine.backward(loss, **kwargs)
+
+
+@contextlib.contextmanager
+def _backward_only(accelerator: Accelerator) -> Iterator[None]:
+    wrapped = accelerator.deepspeed_engine_wrapped
+    accelerator.deepspeed_engine_wrapped = _BackwardOnly(wrapped.engine)
+    try:
+        yield
+    finally:
+        accelerator.deepspeed_engine_wrapped = wrapped
+
+
+class DeepSpeedSteps:
+    """What all stages share: backward and step are two calls, and DeepSpeed itself knows when to reduce."""
+
+    accelerator: Accelerator
+    engine: Any
+
+    def first_pass(self):
+        return _backward_only(self.accelerator)
+
+    @contextlib.contextmanager
+    def micro_batch(self, is_last: bool) -> Iterator[None]:
+        set_sync_gradients(self.accelerator, is_last)
+        try:
+            with _backward_only(self.accelerator):
+                yield
+        finally:
+            set_sync_gradients(self.accelerator, True)
+
+    def finish(self) -> None:
+        self.engine.step()
+
+    def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> bool:
+        return False  # the step has been made, or skipped
+
+
+class Zero0Engine(DeepSpeedSteps, NativeEngine):
+    """Stage 0: gradients are whole and in `param.grad`."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.engine = accelerator.deepspeed_engine_wrapped.engine
+        super().__init__(accelerator, self.engine.module)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        gradients = [p.grad for p in self._with_gradient()]
+        if not math.isfinite(penalty.local_sq_norm(gradients).item()) and isinstance(
+            self.engine.optimizer, torch.optim.Optimizer
+        ):
+            self.discard_gradient()  # nothing in stage 0 would keep it from the weights
+        super().finish()
+
+
+class Shard(NamedTuple):
+    """
+    This rank's part of one parameter, without padding: three local tensors of the same shape. Those of one parameter
+    may lie on different devices (offload) and have different dtypes; `master` is `weight` where there is no master.
+    """
+
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    master: torch.Tensor
+
+
+class ShardedEngine(DeepSpeedSteps, Engine):
+    """What ZeRO-1, 2 and 3 share: g₁ is kept aside as a shard, and g₂ replaces it."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.engine = accelerator.deepspeed_engine_wrapped.engine
+        self.optimizer = self.engine.optimizer
+        self._scaled_norm = 0.0
+        self._first_gradients: list[torch.Tensor] = []
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """This rank's shards, after a pass has ended at a boundary. Gradients are those that the step will use."""
+
+    @abstractmethod
+    def reset_gradients(self) -> None:
+        """Ready for a pass whose gradients replace those of the pass before."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the next forward on all ranks see the shards. A collective where weights are replicated."""
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        sq_norm = penalty.local_sq_norm([shard.gradient for shard in self.shards()]).to(self.accelerator.device)
+        ds_comm.all_reduce(sq_norm, group=self.optimizer.dp_process_group)
+        self._scaled_norm = math.sqrt(sq_norm.item())
+        return self._scaled_norm / self._loss_scale()
+
+    def _loss_scale(self) -> float:
+        return self.optimizer.loss_scale
+
+    @torch.no_grad()
+    def perturb(self, r: float, alpha: float) -> None:
+        shards = self.shards()
+        self.move(shards, r / self._scaled_norm)
+        self.keep_gradients(shards, alpha)
+        self.publish()
+
+    def move(self, shards: list[Shard], scale: float) -> None:
+        """Write the perturbed weights into this rank's shards."""
+        weights, gradients, masters = zip(*shards, strict=True) if shards else ((), (), ())
+        penalty.set_moved_(weights, gradients, masters, scale)
+
+    def keep_gradients(self, shards: list[Shard], alpha: float) -> None:
+        """Keep what `mix` needs of g₁, and make room for g₂."""
+        self._first_gradients = [shard.gradient.clone() for shard in shards] if alpha < 1 else []
+        self.reset_gradients()
+
+    @torch.no_grad()
+    def mix(self, alpha: float) -> None:
+        if alpha < 1:
+            penalty.lerp_([shard.gradient for shard in self.shards()], self._first_gradients, 1 - alpha)
+        self._first_gradients = []
+
+    def discard_gradient(self) -> None:
+        self._first_gradients = []
+        self.reset_gradients()

@@ -1,0 +1,191 @@
+"""ZeRO-1 and 2: weights are whole on every rank, gradients and fp32 masters are sharded."""
+
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+from hf_gnp import penalty
+
+from .zero import Shard, ShardedEngine
+
+
+logger = logging.getLogger(__name__)
+
+# How long a rank whose second pass failed waits to see whether all ranks failed, before it gives the error on.
+FAILED_RANKS_TIMEOUT = timedelta(seconds=30)
+
+
+class _ReplicatedEngine(ShardedEngine):
+    """
+    ZeRO-1 and 2: each rank writes its partition of the forward weights, and all ranks gather the whole.
+
+    After a step that was made the weights are new and published, so θ is put back only where none was.
+    """
+
+    names: ClassVar[dict[str, str]]  # DeepSpeed's attributes: lists with one entry for each parameter group
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        self._is_moved = False
+        # Only ranks that failed meet in it, so it must not share the order of the collectives of training.
+        self._failed_ranks = dist.new_group(backend="gloo")
+
+    def _lists(self, name: str) -> list:
+        return getattr(self.optimizer, self.names[name])
+
+    def partitions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each parameter group, this rank's flat partition of the weights, and its fp32 master."""
+        ranks = [dist.get_rank(group) for group in self.optimizer.real_dp_process_group]
+        weights = [parts[rank] for parts, rank in zip(self._lists("weight_partitions"), ranks, strict=True)]
+        return [(w, m.detach()) for w, m in zip(weights, self._lists("masters"), strict=True)]
+
+    def publish(self) -> None:
+        all_gather_dp_groups(
+            groups_flat=self._lists("flat_weights"),
+            partitioned_param_groups=self._lists("weight_partitions"),
+            dp_process_group=self.optimizer.real_dp_process_group,
+            start_alignment_factor=self.optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=self.optimizer.allgather_bucket_size,
+        )
+
+    def move(self, shards: list[Shard], scale: float) -> None:
+        self._is_moved = True
+        super().move(shards, scale)
+
+    def end_perturbation(self) -> None:
+        pass  # `finish` publishes new weights
+
+    def finish(self) -> None:
+        super().finish()
+        if self._is_moved and self.optimizer.overflow:
+            self.optimizer.update_lp_params()
+        self._is_moved = False
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """After a failure: this rank's partition at once, the others' if their ranks failed as well."""
+        if not self._is_moved:
+            return
+        for weight, master in self.partitions():
+            weight.copy_(master)
+        try:
+            dist.monitored_barrier(self._failed_ranks, timeout=FAILED_RANKS_TIMEOUT)
+            self.publish()
+            self._is_moved = False
+        except RuntimeError as error:
+            logger.warning(
+                "The second pass failed on this rank alone. Its optimizer partition and its part of the weights are "
+                f"clean, its copies of the other ranks' parts are perturbed: do not save the model here. ({error})"
+            )
+
+
+class Zero12Engine(_ReplicatedEngine):
+    """ZeRO-1 and 2, with or without optimizer offload."""
+
+    names: ClassVar[dict[str, str]] = {
+        "flat_weights": "bit16_groups_flat",
+        "weight_partitions": "parallel_partitioned_bit16_groups",
+        "masters": "single_partition_of_fp32_groups",
+    }
+
+    def shards(self) -> list[Shard]:
+        shards = []
+        for i, (weight, master) in enumerate(self.partitions()):
+            for offset, gradient in self._gradients(i):
+                place = (0, offset, gradient.numel())
+                shape = gradient.shape
+                shards.append(Shard(weight.narrow(*place).view(shape), gradient, master.narrow(*place).view(shape)))
+        return shards
+
+    def _gradients(self, group: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The fragments of the averaged gradient in this rank's partition, each with its offset."""
+        optimizer = self.optimizer
+        if optimizer.cpu_offload:
+            optimizer._wait_for_offload_copies()
+            flat = optimizer.single_partition_of_fp32_groups[group].grad
+            for param in optimizer.params_in_partition[group]:
+                _, _, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
+                yield offset, flat.narrow(0, offset, size)
+        elif optimizer.params_in_partition[group]:
+            offset = 0
+            for fragment in optimizer.averaged_gradients[group]:
+                if not getattr(fragment, "_zero_padding", False):
+                    size = min(fragment.numel(), optimizer.partition_size[group] - offset)
+                    yield offset, fragment if size == fragment.numel() else fragment.view(-1).narrow(0, 0, size)
+                offset += fragment.numel()
+
+    def reset_gradients(self) -> None:
+        optimizer = self.optimizer
+        optimizer.zero_grad()
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        for group in list(optimizer.averaged_gradients):
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None
+        if optimizer.cpu_offload:
+            optimizer._offload_accumulated_param_ids = set()
+            optimizer.reset_cpu_buffers()
+            for master in optimizer.single_partition_of_fp32_groups:
+                master.grad.zero_()
+
+    def mix(self, alpha: float) -> None:
+        super().mix(alpha)
+        if self.optimizer.cpu_offload:
+            self._update_offloaded_norms()
+
+    def _update_offloaded_norms(self) -> None:
+        """With offload, DeepSpeed clips by norms that it took as the gradients arrived."""
+        optimizer = self.optimizer
+        for group, params in enumerate(optimizer.params_in_partition):
+            for param, (_, gradient) in zip(params, self._gradients(group), strict=True):
+                if (param_id := optimizer.get_param_id(param)) in optimizer.norm_for_param_grads:
+                    optimizer.norm_for_param_grads[param_id] = gradient.norm()
+
+    def finish(self) -> None:
+        # In bf16, DeepSpeed looks for NaN only on request, and would write them into the weights.
+        check = self.optimizer.check_grad_overflow
+        self.optimizer.check_grad_overflow = True
+        try:
+            super().finish()
+        finally:
+            self.optimizer.check_grad_overflow = check
+
+
+class Bf16Zero1Engine(_ReplicatedEngine):
+    """
+    ZeRO-1 in bf16 with fp32 gradient accumulation: every rank holds the whole fp32 gradient, into which the second
+    pass accumulates as in `NativeEngine`, so that no g₁ is kept aside.
+    """
+
+    names: ClassVar[dict[str, str]] = {
+        "flat_weights": "bf16_groups_flat",
+        "weight_partitions": "bf16_partitioned_groups",
+        "masters": "fp32_groups_flat_partition",
+    }
+
+    def shards(self) -> list[Shard]:
+        gradients = self.optimizer.fp32_groups_gradient_flat_partition  # zero where the partition is padded
+        return [Shard(w, g, m) for (w, m), g in zip(self.partitions(), gradients, strict=True)]
+
+    def _loss_scale(self) -> float:
+        return 1.0
+
+    def keep_gradients(self, shards: list[Shard], alpha: float) -> None:
+        if alpha < 1:
+            penalty.scale_(self.optimizer.fp32_groups_gradients_flat, (1 - alpha) / alpha)
+        else:
+            self.reset_gradients()
+
+    @torch.no_grad()
+    def mix(self, alpha: float) -> None:
+        if alpha < 1:
+            penalty.scale_(self.optimizer.fp32_groups_gradients_flat, alpha)
+
+    def reset_gradients(self) -> None:
+        self.optimizer.clear_hp_grads()

@@ -1,0 +1,76 @@
+"""ZeRO-3: weights, gradients and masters are sharded, and the forward gathers what it needs."""
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from .zero import Shard, ShardedEngine
+
+
+class Zero3Engine(ShardedEngine):
+    """
+    ZeRO-3: the forward gathers `param.ds_tensor`, which lies in `fp16_partitioned_groups_flat` ("fp16" in name only).
+    In fp32 training that is the master itself, of which a sharded copy is kept.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        self._backup: list[torch.Tensor | None] = []
+
+    def shards(self) -> list[Shard]:
+        optimizer, shards = self.optimizer, []
+        for i, group in enumerate(optimizer.fp16_groups):
+            offset = 0
+            for j, param in enumerate(group):
+                size = param.partition_numel()
+                real = min(max(param.ds_numel - size * dist.get_rank(param.ds_process_group), 0), size)
+                if param.requires_grad and real > 0:
+                    if optimizer.offload_optimizer:
+                        gradient = optimizer.fp32_partitioned_groups_flat[i].grad.narrow(0, offset, real)
+                    else:
+                        gradient = optimizer.averaged_gradients[i][j].view(-1).narrow(0, 0, real)
+                    weight = optimizer.fp16_partitioned_groups_flat[i].narrow(0, offset, real)
+                    master = optimizer.fp32_partitioned_groups_flat[i].detach().narrow(0, offset, real)
+                    shards.append(Shard(weight, gradient, master))
+                offset += size
+        return shards
+
+    def move(self, shards: list[Shard], scale: float) -> None:
+        weights, masters = self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat
+        self._backup = [
+            weight.clone() if weight.data_ptr() == master.data_ptr() else None
+            for weight, master in zip(weights, masters, strict=True)
+        ]
+        super().move(shards, scale)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for i, backup in enumerate(self._backup):
+            source = self.optimizer.fp32_partitioned_groups_flat[i] if backup is None else backup
+            self.optimizer.fp16_partitioned_groups_flat[i].copy_(source)
+        self._backup = []
+        self.publish()
+
+    def publish(self) -> None:
+        # Persistent parameters stay gathered, and would not notice a changed shard until they are released.
+        self.optimizer.parameter_offload.partition_all_parameters()
+
+    def reset_gradients(self) -> None:
+        self.optimizer.zero_grad()  # also sets the micro-step counter back, else gradients would be added
+        if self.optimizer.offload_optimizer:
+            self.optimizer.reset_cpu_buffers()
+
+    def mix(self, alpha: float) -> None:
+        super().mix(alpha)
+        if self.optimizer.offload_optimizer:
+            self._update_offloaded_norms()
+
+    def _update_offloaded_norms(self) -> None:
+        """With offload, DeepSpeed clips by norms that it took as the gradients arrived."""
+        optimizer = self.optimizer
+        for param in (param for group in optimizer.fp16_groups for param in group):
+            param_id = optimizer.get_param_id(param)
+            if param_id in optimizer.norm_for_param_grads:
+                i, offset, size = optimizer.grad_position[param_id]
+                gradient = optimizer.fp32_partitioned_groups_flat[i].grad.narrow(0, offset, size)
+                optimizer.norm_for_param_grads[param_id] = gradient.norm()

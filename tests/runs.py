@@ -1,0 +1,172 @@
+"""One training run with a trainer, and the same run with the reference loop."""
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from tiny import collate, flat_weights, make_data, make_model, relative_distance
+from transformers import Trainer, TrainingArguments
+
+from hf_gnp import GNPTrainer, GNPTrainingArguments
+
+
+# Both sides round in fp32 in another order: a prototype was 1.3e-5 of the way apart; losses are sums of a few numbers.
+WEIGHTS_TOLERANCE, LOG_TOLERANCE = 1e-4, 1e-5
+# As the installed transformers calls it: the first name is the newer one.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {field.name for field in fields(TrainingArguments)}
+)
+TRAINER_OPTIONS = ("callbacks", "compute_loss_func", "compute_metrics", "eval_dataset", "optimizers")
+MICRO_BATCH = 4
+BASE = {
+    "per_device_train_batch_size": MICRO_BATCH,
+    "train_sampling_strategy": "sequential",
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "optim": "sgd",
+    "max_grad_norm": 0.5,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "num_train_epochs": 1,
+}
+
+
+def make_args(output_dir: Any, cls: type[TrainingArguments] = GNPTrainingArguments, **kwargs: Any):
+    return cls(output_dir=str(output_dir), **{**BASE, **kwargs})
+
+
+def make_trainer(output_dir: Any, kind: str, cls: type[Trainer] = GNPTrainer, model=None, data=None, **kwargs: Any):
+    """`kwargs` are the training arguments, and those of the trainer that `TRAINER_OPTIONS` names."""
+    options = {name: kwargs.pop(name) for name in TRAINER_OPTIONS if name in kwargs}
+    args_cls = GNPTrainingArguments if issubclass(cls, GNPTrainer) else TrainingArguments
+    args = make_args(output_dir, args_cls, **kwargs)
+    model = make_model(kind) if model is None else model
+    data = make_data(kind) if data is None else data
+    return cls(model=model, args=args, train_dataset=data, data_collator=collate, **options)
+
+
+def run(trainer: Trainer, **kwargs: Any) -> dict[str, Any]:
+    """Train, and return all that the run leaves behind: `assert_identical` tells whether two runs are the same."""
+    trainer.train(**kwargs)
+    return {
+        "weights": snapshot(trainer.model),
+        "optimizer": copy.deepcopy(trainer.optimizer.state_dict()),
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "generators": generators(),
+    }
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def generators() -> list[Any]:
+    return [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+
+
+def assert_identical(result: Any, expected: Any, where: str = "") -> None:
+    """Bit for bit, through containers."""
+    assert type(result) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(result, expected), where
+    elif isinstance(expected, np.ndarray):
+        assert np.array_equal(result, expected), where
+    elif isinstance(expected, dict):
+        assert result.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_identical(result[key], value, f"{where}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(result) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_identical(result[index], value, f"{where}[{index}]")
+    else:
+        assert result == expected, where
+
+
+def record_forwards(model: torch.nn.Module, record: Callable[[torch.nn.Module], Any]) -> list[Any]:
+    """A list that gets `record(model)` at the start of each forward in training mode."""
+    records: list[Any] = []
+    model.register_forward_pre_hook(lambda module, _: records.append(record(module)) if module.training else None)
+    return records
+
+
+def logs_of(trainer: Trainer, *names: str) -> dict[str, list[float]]:
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {name: [entry[name] for entry in logged] for name in names}
+
+
+def windows(kind: str, micro_batches: int, data=None) -> list[list[dict[str, torch.Tensor]]]:
+    """The data as windows of `micro_batches` micro-batches: ranks times accumulation steps of one optimizer step."""
+    data = make_data(kind) if data is None else data
+    batches = [collate(data[i : i + MICRO_BATCH]) for i in range(0, len(data), MICRO_BATCH)]
+    return [batches[i : i + micro_batches] for i in range(0, len(batches), micro_batches)]
+
+
+def window_loss(model: torch.nn.Module, window: Sequence[dict[str, torch.Tensor]], ranks: int = 1) -> torch.Tensor:
+    """
+    The loss that `Trainer` differentiates in one step: for a Llama or a ViT the mean over all labels of the window,
+    for a plain network the mean over micro-batches. A BERT classifier takes `num_items_in_batch` without using it, so
+    stock `Trainer` leaves the sum over accumulation steps undivided; the penalty is on what `Trainer` differentiates.
+    """
+    kind = model.config.model_type if hasattr(model, "config") else "net"
+    if kind in ("llama", "vit"):
+        labels = [batch["labels"][:, 1:] if kind == "llama" else batch["labels"] for batch in window]
+        items = sum((batch_labels != -100).sum() for batch_labels in labels)
+        return sum(model(**batch, num_items_in_batch=items).loss for batch in window)
+    losses = sum(model(**batch)["loss"] for batch in window)
+    return losses / (ranks if kind == "bert" else len(window))
+
+
+def reference_run(
+    kind: str,
+    accumulation: int,
+    ranks: int = 1,
+    r: float = 0.05,
+    alpha: float = 0.8,
+    model: torch.nn.Module | None = None,
+    steps: Sequence[Any] | None = None,
+    loss: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+):
+    """
+    Start and end point of the reference loop, with its logs, at the settings of `BASE`; over other `steps` (each the
+    argument of `loss`) than the windows of all the data, and with another `loss` than `window_loss`, if given.
+    """
+    model = make_model(kind) if model is None else model
+    model.train()
+    start = flat_weights(model)
+    logs = reference.train(
+        model,
+        optimizer([p for p in model.parameters() if p.requires_grad], lr=BASE["learning_rate"]),
+        windows(kind, accumulation * ranks) if steps is None else steps,
+        (lambda model, window: window_loss(model, window, ranks)) if loss is None else loss,
+        r,
+        alpha,
+        BASE["max_grad_norm"],
+    )
+    return start, flat_weights(model), logs
+
+
+def assert_matches_reference(trainer: Trainer, reference_result) -> None:
+    start, expected, reference_logs = reference_result
+    assert relative_distance(flat_weights(trainer.model), expected, start) < WEIGHTS_TOLERANCE
+    logs = logs_of(trainer, "loss", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_sharpness")
+    assert len(logs["loss"]) == len(reference_logs)
+    for step, expected_log in enumerate(reference_logs):
+        for name, value in expected_log.items():
+            assert logs[name][step] == pytest.approx(value, rel=LOG_TOLERANCE), f"{name} at step {step}"
+        sharpness = expected_log["gnp_perturbed_loss"] - expected_log["loss"]
+        assert logs["gnp_sharpness"][step] == pytest.approx(sharpness, abs=LOG_TOLERANCE * expected_log["loss"])

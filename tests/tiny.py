@@ -1,0 +1,89 @@
+"""Tiny models and data that every test shares: a ViT, a BERT, and a Llama with ragged labels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+
+KINDS = ("vit", "bert", "llama")
+VOCABULARY, LENGTH, LABELS = 61, 12, 3
+
+
+def make_model(kind: str, dropout: float = 0.0, **config: Any) -> PreTrainedModel:
+    """A model with seeded weights. The sizes divide by neither 2 nor 3, so that shards come out uneven."""
+    torch.manual_seed(0)
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    small = {"num_hidden_layers": 2, "num_attention_heads": 3, "num_labels": LABELS}
+    if kind == "vit":
+        sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 33, "intermediate_size": 35}
+        return ViTForImageClassification(ViTConfig(**sizes, **small, **dropouts, **config))
+    if kind == "bert":
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": 33, "intermediate_size": 35, "max_position_embeddings": 16}
+        return BertForSequenceClassification(BertConfig(**sizes, **small, **dropouts, **config))
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 36, "intermediate_size": 35, "num_key_value_heads": 3}
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, **small, attention_dropout=dropout, tie_word_embeddings=True, **config)
+    )
+
+
+class Net(nn.Module):
+    """A plain module without a config: `layers`, made after seeding, between two linear ones. Data: kind "net"."""
+
+    def __init__(self, *layers: Callable[[], nn.Module]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(5, 7), *(make() for make in layers), nn.Linear(7, LABELS))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layers(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def make_data(kind: str, size: int = 48, seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Random samples; the Llama's have 3 to 11 labelled tokens each, the others are ignored (-100)."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "vit":
+        images = torch.randn(size, 3, 8, 8, generator=generator)
+        labels = torch.randint(LABELS, (size,), generator=generator)
+        return [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+    if kind == "net":
+        x, labels = torch.randn(size, 5, generator=generator), torch.randint(LABELS, (size,), generator=generator)
+        return [{"x": row, "labels": label} for row, label in zip(x, labels, strict=True)]
+    tokens = torch.randint(VOCABULARY, (size, LENGTH), generator=generator)
+    if kind == "bert":
+        labels = torch.randint(LABELS, (size,), generator=generator)
+        mask = torch.ones(LENGTH, dtype=torch.long)
+        return [
+            {"input_ids": ids, "attention_mask": mask, "labels": label}
+            for ids, label in zip(tokens, labels, strict=True)
+        ]
+    samples = []
+    for index, ids in enumerate(tokens):
+        labels = ids.clone()
+        labels[: index * 7 % 9 + 1] = -100
+        samples.append({"input_ids": ids, "labels": labels})
+    return samples
+
+
+def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def flat_weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+def relative_distance(result: torch.Tensor, expected: torch.Tensor, start: torch.Tensor) -> float:
+    """The distance between two end points, as a share of the distance travelled."""
+    return ((result - expected).norm() / (expected - start).norm()).item()
