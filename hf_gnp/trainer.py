@@ -1,5 +1,6 @@
 """`GNPTrainer`: transformers' `Trainer` with a penalised step."""
 
+import functools
 import logging
 import math
 import os
@@ -120,6 +121,12 @@ class GNPMixin:
             logs.update(self._gnp_run.metrics.drain(self.accelerator))
         super().log(logs, *args, **kwargs)
 
+    def save_model(self, *args, **kwargs) -> None:
+        """Saves as [`~transformers.Trainer.save_model`] does, and never perturbed weights, as a signal handler might."""
+        if self._gnp_run is not None and self._gnp_run.is_perturbed:
+            raise RuntimeError("The weights are perturbed by an unfinished second pass: nothing was saved.")
+        super().save_model(*args, **kwargs)
+
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
@@ -161,13 +168,21 @@ class _Run:
     """The parts of the penalised step that live as long as one run of the training loop."""
 
     def __init__(self, trainer: GNPMixin, model: nn.Module):
-        self.state, self.model = trainer.state, model
+        self.state, self.model, self.accelerator = trainer.state, model, trainer.accelerator
         self.schedule = Schedule.from_args(trainer.args)
-        self.engine: Engine = make_engine(trainer.accelerator, model)
         self.window = Window(random_devices(model, trainer.args.n_gpu), copy_inputs=_loss_is_user_code(trainer))
         self.statistics = RunningStatistics(model)
         self.metrics = StepMetrics()
         self.penalty: Penalty | None = None
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """Made for the first penalised step: plain training asks nothing of the engine."""
+        return make_engine(self.accelerator, self.model)
+
+    @property
+    def is_perturbed(self) -> bool:
+        return "engine" in vars(self) and self.engine.is_perturbed
 
 
 def _loss_is_user_code(trainer: Trainer) -> bool:

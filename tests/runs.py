@@ -24,7 +24,13 @@ CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in {field.name for field in fields(TrainingArguments)}
 )
-TRAINER_OPTIONS = ("callbacks", "compute_loss_func", "compute_metrics", "eval_dataset", "optimizers")
+TRAINER_OPTIONS = (
+    "callbacks",
+    "compute_loss_func",
+    "eval_dataset",
+    "optimizer_cls_and_kwargs",
+    "optimizers",
+)
 MICRO_BATCH = 4
 BASE = {
     "per_device_train_batch_size": MICRO_BATCH,
@@ -105,7 +111,7 @@ def record_forwards(model: torch.nn.Module, record: Callable[[torch.nn.Module], 
 
 def logs_of(trainer: Trainer, *names: str) -> dict[str, list[float]]:
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {name: [entry[name] for entry in logged] for name in names}
+    return {name: [entry.get(name) for entry in logged] for name in names}
 
 
 def windows(kind: str, micro_batches: int, data=None) -> list[list[dict[str, torch.Tensor]]]:

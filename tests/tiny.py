@@ -10,6 +10,7 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -20,21 +21,34 @@ KINDS = ("vit", "bert", "llama")
 VOCABULARY, LENGTH, LABELS = 61, 12, 3
 
 
-def make_model(kind: str, dropout: float = 0.0, **config: Any) -> PreTrainedModel:
-    """A model with seeded weights. The sizes divide by neither 2 nor 3, so that shards come out uneven."""
+def make_model(kind: str, dropout: float = 0.0, loaded_from: Any = None, adapter: bool = True, **kwargs: Any):
+    """
+    A model with seeded weights, or one that `from_pretrained` loads. The sizes divide by neither 2 nor 3, so that
+    shards come out uneven. "llama" has tied embeddings, "llama-untied" has not, "llama-lora" has an adapter.
+    """
     torch.manual_seed(0)
+    model_class, config = _model_config(kind, dropout)
+    model = model_class(config) if loaded_from is None else model_class.from_pretrained(loaded_from, **kwargs)
+    if kind == "llama-lora" and adapter:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    return model
+
+
+def _model_config(kind: str, dropout: float) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     small = {"num_hidden_layers": 2, "num_attention_heads": 3, "num_labels": LABELS}
     if kind == "vit":
         sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 33, "intermediate_size": 35}
-        return ViTForImageClassification(ViTConfig(**sizes, **small, **dropouts, **config))
+        return ViTForImageClassification, ViTConfig(**sizes, **small, **dropouts)
     if kind == "bert":
         sizes = {"vocab_size": VOCABULARY, "hidden_size": 33, "intermediate_size": 35, "max_position_embeddings": 16}
-        return BertForSequenceClassification(BertConfig(**sizes, **small, **dropouts, **config))
+        return BertForSequenceClassification, BertConfig(**sizes, **small, **dropouts)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 36, "intermediate_size": 35, "num_key_value_heads": 3}
-    return LlamaForCausalLM(
-        LlamaConfig(**sizes, **small, attention_dropout=dropout, tie_word_embeddings=True, **config)
-    )
+    tied = {"attention_dropout": dropout, "tie_word_embeddings": kind == "llama"}
+    return LlamaForCausalLM, LlamaConfig(**sizes, **small, **tied)
 
 
 class Net(nn.Module):

@@ -21,6 +21,11 @@ class Engine(ABC):
         engine.drop_nonfinite_gradient(grad_norm)
     """
 
+    @property
+    @abstractmethod
+    def is_perturbed(self) -> bool:
+        """Whether weights on this rank are not θ."""
+
     @abstractmethod
     def first_pass(self) -> AbstractContextManager:
         """Around `Trainer.training_step`: nothing steps in it, also where the engine's backward would."""

@@ -34,6 +34,10 @@ class NativeEngine(Engine):
         self._moved: list[torch.Tensor] = []
         self._backup: list[torch.Tensor] = []
 
+    @property
+    def is_perturbed(self) -> bool:
+        return bool(self._moved)
+
     def first_pass(self):
         return contextlib.nullcontext()
 

@@ -107,6 +107,8 @@ def _unsupported_deepspeed(accelerator: Accelerator) -> Iterator[str]:
     ):
         if config.get_value(key):
             yield f"{name} ({key}): {instead}"
+    if config.get_value(f"{zero}stage", 0) == 0 and config.get_value("fp16.enabled") is True:
+        yield "fp16 in ZeRO stage 0, where DeepSpeed 0.19.8 does not scale the loss: use stage 1 to 3, or bf16"
     if (config.get_value("tensor_parallel.autotp_size") or 1) > 1:
         yield "AutoTP (tensor_parallel.autotp_size): use ZeRO-3"
     if config.get_value("managed_gradient_accumulation") is False:

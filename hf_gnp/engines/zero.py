@@ -77,10 +77,10 @@ class Zero0Engine(DeepSpeedSteps, NativeEngine):
     @torch.no_grad()
     def finish(self) -> None:
         gradients = [p.grad for p in self._with_gradient()]
-        if not math.isfinite(penalty.local_sq_norm(gradients).item()) and isinstance(
-            self.engine.optimizer, torch.optim.Optimizer
-        ):
-            self.discard_gradient()  # nothing in stage 0 would keep it from the weights
+        if not math.isfinite(penalty.local_sq_norm(gradients).item()):
+            # In fp32, nothing in stage 0 would keep it from the weights: without a boundary there is no step.
+            self.discard_gradient()
+            self.engine.set_gradient_accumulation_boundary(False)
         super().finish()
 
 

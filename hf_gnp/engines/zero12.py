@@ -33,9 +33,13 @@ class _ReplicatedEngine(ShardedEngine):
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)
-        self._is_moved = False
+        self._is_perturbed = False
         # Only ranks that failed meet in it, so it must not share the order of the collectives of training.
         self._failed_ranks = dist.new_group(backend="gloo")
+
+    @property
+    def is_perturbed(self) -> bool:
+        return self._is_perturbed
 
     def _lists(self, name: str) -> list:
         return getattr(self.optimizer, self.names[name])
@@ -56,7 +60,7 @@ class _ReplicatedEngine(ShardedEngine):
         )
 
     def move(self, shards: list[Shard], scale: float) -> None:
-        self._is_moved = True
+        self._is_perturbed = True
         super().move(shards, scale)
 
     def end_perturbation(self) -> None:
@@ -64,25 +68,25 @@ class _ReplicatedEngine(ShardedEngine):
 
     def finish(self) -> None:
         super().finish()
-        if self._is_moved and self.optimizer.overflow:
+        if self._is_perturbed and self.optimizer.overflow:
             self.optimizer.update_lp_params()
-        self._is_moved = False
+        self._is_perturbed = False
 
     @torch.no_grad()
     def restore(self) -> None:
         """After a failure: this rank's partition at once, the others' if their ranks failed as well."""
-        if not self._is_moved:
+        if not self._is_perturbed:
             return
         for weight, master in self.partitions():
             weight.copy_(master)
         try:
             dist.monitored_barrier(self._failed_ranks, timeout=FAILED_RANKS_TIMEOUT)
             self.publish()
-            self._is_moved = False
+            self._is_perturbed = False
         except RuntimeError as error:
             logger.warning(
-                "The second pass failed on this rank alone. Its optimizer partition and its part of the weights are "
-                f"clean, its copies of the other ranks' parts are perturbed: do not save the model here. ({error})"
+                "The second pass failed on this rank alone: its fp32 weights and its part of the forward weights are "
+                f"clean, its copies of the other ranks' parts are not, so save_model will refuse. ({error})"
             )
 
 
@@ -150,7 +154,7 @@ class Zero12Engine(_ReplicatedEngine):
     def finish(self) -> None:
         # In bf16, DeepSpeed looks for NaN only on request, and would write them into the weights.
         check = self.optimizer.check_grad_overflow
-        self.optimizer.check_grad_overflow = True
+        self.optimizer.check_grad_overflow = check or self.optimizer.dtype == torch.bfloat16
         try:
             super().finish()
         finally:

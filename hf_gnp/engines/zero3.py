@@ -17,6 +17,10 @@ class Zero3Engine(ShardedEngine):
         super().__init__(accelerator)
         self._backup: list[torch.Tensor | None] = []
 
+    @property
+    def is_perturbed(self) -> bool:
+        return bool(self._backup)
+
     def shards(self) -> list[Shard]:
         optimizer, shards = self.optimizer, []
         for i, group in enumerate(optimizer.fp16_groups):

@@ -1,0 +1,236 @@
+"""
+Runs training cases on every rank of one launch, and saves what rank 0 saw of each.
+
+    torchrun --nproc_per_node 2 worker.py cases.json output_folder
+"""
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from accelerate.state import AcceleratorState, GradientState
+from collectives import CountCollectives
+from runs import logs_of, make_args
+from tiny import collate, make_data, make_model
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from hf_gnp import GNPTrainer, GNPTrainingArguments
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {},
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero3-offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+
+
+def deepspeed_config(precision: str, zero: dict[str, Any], **config: Any) -> dict[str, Any]:
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        **config,
+    }
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True} | config.get("bf16", {})
+    return config
+
+
+def load_model(case: dict[str, Any], folder: Path) -> torch.nn.Module:
+    kind = case["kind"]
+    if case["engine"] != "fsdp2":
+        return make_model(kind)
+    from transformers.distributed import DistributedConfig
+
+    path = folder / kind
+    if dist.get_rank() == 0 and not path.exists():
+        make_model(kind, adapter=False).save_pretrained(path)
+    dist.barrier()
+    config = DistributedConfig(**{"fsdp_size": dist.get_world_size()} | case.get("distributed", {}))
+    return make_model(kind, loaded_from=path, distributed_config=config)
+
+
+class FaultyLoss:
+    """Spoils the loss of chosen calls: `faults` maps "step.call" (calls counted within a step) to what happens."""
+
+    faults: dict[str, str]
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        key = (id(self.state), self.state.global_step)
+        self.calls = getattr(self, "calls", {key: 0})
+        self.calls[key] = self.calls.get(key, 0) + 1
+        call = f"{self.state.global_step}.{self.calls[key]}"
+        if self.calls[key] == 1:
+            self.start_of_step = full_weights(self.model)
+        fault = self.faults.get(call) or self.faults.get(f"{call}@{dist.get_rank()}")
+        if fault == "raise":
+            raise RuntimeError(f"injected at {call}")
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if fault is not None:
+            loss = loss * float(fault)
+        return loss
+
+
+class FaultyTrainer(FaultyLoss, Trainer):
+    pass
+
+
+class FaultyGNPTrainer(FaultyLoss, GNPTrainer):
+    pass
+
+
+def parameters_whole(parameters: list[torch.nn.Parameter]) -> Iterator[torch.Tensor]:
+    for parameter in parameters:
+        if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            yield parameter if master is None else master.view(getattr(parameter, "ds_shape", parameter.shape))
+        else:
+            yield parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+@torch.no_grad()
+def full_weights(model: torch.nn.Module, masters: bool = False) -> torch.Tensor:
+    """All weights, whole, flat and in float64: those of the forward, or the fp32 masters behind them. A collective."""
+    parameters = list(model.parameters())
+    gathered: Any = contextlib.nullcontext()
+    if any(hasattr(p, "ds_id") for p in parameters):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(parameters)
+    with gathered:
+        if masters:
+            whole = list(parameters_whole(parameters))
+        else:
+            whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
+        return torch.cat([p.detach().double().flatten().cpu() for p in whole])
+
+
+def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
+    args = {"ddp_backend": "gloo", **case.get("args", {})}
+    zero = ENGINES[case["engine"]] | case.get("zero", {})
+    precision = case.get("precision", "fp32")
+    if precision != "fp32":
+        args[precision] = True
+    if zero:
+        args["deepspeed"] = deepspeed_config(precision, zero, **case.get("deepspeed", {}))
+    stock = case.get("stock", False)
+    training_args = make_args(folder / name, TrainingArguments if stock else GNPTrainingArguments, **args)
+    model = load_model(case, folder)
+    if "frozen" in case:
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(case["frozen"] not in parameter_name)
+    if case.get("unused"):
+        model.unused = torch.nn.Parameter(torch.ones(7))
+    classes = (FaultyTrainer, FaultyGNPTrainer) if "faults" in case else (Trainer, GNPTrainer)
+    data = make_data(case["kind"], case.get("size", 48))
+    trainer = classes[not stock](model=model, args=training_args, train_dataset=data, data_collator=collate)
+    if "faults" in case:
+        trainer.faults = case["faults"]
+    if case.get("count"):
+        trainer.add_callback(CountCollectives())
+    if case.get("scaler"):  # accelerate makes none on a CPU
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256)
+    return trainer
+
+
+def loss_scale(trainer: Trainer) -> float | None:
+    if trainer.is_deepspeed_enabled:
+        return getattr(trainer.model_wrapped.optimizer, "cur_scale", None)
+    return trainer.accelerator.scaler.get_scale() if trainer.accelerator.scaler is not None else None
+
+
+def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
+    trainer = make_trainer(case, folder, name)
+    result: dict[str, Any] = {}
+    try:
+        trainer.train(resume_from_checkpoint=case.get("resume") and str(folder / case["resume"]))
+    except RuntimeError as error:
+        if "injected" not in str(error):
+            raise
+        result["raised"] = str(error)
+    if "faults" in case:
+        result["start_of_step"] = trainer.start_of_step
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = ("loss", "grad_norm", "gnp_grad_norm", "gnp_perturbed_loss")
+    result["logs"] = logs_of(trainer, *[n for n in names if logged and n in logged[0]])
+    result["weights"] = full_weights(trainer.model)
+    result["masters"] = full_weights(trainer.model, masters=True)
+    result["loss_scale"] = loss_scale(trainer)
+    if case.get("count"):
+        result["collectives"] = dict(trainer.pop_callback(CountCollectives).bytes)
+    if case.get("zero_to_fp32") and dist.get_rank() == 0:
+        result["from_checkpoint"] = zero_to_fp32(trainer)
+    return result
+
+
+def zero_to_fp32(trainer: Trainer) -> torch.Tensor:
+    """The weights that DeepSpeed's own tool puts together from the last checkpoint, as `full_weights`."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    state_dict = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+    return torch.cat([state_dict[name].double().flatten() for name, _ in trainer.model.named_parameters()])
+
+
+def reset(environment: dict[str, str]) -> None:
+    """Forget the engine of the case before; the process group stays."""
+    gc.collect()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def allow_fp16_on_cpu() -> None:
+    # DeepSpeed asks whether the CPU multiplies fp16 fast. The arithmetic is there without.
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
+def main(cases_file: str, output: str) -> None:
+    cases = json.loads(Path(cases_file).read_text())
+    dist.init_process_group("gloo")
+    allow_fp16_on_cpu()
+    environment = dict(os.environ)
+    results = {}
+    for name, case in cases.items():
+        try:
+            results[name] = run_case(case, Path(output), name)
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+        reset(environment)
+    if dist.get_rank() == 0:
+        torch.save(results, Path(output) / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
