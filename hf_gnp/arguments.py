@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 
 DEFAULT_ALPHA = 0.8
+WARMUP_TYPES = ("none", "r", "lambda", "zero")
 
 
 @dataclass
@@ -34,9 +35,37 @@ class GNPArguments:
             α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM).
         gnp_lambda (`float`, *optional*):
             λ = α r, the coefficient of the penalty, instead of `gnp_alpha`; it is folded into `gnp_alpha`.
+        gnp_warmup_type (`str`, *optional*, defaults to `"none"`):
+            How the penalty starts: `"r"` raises r linearly at fixed α, `"lambda"` raises α linearly at fixed r,
+            `"zero"` has no penalty during the warm-up (arXiv 2406.09723).
+        gnp_warmup_steps (`float`, *optional*):
+            The length of that warm-up: steps, or a fraction of the run if below 1. Default: the learning-rate warm-up.
+        gnp_start (`float`, *optional*, defaults to 0.0):
+            Penalise from this fraction of the run on (late-phase SAM, arXiv 2410.10373).
+        gnp_end (`float`, *optional*, defaults to 1.0):
+            Penalise up to this fraction of the run.
+        gnp_interval (`int`, *optional*, defaults to 1):
+            k, penalise every k-th optimizer step, at a cost of 1 + 1/k.
+        gnp_probability (`float`, *optional*, defaults to 1.0):
+            p, penalise a step with this probability, drawn from `seed` and the step: equal on all ranks, unchanged by
+            resuming. Costs 1 + p on average.
+        gnp_sync_perturbation (`bool`, *optional*, defaults to `True`):
+            Whether all ranks move along the gradient of the global batch. If not, each moves along its own
+            (m-sharpness), and the first pass communicates no gradient. One process and DDP only.
+        gnp_normalize_gradient (`bool`, *optional*, defaults to `False`):
+            Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default.
+        gnp_adaptive (`bool`, *optional*, defaults to `False`):
+            Move by r θ²g₁/‖θ ⊙ g₁‖, which does not depend on the scale of the weights (ASAM, arXiv 2102.11600). Its r
+            is about ten times larger.
+        gnp_target_modules (`list[str]`, *optional*):
+            Move only these parameters: a regular expression for the whole name, name endings (as in PEFT), or `"norm"`
+            for those of normalisation layers (SAM-ON, arXiv 2306.04226).
+        gnp_stochastic_rounding (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether the moved 16-bit weights are rounded stochastically, so that a small move is not rounded away.
+            `"auto"`: where no fp32 master exists.
 
     Raises:
-        ValueError: naming the argument, for a value outside its range or for `gnp_alpha` and `gnp_lambda` together.
+        ValueError: naming the argument, for a value outside its range or for arguments that exclude each other.
 
     Reference:
         Zhao, Zhang and Hu, "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning",
@@ -57,35 +86,117 @@ class GNPArguments:
         default=None,
         metadata={"help": "λ = α r: the coefficient of the gradient-norm penalty, to be given instead of gnp_alpha."},
     )
+    gnp_warmup_type: str = field(
+        default="none",
+        metadata={
+            "help": "How the penalty starts: r or lambda (α) rises linearly, or there is none (zero) in the warm-up.",
+            "choices": list(WARMUP_TYPES),
+        },
+    )
+    gnp_warmup_steps: float | None = field(
+        default=None,
+        metadata={"help": "Its length: steps, or a fraction of the run. Default: the learning-rate warm-up."},
+    )
+    gnp_start: float = field(default=0.0, metadata={"help": "Penalise from this fraction of the run on."})
+    gnp_end: float = field(default=1.0, metadata={"help": "Penalise up to this fraction of the run."})
+    gnp_interval: int = field(
+        default=1, metadata={"help": "k: penalise every k-th optimizer step, at a cost of 1 + 1/k."}
+    )
+    gnp_probability: float = field(
+        default=1.0, metadata={"help": "p: penalise a step with this probability, at a cost of 1 + p on average."}
+    )
+    gnp_sync_perturbation: bool = field(
+        default=True,
+        metadata={"help": "Move all ranks along the global gradient; else each along its own (one process, DDP)."},
+    )
+    gnp_normalize_gradient: bool = field(
+        default=False, metadata={"help": "Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default."}
+    )
+    gnp_adaptive: bool = field(
+        default=False, metadata={"help": "Move by r θ²g₁/‖θ ⊙ g₁‖, independent of the scale of the weights (ASAM)."}
+    )
+    gnp_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Move only these parameters: a regular expression, name endings, or norm (SAM-ON)."},
+    )
+    gnp_stochastic_rounding: str = field(
+        default="auto",
+        metadata={
+            "help": "Round moved 16-bit weights stochastically: true, false, or auto (where no fp32 master exists)."
+        },
+    )
 
     def __post_init__(self):
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
+        self._check_strength()
+        self._check_schedule()
+        self._check_perturbation()
+
+    def _check_strength(self) -> None:
         self.gnp_r = _number("gnp_r", self.gnp_r)
         if self.gnp_lambda is not None:
             if self.gnp_alpha is not None:
                 raise ValueError("gnp_alpha and gnp_lambda (= gnp_alpha * gnp_r) say the same: give one of the two.")
-            self._fold_lambda(_number("gnp_lambda", self.gnp_lambda))
+            gnp_lambda = _number("gnp_lambda", self.gnp_lambda)
+            if gnp_lambda > self.gnp_r:
+                raise ValueError(
+                    f"gnp_lambda is gnp_alpha * gnp_r and at most gnp_r ({self.gnp_r}), but it is {gnp_lambda}: "
+                    "raise gnp_r or lower gnp_lambda."
+                )
+            # One of the two stays set, so that a copy built from all the fields is valid again.
+            self.gnp_alpha = gnp_lambda / self.gnp_r if self.gnp_r > 0 else 0.0
+            self.gnp_lambda = None
         self.gnp_alpha = _number("gnp_alpha", DEFAULT_ALPHA if self.gnp_alpha is None else self.gnp_alpha)
         if self.gnp_alpha > 1:
             raise ValueError(f"gnp_alpha is the share of the second gradient, at most 1, but it is {self.gnp_alpha}.")
         if self.gnp_r == 0 and self.gnp_alpha > 0:
             raise ValueError("gnp_r is 0, which moves nothing: set gnp_r > 0, or gnp_alpha=0 for plain training.")
 
-    def _fold_lambda(self, gnp_lambda: float) -> None:
-        if gnp_lambda > self.gnp_r:
+    def _check_schedule(self) -> None:
+        if self.gnp_warmup_type not in WARMUP_TYPES:
+            raise ValueError(f"gnp_warmup_type must be one of {WARMUP_TYPES}, but it is {self.gnp_warmup_type!r}.")
+        if self.gnp_warmup_steps is not None:
+            self.gnp_warmup_steps = _number("gnp_warmup_steps", self.gnp_warmup_steps)
+            if self.gnp_warmup_type == "none":
+                raise ValueError("gnp_warmup_steps needs a gnp_warmup_type: r, lambda or zero.")
+        elif self.gnp_warmup_type != "none" and not getattr(self, "warmup_steps", True):
             raise ValueError(
-                f"gnp_lambda is gnp_alpha * gnp_r and at most gnp_r ({self.gnp_r}), but it is {gnp_lambda}: "
-                "raise gnp_r or lower gnp_lambda."
+                f"gnp_warmup_type={self.gnp_warmup_type} without a learning-rate warm-up (warmup_steps) to follow: "
+                "set gnp_warmup_steps."
             )
-        # One of the two stays set, so that a copy built from all the fields is valid again.
-        self.gnp_alpha = gnp_lambda / self.gnp_r if self.gnp_r > 0 else 0.0
-        self.gnp_lambda = None
+        self.gnp_start, self.gnp_end = _number("gnp_start", self.gnp_start), _number("gnp_end", self.gnp_end)
+        if not self.gnp_start < self.gnp_end <= 1:
+            raise ValueError(
+                f"gnp_start ({self.gnp_start}) and gnp_end ({self.gnp_end}) are fractions of the run: "
+                "0 <= gnp_start < gnp_end <= 1."
+            )
+        interval = _number("gnp_interval", self.gnp_interval)
+        if interval < 1 or interval != int(interval):
+            raise ValueError(f"gnp_interval must be a whole number of steps, at least 1, but it is {interval}.")
+        self.gnp_interval = int(interval)
+        self.gnp_probability = _number("gnp_probability", self.gnp_probability)
+        if not 0 < self.gnp_probability <= 1:
+            raise ValueError(
+                f"gnp_probability must be above 0 and at most 1, but it is {self.gnp_probability}; "
+                "set gnp_alpha=0 for plain training."
+            )
+        if self.gnp_interval > 1 and self.gnp_probability < 1:
+            raise ValueError("gnp_interval and gnp_probability both thin out penalised steps: give one of the two.")
+
+    def _check_perturbation(self) -> None:
+        for name in ("gnp_sync_perturbation", "gnp_normalize_gradient", "gnp_adaptive"):
+            setattr(self, name, _boolean(name, getattr(self, name)))
+        if self.gnp_stochastic_rounding != "auto":
+            self.gnp_stochastic_rounding = _boolean("gnp_stochastic_rounding", self.gnp_stochastic_rounding)
+        if self.gnp_target_modules is not None and not self.gnp_target_modules:
+            raise ValueError("gnp_target_modules is empty: leave it out to move all parameters.")
 
     def gnp_values(self) -> dict[str, Any]:
-        """The `gnp_*` arguments that are set, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(GNPArguments)}
-        return {name: value for name, value in values.items() if value is not None}
+        """What a run should say of itself: r, α, and the other `gnp_*` arguments that are not at their defaults."""
+        strength = {"gnp_r": self.gnp_r, "gnp_alpha": self.gnp_alpha}
+        defaults = {f.name: f.default for f in fields(GNPArguments) if f.name not in (*strength, "gnp_lambda")}
+        return strength | {n: getattr(self, n) for n, default in defaults.items() if getattr(self, n) != default}
 
 
 @dataclass
@@ -108,6 +219,13 @@ def _number(name: str, value: Any) -> float:
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be finite and not negative, but it is {value!r}.")
     return number
+
+
+def _boolean(name: str, value: Any) -> bool:
+    words = {"true": True, "false": False}
+    if isinstance(value, bool) or str(value).lower() in words:
+        return value if isinstance(value, bool) else words[str(value).lower()]
+    raise ValueError(f"{name} must be true or false, but it is {value!r}.")
 
 
 def with_gnp_arguments(args: TrainingArguments) -> TrainingArguments:

@@ -11,6 +11,7 @@ the sum is scaled by α.
 Reference: Zhao, Zhang and Hu, ICML 2022, arXiv 2202.03599, equations (6) to (9).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -38,28 +39,73 @@ def local_sq_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def add_scaled_(tensors: Sequence[torch.Tensor], directions: Sequence[torch.Tensor], scale: float) -> None:
-    """`tensors += scale * directions`, in place, rounded once to the dtype of each tensor."""
-    if tensors:
-        torch._foreach_add_(tensors, directions, alpha=scale)
-
-
-def set_moved_(
+def move_(
     weights: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
     masters: Sequence[torch.Tensor],
     scale: float,
-) -> None:
+    adaptive: bool = False,
+    noise_seed: int | None = None,
+    measure: bool = False,
+) -> torch.Tensor | None:
     """
-    `weights = masters + scale * gradients`, in place, rounded once from the dtype of `masters`.
+    Set `weights = masters + e` with `e = scale * gradients`, or `scale * masters² * gradients` if adaptive, rounded
+    once to the dtype of the weights.
 
     Args:
         weights, gradients, masters: Local tensors, of the same shapes pairwise, each list with its own dtype and
-            device. `weights` may be `masters` themselves.
+            device. `masters` may be the weights themselves.
+        noise_seed: If given, 16-bit weights are rounded stochastically, from generators of their own.
+        measure: Whether to compare the move with what rounding left of it.
+
+    Returns:
+        If measured, the local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32; else None.
     """
-    # One at a time: a list of sums would be a second copy of the masters.
+    is_in_place = all(weight is master for weight, master in zip(weights, masters, strict=True))
+    if is_in_place and not adaptive and noise_seed is None and not measure:
+        if weights:
+            torch._foreach_add_(weights, gradients, alpha=scale)
+        return None
+    generators = {weight.device: torch.Generator(weight.device) for weight in weights}
+    for generator in generators.values():
+        generator.manual_seed(noise_seed or 0)
+    sums = torch.zeros(2) if measure else None
+    # One at a time: a list of moved tensors would be a second copy of the masters.
     for weight, gradient, master in zip(weights, gradients, masters, strict=True):
-        weight.copy_(torch.add(master, gradient.to(master.device), alpha=scale))
+        start = master.to(torch.promote_types(master.dtype, torch.float32))
+        direction = gradient.to(start.device, start.dtype)
+        if adaptive:
+            direction = start.square() * direction
+        moved = torch.add(start, direction, alpha=scale)
+        if noise_seed is not None and weight.dtype.itemsize == 2:
+            moved = round_stochastically(moved.to(weight.device), weight.dtype, generators[weight.device])
+        before = weight.clone() if measure else None
+        weight.copy_(moved)
+        if measure:
+            sums = sums.to(weight.device) + _fidelity_sums(weight, before, direction, scale)
+    return sums
+
+
+def _fidelity_sums(weight: torch.Tensor, before: torch.Tensor, direction: torch.Tensor, scale: float) -> torch.Tensor:
+    e = (scale * direction).to(weight.device, torch.float32).flatten()
+    change = (weight.float() - before.float()).flatten()
+    return torch.stack([torch.dot(change, e), torch.dot(e, e)])
+
+
+def round_stochastically(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """
+    `tensor` in a 16-bit `dtype`, rounded up or down with the probability that makes it right on average.
+
+    Args:
+        tensor: float32, of any shape, on the device of `generator`.
+    """
+    info = torch.finfo(dtype)
+    significant_bits = 1 - int(math.log2(info.eps))
+    _, exponent = torch.frexp(tensor)
+    spacing = torch.ldexp(torch.ones_like(tensor), exponent - significant_bits)
+    spacing.clamp_(min=max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal))
+    noise = torch.rand(tensor.shape, generator=generator, device=tensor.device)
+    return (torch.floor(tensor / spacing + noise) * spacing).to(dtype)
 
 
 def scale_(tensors: Sequence[torch.Tensor], scale: float) -> None:

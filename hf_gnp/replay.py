@@ -4,7 +4,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -130,51 +130,68 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class RunningStatistics:
-    """
-    The buffers that a training forward moves: BatchNorm's statistics, power-iteration vectors, usage counters.
+class Buffer(NamedTuple):
+    """A buffer of a module: the tensor, and a copy of what it held. Both are None for a buffer that is None."""
 
-    Which modules have such is seen in the first pass: a buffer that was written to has a new version, one that was
-    replaced is another tensor. `batch_norm` writes its statistics without a new version; they are known by name.
-    Only the buffers of these modules are copied.
+    module: nn.Module
+    name: str
+    tensor: torch.Tensor | None
+    value: torch.Tensor | None
+
+    @classmethod
+    def now(cls, module: nn.Module, name: str) -> "Buffer":
+        tensor = getattr(module, name)
+        return cls(module, name, tensor, None if tensor is None else tensor.clone())
+
+    def put_back(self) -> None:
+        if self.tensor is not None:
+            self.tensor.copy_(self.value)
+        if getattr(self.module, self.name) is not self.tensor:  # a forward replaced it
+            setattr(self.module, self.name, self.tensor)
+
+    def differs(self) -> torch.Tensor | bool:
+        now = getattr(self.module, self.name)
+        if now is None or self.value is None or now.shape != self.value.shape:
+            return now is not self.value
+        return (now != self.value).any()
+
+
+class RunningBuffers:
+    """
+    The buffers that a training forward moves: BatchNorm's statistics, power-iteration vectors, usage counters. Neither
+    names nor version counters tell which, so all are copied before the first pass, and compared after it.
     """
 
     def __init__(self, model: nn.Module):
-        self._modules = [module for module in model.modules() if any(True for _ in module.buffers(recurse=False))]
-        self._before: list[dict[str, tuple[torch.Tensor, int]]] = []
+        self._places = [(module, name) for module in model.modules() for name in module._buffers]
+        self._start: list[Buffer] = []
 
     def start(self) -> None:
-        """Before the first pass: remember what each buffer is."""
-        self._before = [
-            {name: (buffer, _version(buffer)) for name, buffer in module.named_buffers(recurse=False)}
-            for module in self._modules
-        ]
+        """Before the first pass."""
+        self._start = [Buffer.now(module, name) for module, name in self._places]
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Around the second pass: on leaving, every buffer is what it was."""
-        kept = [
-            (module, name, buffer, buffer.clone())
-            for module, before in zip(self._modules, self._before, strict=True)
-            if _has_running_statistics(module) or _has_moved(module, before)
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
+    def replay(self) -> Iterator[None]:
+        """Around the second pass: it starts from the buffers that the first pass started from, and moves none."""
+        self._start = _moved(self._start)
+        end = [Buffer.now(buffer.module, buffer.name) for buffer in self._start]
         try:
+            _put_back(self._start)
             yield
         finally:
-            with torch.no_grad():
-                for module, name, buffer, value in kept:
-                    buffer.copy_(value)
-                    if getattr(module, name) is not buffer:
-                        setattr(module, name, buffer)
+            _put_back(end)
+            self._start = []
 
 
-def _has_moved(module: nn.Module, before: dict[str, tuple[torch.Tensor, int]]) -> bool:
-    now = dict(module.named_buffers(recurse=False))
-    return now.keys() != before.keys() or any(
-        now[name] is not buffer or _version(now[name]) != version for name, (buffer, version) in before.items()
-    )
+@torch.no_grad()
+def _put_back(buffers: list[Buffer]) -> None:
+    for buffer in buffers:
+        buffer.put_back()
 
 
-def _has_running_statistics(module: nn.Module) -> bool:
-    return module.training and any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
+def _moved(buffers: list[Buffer]) -> list[Buffer]:
+    if not buffers:
+        return []
+    device = next((b.value.device for b in buffers if b.value is not None), None)
+    differ = torch.stack([torch.as_tensor(buffer.differs(), device=device) for buffer in buffers]).tolist()
+    return [buffer for buffer, differs in zip(buffers, differ, strict=True) if differs]

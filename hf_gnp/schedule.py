@@ -1,8 +1,9 @@
 """Whether the penalty is on at an optimizer step, and with which r and α."""
 
+import math
+import random
 from dataclasses import dataclass
-
-from .arguments import GNPArguments
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,17 +16,63 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The penalty at each optimizer step of a run, a pure function of the step: resuming changes nothing."""
+    """
+    The penalty at each optimizer step of a run, a pure function of the step: the same on all ranks, and resuming
+    changes nothing.
+
+    Args:
+        total_steps: The optimizer steps of the whole run, of which `start` and `end` are fractions.
+        warmup_steps: During it r or α rises from 0 as the learning rate does, or there is no penalty.
+    """
 
     r: float
     alpha: float
+    total_steps: int
+    warmup_type: str = "none"
+    warmup_steps: int = 0
+    start: float = 0.0
+    end: float = 1.0
+    interval: int = 1
+    probability: float = 1.0
+    seed: int = 0
 
     @classmethod
-    def from_args(cls, args: GNPArguments) -> "Schedule":
-        return cls(r=args.gnp_r, alpha=args.gnp_alpha)
+    def from_args(cls, args: Any, total_steps: int) -> "Schedule":
+        warmup = args.gnp_warmup_steps
+        if warmup is None:
+            warmup_steps = args.get_warmup_steps(total_steps)
+        else:
+            warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps)
+        return cls(
+            r=args.gnp_r,
+            alpha=args.gnp_alpha,
+            total_steps=total_steps,
+            warmup_type=args.gnp_warmup_type,
+            warmup_steps=warmup_steps,
+            start=args.gnp_start,
+            end=args.gnp_end,
+            interval=args.gnp_interval,
+            probability=args.gnp_probability,
+            seed=args.seed,
+        )
 
     def at(self, step: int) -> Penalty | None:
-        """The penalty of optimizer step `step` (`state.global_step` while it runs); None for a plain step."""
-        if self.alpha == 0:
-            return None
-        return Penalty(self.r, self.alpha)
+        """The penalty of optimizer step `step`, counted from 0 (`state.global_step`); None for a plain step."""
+        warmth = min(1.0, step / self.warmup_steps) if self.warmup_type != "none" and self.warmup_steps > 0 else 1.0
+        r = self.r * warmth if self.warmup_type == "r" else self.r
+        alpha = self.alpha * warmth if self.warmup_type == "lambda" else self.alpha
+        is_warming_up = self.warmup_type == "zero" and warmth < 1
+        is_on = not is_warming_up and self._is_in_range(step) and self._is_chosen(step)
+        return Penalty(r, alpha) if is_on and r > 0 and alpha > 0 else None
+
+    def _is_in_range(self, step: int) -> bool:
+        return self.start * self.total_steps <= step < self.end * self.total_steps
+
+    def _is_chosen(self, step: int) -> bool:
+        if self.probability < 1:
+            return random.Random(f"{self.seed}:{step}").random() < self.probability
+        return (step + 1) % self.interval == 0
+
+    def noise_seed(self, step: int) -> int:
+        """For the noise of a step, equal on all ranks."""
+        return random.Random(f"noise:{self.seed}:{step}").getrandbits(62)

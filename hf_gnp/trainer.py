@@ -1,24 +1,31 @@
 """`GNPTrainer`: transformers' `Trainer` with a penalised step."""
 
 import functools
-import logging
-import math
 import os
+import re
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
 
 from .arguments import with_gnp_arguments
 from .checkpoint import GNPStateCallback, add_to_model_card, has_renamed_keys, load_renamed
 from .engines import Engine, make_engine, refuse_unsupported
 from .metrics import StepMetrics
-from .replay import RunningStatistics, Window, random_devices
+from .perturbation import Perturbation
+from .replay import RunningBuffers, Window, random_devices
 from .schedule import Penalty, Schedule
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
+
+# Of the perturbation, what should survive rounding.
+FIDELITY_FLOOR = 0.9
+# By class name: they divide by a running estimate of the gradient's size.
+ADAPTIVE_OPTIMIZERS = "ada|lamb|rmsprop|prodigy|apollo|sophia"
 
 
 class GNPMixin:
@@ -45,9 +52,12 @@ class GNPMixin:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.args = with_gnp_arguments(self.args)
+        self._gnp_perturbation = Perturbation.from_args(self.args, self.model)
         if self.args.gnp_alpha > 0:
             optimizer_cls = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else None
-            refuse_unsupported(self.accelerator, self.args, self.optimizer or optimizer_cls, self.model)
+            refuse_unsupported(
+                self.accelerator, self.args, self.optimizer or optimizer_cls, self.model, self._gnp_perturbation
+            )
         self.add_callback(GNPStateCallback(**self.args.gnp_values()))
         self._gnp_run: _Run | None = None
 
@@ -63,23 +73,23 @@ class GNPMixin:
         Args and return value are those of [`~transformers.Trainer.training_step`]; the loss is the clean one.
         """
         run = self._gnp_current_run(model)
-        run.penalty = run.schedule.at(self.state.global_step)
+        run.begin_step(self.state.global_step)
         if run.penalty is None:
             return super().training_step(model, inputs, num_items_in_batch)
 
         engine, window = run.engine, run.window
         if not window.micro_batches:
-            run.statistics.start()
+            run.buffers.start()
         micro_batch = window.record(inputs, num_items_in_batch, self.current_gradient_accumulation_steps)
         with engine.first_pass():
             micro_batch.loss = loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return loss
 
-        grad_norm = engine.gradient_norm()
-        if 0 < grad_norm < math.inf:  # else the step goes on as it would have without a penalty
+        norms = engine.gradient_norms()
+        if engine.wants_second_pass():  # else the norm is 0 or not finite, and the step goes on as a plain one
             perturbed_loss = self._gnp_second_pass(model, run)
-            run.metrics.add(grad_norm, window.loss(), perturbed_loss)
+            run.metrics.add(norms.gradient, window.loss(), perturbed_loss)
         engine.finish()
         window.clear()
         return loss
@@ -87,10 +97,11 @@ class GNPMixin:
     def _gnp_second_pass(self, model: nn.Module, run: "_Run") -> torch.Tensor:
         """Replay the window at the perturbed weights, mix the gradients, and return the perturbed loss."""
         engine, penalty = run.engine, run.penalty
+        noise_seed = run.schedule.noise_seed(self.state.global_step)
         perturbed_loss = 0.0
         with (
-            engine.perturbed(penalty.r, penalty.alpha),
-            run.statistics.frozen(),
+            engine.perturbed(penalty.r, penalty.alpha, noise_seed, self._gnp_logs_this_step()) as fidelity,
+            run.buffers.replay(),
             run.window.replay() as micro_batches,
         ):
             for micro_batch, is_last in micro_batches:
@@ -99,7 +110,21 @@ class GNPMixin:
                     perturbed_loss += super().training_step(model, micro_batch.inputs, micro_batch.num_items_in_batch)
                 self.current_flos += float(self.floating_point_ops(micro_batch.inputs))
         engine.mix(penalty.alpha)
+        if fidelity is not None:
+            run.metrics.fidelity = fidelity.to(self.accelerator.device)
         return perturbed_loss
+
+    def _gnp_logs_this_step(self) -> bool:
+        """Whether `Trainer` will log when this step ends, as far as its arguments tell."""
+        args, state = self.args, self.state
+        if args.logging_strategy == IntervalStrategy.NO:
+            return False
+        if args.logging_first_step and state.global_step == 0:
+            return True
+        interval = state.logging_steps
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            interval = max(1, round(state.max_steps / state.num_train_epochs))
+        return (state.global_step + 1) % interval == 0
 
     def _gnp_current_run(self, model: nn.Module) -> "_Run":
         """What belongs to this run of `train`: `Trainer` makes a new state, and may wrap the model anew, for each."""
@@ -118,11 +143,17 @@ class GNPMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._gnp_run is not None:
-            logs.update(self._gnp_run.metrics.drain(self.accelerator))
+            gnp_logs = self._gnp_run.metrics.drain(self.accelerator)
+            logs.update(gnp_logs)
+            if gnp_logs.get("gnp_fidelity", 1.0) < FIDELITY_FLOOR:
+                self._gnp_run.warn_once(
+                    f"Less than {FIDELITY_FLOOR:.0%} of the perturbation survives rounding to the weights' dtype "
+                    "(gnp_fidelity): raise gnp_r, set gnp_stochastic_rounding, or use fp32 weights and bf16=True."
+                )
         super().log(logs, *args, **kwargs)
 
     def save_model(self, *args, **kwargs) -> None:
-        """Saves as [`~transformers.Trainer.save_model`] does, and never perturbed weights, as a signal handler might."""
+        """Saves as [`~transformers.Trainer.save_model`] does, but never perturbed weights, as a signal handler may."""
         if self._gnp_run is not None and self._gnp_run.is_perturbed:
             raise RuntimeError("The weights are perturbed by an unfinished second pass: nothing was saved.")
         super().save_model(*args, **kwargs)
@@ -165,24 +196,55 @@ class GNPTrainer(GNPMixin, Trainer):
 
 
 class _Run:
-    """The parts of the penalised step that live as long as one run of the training loop."""
+    """What lives as long as one run of the training loop: it begins with a new state, and perhaps a new wrapping."""
 
     def __init__(self, trainer: GNPMixin, model: nn.Module):
         self.state, self.model, self.accelerator = trainer.state, model, trainer.accelerator
-        self.schedule = Schedule.from_args(trainer.args)
+        self.perturbation = trainer._gnp_perturbation
+        self.schedule = Schedule.from_args(trainer.args, trainer.state.max_steps)
         self.window = Window(random_devices(model, trainer.args.n_gpu), copy_inputs=_loss_is_user_code(trainer))
-        self.statistics = RunningStatistics(model)
+        self.buffers = RunningBuffers(model)
         self.metrics = StepMetrics()
+        self.step: int | None = None
         self.penalty: Penalty | None = None
+        self._warnings: set[str] = set()
+        if _is_known_to_harm(trainer):
+            self.warn_once(
+                "An adaptive optimizer with a learning-rate warm-up and no warm-up of the penalty: there the penalty "
+                "is known to harm (arXiv 2406.09723). Set gnp_warmup_type, to 'zero' for vision transformers."
+            )
+
+    def warn_once(self, message: str) -> None:
+        if message not in self._warnings:
+            self._warnings.add(message)
+            logger.warning(message)
+
+    def begin_step(self, step: int) -> None:
+        """Called for each micro-batch of the step."""
+        if step != self.step:
+            self.step, self.penalty = step, self.schedule.at(step)
+            if self.schedule.alpha > 0:
+                self.metrics.begin(self.penalty)
 
     @functools.cached_property
     def engine(self) -> Engine:
         """Made for the first penalised step: plain training asks nothing of the engine."""
-        return make_engine(self.accelerator, self.model)
+        return make_engine(self.accelerator, self.model, self.perturbation)
 
     @property
     def is_perturbed(self) -> bool:
         return "engine" in vars(self) and self.engine.is_perturbed
+
+
+def _is_known_to_harm(trainer: GNPMixin) -> bool:
+    args = trainer.args
+    has_warmup = args.get_warmup_steps(trainer.state.max_steps) > 0
+    if args.gnp_alpha == 0 or args.gnp_warmup_type != "none" or not has_warmup or trainer.optimizer is None:
+        return False
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer
+    return re.search(ADAPTIVE_OPTIMIZERS, type(optimizer).__name__, re.IGNORECASE) is not None
 
 
 def _loss_is_user_code(trainer: Trainer) -> bool:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 
 
+Tensors = Sequence[torch.Tensor]
+
+
 def gradient(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -16,31 +19,58 @@ def norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt()
 
 
+def along_the_gradient(parameters: Tensors, g1: Tensors) -> list[torch.Tensor]:
+    """g₁/‖g₁‖"""
+    return [g / norm(g1) for g in g1]
+
+
+def scale_invariant(parameters: Tensors, g1: Tensors) -> list[torch.Tensor]:
+    """w² g₁/‖w g₁‖: ASAM (Kwon et al. 2021), equation 9 with T_w = |w|."""
+    length = norm(p * g for p, g in zip(parameters, g1, strict=True))
+    return [p.square() * g / length for p, g in zip(parameters, g1, strict=True)]
+
+
+def paper_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
+    """(1-α) g₁ + α g₂"""
+    return [(1 - alpha) * a + alpha * b for a, b in zip(g1, g2, strict=True)]
+
+
+def authors_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
+    """(1-α) g₁/‖g₁‖ + α g₂: `norm_perturbations=True` in the authors' code."""
+    return paper_mix([g / norm(g1) for g in g1], g2, alpha)
+
+
 def train(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Any],
     loss_function: Callable[[torch.nn.Module, Any], torch.Tensor],
-    r: float,
-    alpha: float,
+    penalty: Callable[[int], tuple[float, float]],
     max_norm: float | None = None,
+    direction: Callable[[Tensors, Tensors], Tensors] = along_the_gradient,
+    mix: Callable[[Tensors, Tensors, float], Tensors] = paper_mix,
 ) -> list[dict[str, float]]:
-    """Step once on each batch; return the clean loss, ‖g₁‖ and the perturbed loss of each step."""
+    """
+    Step once on each batch, with the r and α that `penalty` has for the step. Return the clean loss, ‖g₁‖ and the
+    perturbed loss of each step.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     logs = []
-    for batch in batches:
+    for step, batch in enumerate(batches):
+        r, alpha = penalty(step)
         loss = loss_function(model, batch)
         g1 = gradient(model, loss)
         start = [p.detach().clone() for p in parameters]
         with torch.no_grad():
-            for p, g in zip(parameters, g1, strict=True):
-                p += r * g / norm(g1)  # climb along the normalised gradient
+            for p, d in zip(parameters, direction(start, g1), strict=True):
+                p += r * d  # climb
         perturbed_loss = loss_function(model, batch)
         g2 = gradient(model, perturbed_loss)
+        mixed = mix(g1, g2, alpha) if alpha > 0 else g1
         with torch.no_grad():
-            for p, origin, a, b in zip(parameters, start, g1, g2, strict=True):
+            for p, origin, g in zip(parameters, start, mixed, strict=True):
                 p.copy_(origin)
-                p.grad = (1 - alpha) * a + alpha * b
+                p.grad = g
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         optimizer.step()

@@ -146,6 +146,8 @@ def reference_run(
     steps: Sequence[Any] | None = None,
     loss: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    penalty: Callable[[int], tuple[float, float]] | None = None,
+    **variant: Any,
 ):
     """
     Start and end point of the reference loop, with its logs, at the settings of `BASE`; over other `steps` (each the
@@ -159,9 +161,9 @@ def reference_run(
         optimizer([p for p in model.parameters() if p.requires_grad], lr=BASE["learning_rate"]),
         windows(kind, accumulation * ranks) if steps is None else steps,
         (lambda model, window: window_loss(model, window, ranks)) if loss is None else loss,
-        r,
-        alpha,
+        penalty or (lambda step: (r, alpha)),
         BASE["max_grad_norm"],
+        **variant,
     )
     return start, flat_weights(model), logs
 

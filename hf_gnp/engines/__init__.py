@@ -4,6 +4,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from hf_gnp.perturbation import Perturbation
+
 from .base import Engine
 from .native import NativeEngine
 from .support import refuse_unsupported
@@ -12,20 +14,22 @@ from .support import refuse_unsupported
 __all__ = ["Engine", "make_engine", "refuse_unsupported"]
 
 
-def make_engine(accelerator: Accelerator, model: nn.Module) -> Engine:
+def make_engine(accelerator: Accelerator, model: nn.Module, perturbation: Perturbation) -> Engine:
     """
     The engine for a model that `accelerator` has prepared.
 
     Raises:
+        ValueError: for stochastic rounding of weights that are not 16-bit.
         NotImplementedError: for a distributed type that the penalty is not known to be right on.
     """
+    perturbation.check_rounding(model)
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         from .deepspeed import make_deepspeed_engine
 
-        return make_deepspeed_engine(accelerator)
+        return make_deepspeed_engine(accelerator, perturbation)
     if kind in (DistributedType.NO, DistributedType.FSDP) or kind.value.startswith("MULTI_"):
-        return NativeEngine(accelerator, model)
+        return NativeEngine(accelerator, perturbation, model)
     raise NotImplementedError(
         f"The gradient-norm penalty does not run under {kind}. "
         "Use one process, DDP, FSDP2 or DeepSpeed ZeRO, or set gnp_alpha=0 for plain training."

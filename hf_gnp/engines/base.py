@@ -1,67 +1,108 @@
-"""What the trainer asks of an engine."""
+"""What an engine is: shards of one rank, collectives between ranks, and the penalised step in terms of both."""
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_gnp import penalty
+from hf_gnp.perturbation import Perturbation
+
+
+class Shard(NamedTuple):
+    """
+    This rank's part of one parameter, without padding: three local tensors of the same shape. They may lie on
+    different devices (offload) and have different dtypes; `master` is `weight` where there is no master. `copies`
+    ranks hold the same part.
+    """
+
+    parameter: nn.Parameter
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    master: torch.Tensor
+    copies: int = 1
+
+
+class GradientNorms(NamedTuple):
+    """
+    `gradient`: ‖g₁‖. `direction`: the norm by which the move is normalised: ‖g₁‖ again, or that of the gradient of the
+    chosen parameters, or ‖θ ⊙ g₁‖. Global, the same on all ranks, and without the loss scale.
+    """
+
+    gradient: float
+    direction: float
 
 
 class Engine(ABC):
     """
-    The shards of one rank, and the collectives between ranks, during one penalised step:
+    One penalised step:
 
-        with engine.first_pass(): ...           # each micro-batch: backward, and no optimizer step
-        norm = engine.gradient_norm()
-        with engine.perturbed(r, alpha):        # the weights are θ + r g₁/‖g₁‖
+        with engine.first_pass(): ...               # each micro-batch: backward, and no optimizer step
+        norms = engine.gradient_norms()
+        with engine.perturbed(r, alpha):            # the weights are θ + r g₁/‖g₁‖
             with engine.micro_batch(is_last): ...
-        engine.mix(alpha)                       # the gradient is (1-α) g₁ + α g₂
+        engine.mix(alpha)                           # the gradient is (1-α) g₁ + α g₂
         engine.finish()
         engine.drop_nonfinite_gradient(grad_norm)
     """
+
+    has_master = True  # whether 16-bit forward weights have an fp32 master
+
+    def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
+        self.accelerator = accelerator
+        self.perturbation = perturbation
+        self._norms = GradientNorms(0.0, 0.0)
+
+    # What each engine says of itself.
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """This rank's shards, after a pass has ended. Their gradients are those that the step will use."""
+
+    @abstractmethod
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a small tensor over the ranks that hold distinct shards: one all-reduce at most."""
+
+    @abstractmethod
+    def loss_scale(self) -> float:
+        """The factor that the gradients in `shards` carry."""
 
     @property
     @abstractmethod
     def is_perturbed(self) -> bool:
         """Whether weights on this rank are not θ."""
 
+    @property
+    @abstractmethod
+    def shard_index(self) -> int:
+        """Which shards this rank holds: the same number on ranks that hold the same."""
+
     @abstractmethod
     def first_pass(self) -> AbstractContextManager:
         """Around `Trainer.training_step`: nothing steps in it, also where the engine's backward would."""
 
     @abstractmethod
-    def gradient_norm(self) -> float:
-        """
-        ‖g₁‖ at the window's end: global, the same number on all ranks, without the loss scale. Each element of the
-        gradient counts once, whether it is sharded or replicated. One scalar all-reduce at most.
-        """
-
-    @abstractmethod
     def micro_batch(self, is_last: bool) -> AbstractContextManager:
         """Around a replayed `Trainer.training_step`: gradients are reduced over ranks as in the first pass."""
 
-    @contextlib.contextmanager
-    def perturbed(self, r: float, alpha: float) -> Iterator[None]:
-        """
-        The weights moved to θ + r g₁/‖g₁‖ on all ranks, and the gradient ready for g₂. Afterwards, at the latest when
-        `finish` steps, the weights are θ bit for bit. If the second pass raised, they are at once, and no gradient
-        is left.
-        """
-        try:
-            self.perturb(r, alpha)
-            yield
-        except BaseException:
-            try:
-                self.restore()
-            finally:
-                self.discard_gradient()
-            raise
-        self.end_perturbation()
+    @abstractmethod
+    def keep_weights(self, shards: list[Shard]) -> None:
+        """Keep what `restore` needs, before these shards are moved."""
 
     @abstractmethod
-    def perturb(self, r: float, alpha: float) -> None:
-        """Keep what `restore` and `mix` need, move the local shards, and make them visible to the next forward."""
+    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
+        """Keep what `mix` needs of scale * g₁, and make room for g₂."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the next forward on all ranks see the shards. A collective where weights are replicated."""
 
     @abstractmethod
     def restore(self) -> None:
@@ -73,7 +114,7 @@ class Engine(ABC):
 
     @abstractmethod
     def mix(self, alpha: float) -> None:
-        """Turn the accumulated gradient into (1-α) g₁ + α g₂."""
+        """Turn the gradient into (1-α) g₁ + α g₂."""
 
     @abstractmethod
     def discard_gradient(self) -> None:
@@ -89,3 +130,91 @@ class Engine(ABC):
         Between clipping and the optimizer step: drop a gradient whose norm is not finite, so that no weight becomes
         NaN. Returns whether it was dropped. A loss scaler, where there is one, skips the step by itself.
         """
+
+    # What follows from it.
+
+    @torch.no_grad()
+    def gradient_norms(self) -> GradientNorms:
+        """The norms of g₁ at the window's end. Each element counts once, whether it is sharded or replicated."""
+        shards = self.shards()
+        sq_norms = [self._local_sq_norm(shards)]
+        if not self.perturbation.is_plain:
+            sq_norms.append(self._local_sq_norm(self._to_move(shards), self.perturbation.adaptive))
+        sq_norms = self.sum_over_ranks(torch.stack(sq_norms)).tolist()
+        scale = self.loss_scale()
+        self._norms = GradientNorms(math.sqrt(sq_norms[0]) / scale, math.sqrt(sq_norms[-1]) / scale)
+        return self._norms
+
+    def wants_second_pass(self) -> bool:
+        """The same on all ranks: whether there is a direction to move along."""
+        return 0 < self._norms.direction < math.inf
+
+    @contextlib.contextmanager
+    def perturbed(
+        self, r: float, alpha: float, noise_seed: int | None = None, measure: bool = False
+    ) -> Iterator[torch.Tensor | None]:
+        """
+        The weights moved to θ + r g₁/‖g₁‖ on all ranks, and the gradient ready for g₂. Afterwards, at the latest when
+        `finish` steps, the weights are θ bit for bit. If the second pass raised, they are at once, and no gradient
+        is left.
+
+        Args:
+            noise_seed: For stochastic rounding; equal on all ranks.
+            measure: Whether to yield this rank's (⟨θ̃-θ, e⟩, ‖e‖²), of the move e and what rounding left of it.
+        """
+        try:
+            yield self.perturb(r, alpha, noise_seed, measure)
+        except BaseException:
+            try:
+                self.restore()
+            finally:
+                self.discard_gradient()
+            raise
+        self.end_perturbation()
+
+    @torch.no_grad()
+    def perturb(self, r: float, alpha: float, noise_seed: int | None, measure: bool) -> torch.Tensor | None:
+        shards = self.shards()
+        moved = self._to_move(shards) if self._has(self._norms.direction) else []
+        self.keep_weights(moved)
+        fidelity = penalty.move_(
+            [shard.weight for shard in moved],
+            [shard.gradient for shard in moved],
+            [shard.master for shard in moved],
+            scale=r / (self._norms.direction * self.loss_scale()) if moved else 0.0,
+            adaptive=self.perturbation.adaptive,
+            noise_seed=self._noise_seed(noise_seed),
+            measure=measure,
+        )
+        is_normalized = self.perturbation.normalize_gradient and self._has(self._norms.gradient)
+        self.keep_gradients(shards, alpha, 1 / self._norms.gradient if is_normalized else 1.0)
+        self.publish()
+        return fidelity
+
+    @staticmethod
+    def _has(norm: float) -> bool:
+        return 0 < norm < math.inf
+
+    def _to_move(self, shards: Sequence[Shard]) -> list[Shard]:
+        return [shard for shard in shards if self.perturbation.moves(shard.parameter)]
+
+    def _noise_seed(self, noise_seed: int | None) -> int | None:
+        rounding = self.perturbation.stochastic_rounding
+        if rounding is True or (rounding == "auto" and not self.has_master):
+            return noise_seed + self.shard_index
+        return None
+
+    def _local_sq_norm(self, shards: Sequence[Shard], adaptive: bool = False) -> torch.Tensor:
+        """Summed over ranks it is the global one: an element that k ranks hold counts 1/k on each."""
+        by_copies = defaultdict(list)
+        for shard in shards:
+            by_copies[shard.copies].append(shard)
+        total = torch.zeros((), device=self.accelerator.device)
+        for copies, group in by_copies.items():
+            if adaptive:  # one product at a time: a list of them would be another copy of the gradient
+                parts = [penalty.local_sq_norm([s.master * s.gradient.to(s.master.device)]) for s in group]
+                sq_norm = sum(part.to(total.device) for part in parts)
+            else:
+                sq_norm = penalty.local_sq_norm([shard.gradient for shard in group]).to(total.device)
+            total = total + sq_norm / copies
+        return total

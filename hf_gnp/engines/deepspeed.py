@@ -8,13 +8,15 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from hf_gnp.perturbation import Perturbation
+
 from .base import Engine
 from .zero import Zero0Engine
 from .zero3 import Zero3Engine
 from .zero12 import Bf16Zero1Engine, Zero12Engine
 
 
-def make_deepspeed_engine(accelerator: Accelerator) -> Engine:
+def make_deepspeed_engine(accelerator: Accelerator, perturbation: Perturbation) -> Engine:
     """
     The engine for the DeepSpeed optimizer that `accelerator` has prepared.
 
@@ -23,13 +25,13 @@ def make_deepspeed_engine(accelerator: Accelerator) -> Engine:
     """
     optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer:
-        return Zero12Engine(accelerator)
+        return Zero12Engine(accelerator, perturbation)
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
-        return Zero3Engine(accelerator)
+        return Zero3Engine(accelerator, perturbation)
     if type(optimizer) is BF16_Optimizer:
-        return Bf16Zero1Engine(accelerator)
+        return Bf16Zero1Engine(accelerator, perturbation)
     if isinstance(optimizer, torch.optim.Optimizer | FP16_Optimizer | FP16_UnfusedOptimizer):
-        return Zero0Engine(accelerator)
+        return Zero0Engine(accelerator, perturbation)
     raise NotImplementedError(
         f"The gradient-norm penalty does not know DeepSpeed's {type(optimizer).__name__}: "
         "use ZeRO stage 1, 2 or 3, or set gnp_alpha=0 for plain training."

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -13,8 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_gnp import penalty
+from hf_gnp.perturbation import Perturbation
 
-from .base import Engine
+from .base import Engine, Shard
 
 
 class NativeEngine(Engine):
@@ -22,36 +22,52 @@ class NativeEngine(Engine):
     Engine over `param.grad`.
 
     The second pass accumulates into the scaled first gradient, so there is no second gradient buffer; what is held
-    is one copy of the trainable weights that have a gradient (of this rank's shard under FSDP2).
+    is one copy of the weights that are moved (of this rank's shard under FSDP2).
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module):
-        self.accelerator = accelerator
+    has_master = False
+
+    def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module):
+        super().__init__(accelerator, perturbation)
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.is_sharded = any(isinstance(p, DTensor) for p in self.parameters)
         self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        self._scaled_norm = 0.0
         self._moved: list[torch.Tensor] = []
         self._backup: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def shards(self) -> list[Shard]:
+        shards = []
+        for parameter in self._with_gradient():
+            weight = _local(parameter)
+            copies = _copies(parameter) if self.is_sharded else 1
+            shards.append(Shard(parameter, weight, _local(parameter.grad), weight, copies))
+        return shards
+
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        # Whole gradients are the same on all ranks already, or meant to differ (without `sync`).
+        if self.is_sharded:
+            dist.all_reduce(value)
+        return value
+
+    def loss_scale(self) -> float:
+        return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
 
     @property
     def is_perturbed(self) -> bool:
         return bool(self._moved)
 
-    def first_pass(self):
-        return contextlib.nullcontext()
+    @property
+    def shard_index(self) -> int:
+        return sum(_shard_index(parameter) for parameter in self.parameters[:1])
 
-    @torch.no_grad()
-    def gradient_norm(self) -> float:
-        with_gradient = self._with_gradient()
-        if not with_gradient:
-            raise RuntimeError(
-                "No parameter has a gradient after backward, so there is nothing to penalise. An optimizer that steps "
-                "inside backward (LOMO, layer-wise GaLore or APOLLO) cannot be used with the gradient-norm penalty."
-            )
-        sq_norm = _global_sq_norm([p.grad for p in with_gradient], self.accelerator.device)
-        self._scaled_norm = math.sqrt(sq_norm)
-        return self._scaled_norm / self._loss_scale()
+    def first_pass(self):
+        return contextlib.nullcontext() if self.perturbation.sync else self.accelerator.no_sync(self.model)
+
+    def wants_second_pass(self) -> bool:
+        # Without `sync` the norms differ by rank, and all ranks have to take part in reducing the second gradient.
+        return not self.perturbation.sync or super().wants_second_pass()
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
@@ -62,25 +78,26 @@ class NativeEngine(Engine):
         finally:
             set_sync_gradients(self.accelerator, True)
 
-    @torch.no_grad()
-    def perturb(self, r: float, alpha: float) -> None:
-        with_gradient = self._with_gradient()
-        weights = [_local(p) for p in with_gradient]
-        gradients = [_local(p.grad) for p in with_gradient]
-        self._backup = [weight.clone() for weight in weights]
-        self._moved = weights
-        penalty.add_scaled_(weights, gradients, r / self._scaled_norm)
+    def keep_weights(self, shards: list[Shard]) -> None:
+        self._backup = [shard.weight.clone() for shard in shards]
+        self._moved = [shard.weight for shard in shards]
+
+    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
         if alpha < 1:
-            penalty.scale_(gradients, (1 - alpha) / alpha)
+            penalty.scale_([shard.gradient for shard in shards], scale * (1 - alpha) / alpha)
         else:
             self.discard_gradient()
-        self._reshard()
+
+    def publish(self) -> None:
+        # Parameters that FSDP2 kept gathered (reshard_after_backward=False) would not notice a changed shard.
+        for module in self._fsdp_modules:
+            module.reshard()
 
     @torch.no_grad()
     def restore(self) -> None:
         penalty.copy_(self._moved, self._backup)
         self._moved, self._backup = [], []
-        self._reshard()
+        self.publish()
 
     @torch.no_grad()
     def mix(self, alpha: float) -> None:
@@ -106,10 +123,12 @@ class NativeEngine(Engine):
             raise NotImplementedError(
                 "The gradient-norm penalty needs dense gradients: build the embedding with sparse=False."
             )
+        if not with_gradient:
+            raise RuntimeError(
+                "No parameter has a gradient after backward, so there is nothing to penalise. An optimizer that steps "
+                "inside backward (LOMO, layer-wise GaLore or APOLLO) cannot be used with the gradient-norm penalty."
+            )
         return with_gradient
-
-    def _loss_scale(self) -> float:
-        return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
 
     def _reduces(self, is_last: bool) -> bool:
         return is_last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
@@ -119,43 +138,32 @@ class NativeEngine(Engine):
             return _defer_reduction(self.model)
         return self.accelerator.no_sync(self.model)
 
-    def _reshard(self) -> None:
-        """Parameters that FSDP2 kept gathered (reshard_after_backward=False) would not notice a changed shard."""
-        for module in self._fsdp_modules:
-            module.reshard()
-
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _global_sq_norm(gradients: list[torch.Tensor], device: torch.device) -> float:
-    """
-    ‖g‖² over all ranks, each element counted once.
-
-    Plain tensors are the same on all ranks already and need no collective. With DTensors, an element that k ranks
-    hold counts 1/k on each of them, so one sum over the world is right on any mix of meshes.
-    """
-    if not any(isinstance(gradient, DTensor) for gradient in gradients):
-        return penalty.local_sq_norm(gradients).item()
-    by_copies = defaultdict(list)
-    for gradient in gradients:
-        by_copies[_copies(gradient)].append(_local(gradient))
-    local = sum(penalty.local_sq_norm(group).to(device) / copies for copies, group in by_copies.items())
-    dist.all_reduce(local)
-    return local.item()
-
-
-def _copies(tensor: torch.Tensor) -> int:
-    """The number of ranks that hold each element."""
+def _copies(parameter: nn.Parameter) -> int:
+    """The number of ranks that hold each element of the gradient: all, divided by what it is sharded over."""
     copies = dist.get_world_size()
-    if isinstance(tensor, DTensor):
-        for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True):
+    if isinstance(parameter.grad, DTensor):
+        for placement, size in zip(parameter.grad.placements, parameter.grad.device_mesh.shape, strict=True):
             if placement.is_partial():
                 raise NotImplementedError(f"The gradient-norm penalty needs reduced gradients, not {placement}.")
             if not placement.is_replicate():
                 copies //= size
     return copies
+
+
+def _shard_index(parameter: nn.Parameter) -> int:
+    """The place of this rank's shard of `parameter` along the mesh dimensions that it is sharded over."""
+    index = 0
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for placement, place, size in zip(parameter.placements, mesh.get_coordinate(), mesh.shape, strict=True):
+            if not placement.is_replicate():
+                index = index * size + place
+    return index
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled
 
+from hf_gnp.perturbation import Perturbation
+
 
 _STEPS_INSIDE_BACKWARD = {
     OptimizerNames.LOMO,
@@ -22,7 +24,13 @@ _STEPS_INSIDE_BACKWARD = {
 _STEPS_INSIDE_BACKWARD_CLASSES = {"Lomo", "AdaLomo", "LayerWiseDummyOptimizer"}
 
 
-def refuse_unsupported(accelerator: Accelerator, args: TrainingArguments, optimizer: Any, model: nn.Module) -> None:
+def refuse_unsupported(
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    optimizer: Any,
+    model: nn.Module,
+    perturbation: Perturbation | None = None,
+) -> None:
     """
     Raise for an optimizer, a parallelism or an engine on which the penalised step would be wrong.
 
@@ -30,13 +38,14 @@ def refuse_unsupported(accelerator: Accelerator, args: TrainingArguments, optimi
         optimizer: The optimizer, or the optimizer class, that the user passed; None if `args.optim` decides.
 
     Raises:
-        ValueError: for an optimizer that steps inside backward.
+        ValueError: for an optimizer that steps inside backward, or a gnp argument that the engine cannot follow.
         NotImplementedError: for an engine or a parallelism.
     """
     _refuse_optimizer(args, optimizer)
     for reason in (_unsupported_engine(accelerator), _unsupported_model(model), *_unsupported_deepspeed(accelerator)):
         if reason is not None:
             raise NotImplementedError(f"The gradient-norm penalty does not run with {reason}, or set gnp_alpha=0.")
+    _refuse_perturbation(accelerator, perturbation or Perturbation(), model)
 
 
 def _refuse_optimizer(args: TrainingArguments, optimizer: Any) -> None:
@@ -64,6 +73,18 @@ def _unsupported_engine(accelerator: Accelerator) -> str | None:
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         return "context or sequence parallelism, which shards the inputs in place: use FSDP2 or ZeRO-3 alone"
     return None
+
+
+def _refuse_perturbation(accelerator: Accelerator, perturbation: Perturbation, model: nn.Module) -> None:
+    is_deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
+    is_sharded = accelerator.is_fsdp2 or getattr(model, "is_distributed_loading_by_transformers", False)
+    if not perturbation.sync and (is_deepspeed or is_sharded):
+        raise ValueError(
+            "gnp_sync_perturbation=False moves each rank along its own gradient, of which a sharded engine has only a "
+            "part: use DDP or one process, or leave it at True."
+        )
+    if not is_deepspeed:  # which has yet to cast the weights
+        perturbation.check_rounding(model)
 
 
 def _unsupported_model(model: nn.Module) -> str | None:

@@ -9,15 +9,16 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed.comm as ds_comm
 import torch
 from accelerate import Accelerator
 
 from hf_gnp import penalty
+from hf_gnp.perturbation import Perturbation
 
-from .base import Engine
+from .base import Engine, Shard
 from .native import NativeEngine, set_sync_gradients
 
 
@@ -70,9 +71,10 @@ class DeepSpeedSteps:
 class Zero0Engine(DeepSpeedSteps, NativeEngine):
     """Stage 0: gradients are whole and in `param.grad`."""
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
         self.engine = accelerator.deepspeed_engine_wrapped.engine
-        super().__init__(accelerator, self.engine.module)
+        self.has_master = not isinstance(self.engine.optimizer, torch.optim.Optimizer)
+        super().__init__(accelerator, perturbation, self.engine.module)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -84,64 +86,34 @@ class Zero0Engine(DeepSpeedSteps, NativeEngine):
         super().finish()
 
 
-class Shard(NamedTuple):
-    """
-    This rank's part of one parameter, without padding: three local tensors of the same shape. Those of one parameter
-    may lie on different devices (offload) and have different dtypes; `master` is `weight` where there is no master.
-    """
-
-    weight: torch.Tensor
-    gradient: torch.Tensor
-    master: torch.Tensor
-
-
 class ShardedEngine(DeepSpeedSteps, Engine):
     """What ZeRO-1, 2 and 3 share: g₁ is kept aside as a shard, and g₂ replaces it."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
+        super().__init__(accelerator, perturbation)
         self.engine = accelerator.deepspeed_engine_wrapped.engine
         self.optimizer = self.engine.optimizer
-        self._scaled_norm = 0.0
         self._first_gradients: list[torch.Tensor] = []
-
-    @abstractmethod
-    def shards(self) -> list[Shard]:
-        """This rank's shards, after a pass has ended at a boundary. Gradients are those that the step will use."""
 
     @abstractmethod
     def reset_gradients(self) -> None:
         """Ready for a pass whose gradients replace those of the pass before."""
 
-    @abstractmethod
-    def publish(self) -> None:
-        """Make the next forward on all ranks see the shards. A collective where weights are replicated."""
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        ds_comm.all_reduce(value, group=self.optimizer.dp_process_group)
+        return value
 
-    @torch.no_grad()
-    def gradient_norm(self) -> float:
-        sq_norm = penalty.local_sq_norm([shard.gradient for shard in self.shards()]).to(self.accelerator.device)
-        ds_comm.all_reduce(sq_norm, group=self.optimizer.dp_process_group)
-        self._scaled_norm = math.sqrt(sq_norm.item())
-        return self._scaled_norm / self._loss_scale()
-
-    def _loss_scale(self) -> float:
+    def loss_scale(self) -> float:
         return self.optimizer.loss_scale
 
-    @torch.no_grad()
-    def perturb(self, r: float, alpha: float) -> None:
-        shards = self.shards()
-        self.move(shards, r / self._scaled_norm)
-        self.keep_gradients(shards, alpha)
-        self.publish()
+    @property
+    def shard_index(self) -> int:
+        return ds_comm.get_rank(self.optimizer.dp_process_group)
 
-    def move(self, shards: list[Shard], scale: float) -> None:
-        """Write the perturbed weights into this rank's shards."""
-        weights, gradients, masters = zip(*shards, strict=True) if shards else ((), (), ())
-        penalty.set_moved_(weights, gradients, masters, scale)
-
-    def keep_gradients(self, shards: list[Shard], alpha: float) -> None:
-        """Keep what `mix` needs of g₁, and make room for g₂."""
+    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
         self._first_gradients = [shard.gradient.clone() for shard in shards] if alpha < 1 else []
+        if scale != 1:
+            penalty.scale_(self._first_gradients, scale)
         self.reset_gradients()
 
     @torch.no_grad()

@@ -10,10 +10,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from torch import nn
 
 from hf_gnp import penalty
+from hf_gnp.perturbation import Perturbation
 
-from .zero import Shard, ShardedEngine
+from .base import Shard
+from .zero import ShardedEngine
 
 
 logger = logging.getLogger(__name__)
@@ -31,8 +34,8 @@ class _ReplicatedEngine(ShardedEngine):
 
     names: ClassVar[dict[str, str]]  # DeepSpeed's attributes: lists with one entry for each parameter group
 
-    def __init__(self, accelerator: Accelerator):
-        super().__init__(accelerator)
+    def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
+        super().__init__(accelerator, perturbation)
         self._is_perturbed = False
         # Only ranks that failed meet in it, so it must not share the order of the collectives of training.
         self._failed_ranks = dist.new_group(backend="gloo")
@@ -59,9 +62,8 @@ class _ReplicatedEngine(ShardedEngine):
             allgather_bucket_size=self.optimizer.allgather_bucket_size,
         )
 
-    def move(self, shards: list[Shard], scale: float) -> None:
-        self._is_perturbed = True
-        super().move(shards, scale)
+    def keep_weights(self, shards: list[Shard]) -> None:
+        self._is_perturbed = True  # the masters keep them
 
     def end_perturbation(self) -> None:
         pass  # `finish` publishes new weights
@@ -102,27 +104,28 @@ class Zero12Engine(_ReplicatedEngine):
     def shards(self) -> list[Shard]:
         shards = []
         for i, (weight, master) in enumerate(self.partitions()):
-            for offset, gradient in self._gradients(i):
-                place = (0, offset, gradient.numel())
-                shape = gradient.shape
-                shards.append(Shard(weight.narrow(*place).view(shape), gradient, master.narrow(*place).view(shape)))
+            for parameter, offset, gradient in self._gradients(i):
+                place, shape = (0, offset, gradient.numel()), gradient.shape
+                weight_part, master_part = (flat.narrow(*place).view(shape) for flat in (weight, master))
+                shards.append(Shard(parameter, weight_part, gradient, master_part))
         return shards
 
-    def _gradients(self, group: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The fragments of the averaged gradient in this rank's partition, each with its offset."""
-        optimizer = self.optimizer
+    def _gradients(self, group: int) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
+        """The fragments of the averaged gradient in this rank's partition: parameter, offset, gradient."""
+        optimizer, parameters = self.optimizer, self.optimizer.params_in_partition[group]
         if optimizer.cpu_offload:
             optimizer._wait_for_offload_copies()
             flat = optimizer.single_partition_of_fp32_groups[group].grad
-            for param in optimizer.params_in_partition[group]:
-                _, _, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
-                yield offset, flat.narrow(0, offset, size)
-        elif optimizer.params_in_partition[group]:
-            offset = 0
+            for parameter in parameters:
+                _, _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                yield parameter, offset, flat.narrow(0, offset, size)
+        elif parameters:
+            offset, remaining = 0, iter(parameters)
             for fragment in optimizer.averaged_gradients[group]:
-                if not getattr(fragment, "_zero_padding", False):
+                if not getattr(fragment, "_zero_padding", False) and (parameter := next(remaining, None)) is not None:
                     size = min(fragment.numel(), optimizer.partition_size[group] - offset)
-                    yield offset, fragment if size == fragment.numel() else fragment.view(-1).narrow(0, 0, size)
+                    is_whole = size == fragment.numel()
+                    yield parameter, offset, fragment if is_whole else fragment.view(-1).narrow(0, 0, size)
                 offset += fragment.numel()
 
     def reset_gradients(self) -> None:
@@ -146,10 +149,9 @@ class Zero12Engine(_ReplicatedEngine):
     def _update_offloaded_norms(self) -> None:
         """With offload, DeepSpeed clips by norms that it took as the gradients arrived."""
         optimizer = self.optimizer
-        for group, params in enumerate(optimizer.params_in_partition):
-            for param, (_, gradient) in zip(params, self._gradients(group), strict=True):
-                if (param_id := optimizer.get_param_id(param)) in optimizer.norm_for_param_grads:
-                    optimizer.norm_for_param_grads[param_id] = gradient.norm()
+        for shard in self.shards():
+            if (param_id := optimizer.get_param_id(shard.parameter)) in optimizer.norm_for_param_grads:
+                optimizer.norm_for_param_grads[param_id] = shard.gradient.norm()
 
     def finish(self) -> None:
         # In bf16, DeepSpeed looks for NaN only on request, and would write them into the weights.
@@ -174,15 +176,24 @@ class Bf16Zero1Engine(_ReplicatedEngine):
     }
 
     def shards(self) -> list[Shard]:
-        gradients = self.optimizer.fp32_groups_gradient_flat_partition  # zero where the partition is padded
-        return [Shard(w, g, m) for (w, m), g in zip(self.partitions(), gradients, strict=True)]
+        shards = []
+        gradients = self.optimizer.fp32_groups_gradient_flat_partition
+        for i, ((weight, master), gradient) in enumerate(zip(self.partitions(), gradients, strict=True)):
+            start = -weight.numel() * dist.get_rank(self.optimizer.real_dp_process_group[i])
+            for parameter in self.optimizer.bf16_groups[i]:
+                first, last = max(start, 0), min(start + parameter.numel(), weight.numel())
+                if first < last:
+                    parts = (flat.narrow(0, first, last - first) for flat in (weight, gradient, master))
+                    shards.append(Shard(parameter, *parts))
+                start += parameter.numel()
+        return shards
 
-    def _loss_scale(self) -> float:
+    def loss_scale(self) -> float:
         return 1.0
 
-    def keep_gradients(self, shards: list[Shard], alpha: float) -> None:
+    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
         if alpha < 1:
-            penalty.scale_(self.optimizer.fp32_groups_gradients_flat, (1 - alpha) / alpha)
+            penalty.scale_(self.optimizer.fp32_groups_gradients_flat, scale * (1 - alpha) / alpha)
         else:
             self.reset_gradients()
 

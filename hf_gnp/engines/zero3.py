@@ -4,7 +4,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from .zero import Shard, ShardedEngine
+from hf_gnp.perturbation import Perturbation
+
+from .base import Shard
+from .zero import ShardedEngine
 
 
 class Zero3Engine(ShardedEngine):
@@ -13,8 +16,8 @@ class Zero3Engine(ShardedEngine):
     In fp32 training that is the master itself, of which a sharded copy is kept.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        super().__init__(accelerator)
+    def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
+        super().__init__(accelerator, perturbation)
         self._backup: list[torch.Tensor | None] = []
 
     @property
@@ -35,17 +38,16 @@ class Zero3Engine(ShardedEngine):
                         gradient = optimizer.averaged_gradients[i][j].view(-1).narrow(0, 0, real)
                     weight = optimizer.fp16_partitioned_groups_flat[i].narrow(0, offset, real)
                     master = optimizer.fp32_partitioned_groups_flat[i].detach().narrow(0, offset, real)
-                    shards.append(Shard(weight, gradient, master))
+                    shards.append(Shard(param, weight, gradient, master))
                 offset += size
         return shards
 
-    def move(self, shards: list[Shard], scale: float) -> None:
+    def keep_weights(self, shards: list[Shard]) -> None:
         weights, masters = self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat
         self._backup = [
             weight.clone() if weight.data_ptr() == master.data_ptr() else None
             for weight, master in zip(weights, masters, strict=True)
         ]
-        super().move(shards, scale)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from accelerate.state import AcceleratorState, GradientState
 from collectives import CountCollectives
 from runs import logs_of, make_args
-from tiny import collate, make_data, make_model
+from tiny import collate, flat_weights, make_data, make_model
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -61,8 +61,9 @@ def deepspeed_config(precision: str, zero: dict[str, Any], **config: Any) -> dic
 
 def load_model(case: dict[str, Any], folder: Path) -> torch.nn.Module:
     kind = case["kind"]
+    dtype = getattr(torch, case.get("dtype", "float32"))
     if case["engine"] != "fsdp2":
-        return make_model(kind)
+        return make_model(kind).to(dtype)
     from transformers.distributed import DistributedConfig
 
     path = folder / kind
@@ -70,7 +71,7 @@ def load_model(case: dict[str, Any], folder: Path) -> torch.nn.Module:
         make_model(kind, adapter=False).save_pretrained(path)
     dist.barrier()
     config = DistributedConfig(**{"fsdp_size": dist.get_world_size()} | case.get("distributed", {}))
-    return make_model(kind, loaded_from=path, distributed_config=config)
+    return make_model(kind, loaded_from=path, distributed_config=config, dtype=dtype)
 
 
 class FaultyLoss:
@@ -85,6 +86,8 @@ class FaultyLoss:
         call = f"{self.state.global_step}.{self.calls[key]}"
         if self.calls[key] == 1:
             self.start_of_step = full_weights(self.model)
+        if self.calls[key] == 2:
+            self.second_call = flat_weights(self.model)
         fault = self.faults.get(call) or self.faults.get(f"{call}@{dist.get_rank()}")
         if fault == "raise":
             raise RuntimeError(f"injected at {call}")
@@ -176,11 +179,17 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     if "faults" in case:
         result["start_of_step"] = trainer.start_of_step
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = ("loss", "grad_norm", "gnp_grad_norm", "gnp_perturbed_loss")
+    names = ("loss", "grad_norm", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_fidelity")
     result["logs"] = logs_of(trainer, *[n for n in names if logged and n in logged[0]])
     result["weights"] = full_weights(trainer.model)
     result["masters"] = full_weights(trainer.model, masters=True)
     result["loss_scale"] = loss_scale(trainer)
+    if case.get("compare_ranks"):
+        others = trainer.second_call.clone()
+        dist.broadcast(others, src=0)
+        agree = torch.tensor(torch.equal(others, trainer.second_call))
+        dist.all_reduce(agree, op=dist.ReduceOp.MIN)
+        result["ranks_agree"] = bool(agree)
     if case.get("count"):
         result["collectives"] = dict(trainer.pop_callback(CountCollectives).bytes)
     if case.get("zero_to_fp32") and dist.get_rank() == 0:

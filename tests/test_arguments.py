@@ -1,0 +1,229 @@
+"""The `gnp_*` arguments: their ranges, their texts, how they are parsed and copied; and what is refused up front."""
+
+import dataclasses
+import inspect
+import json
+import math
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from runs import make_args, make_trainer
+from tiny import make_model
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_gnp import GNPArguments, GNPTrainingArguments
+from hf_gnp.engines import refuse_unsupported
+
+
+GNP_FIELDS = dataclasses.fields(GNPArguments)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf, "large", "", [0.1]])
+@pytest.mark.parametrize("name", ["gnp_r", "gnp_alpha", "gnp_lambda"])
+def test_value_out_of_range(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        make_args(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gnp_alpha": 1.01}, "^gnp_alpha .* at most 1, .* 1.01"),
+        ({"gnp_r": 0.0}, "^gnp_r is 0"),
+        ({"gnp_r": 0.0, "gnp_alpha": 0.5}, "^gnp_r is 0"),
+        ({"gnp_r": 0.0, "gnp_lambda": 0.1}, "^gnp_lambda .* at most gnp_r"),
+        ({"gnp_r": 0.05, "gnp_lambda": 0.06}, r"^gnp_lambda .* at most gnp_r \(0.05\), but it is 0.06"),
+        ({"gnp_alpha": 0.5, "gnp_lambda": 0.01}, "^gnp_alpha and gnp_lambda"),
+        ({"gnp_alpha": 0.0, "gnp_lambda": 0.0}, "^gnp_alpha and gnp_lambda"),
+    ],
+)
+def test_values_that_do_not_go_together(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "r", "alpha"),
+    [
+        ({}, 0.05, 0.8),
+        ({"gnp_alpha": 0}, 0.05, 0.0),
+        ({"gnp_alpha": 0, "gnp_r": 0}, 0.0, 0.0),
+        ({"gnp_alpha": 1, "gnp_r": 2}, 2.0, 1.0),
+        ({"gnp_lambda": 0.0}, 0.05, 0.0),
+        ({"gnp_lambda": 0.1, "gnp_r": 0.1}, 0.1, 1.0),
+        ({"gnp_lambda": 0.025}, 0.05, 0.5),
+        ({"gnp_r": "5e-2", "gnp_alpha": "1e-1"}, 0.05, 0.1),  # as YAML reads numbers without a point
+    ],
+)
+def test_valid_values(tmp_path, values, r, alpha):
+    args = make_args(tmp_path, **values)
+    assert (args.gnp_r, args.gnp_alpha) == (r, alpha)
+    assert args.gnp_values() == {"gnp_r": r, "gnp_alpha": alpha}
+
+
+@pytest.mark.parametrize("field", GNP_FIELDS, ids=lambda field: field.name)
+def test_field_is_documented(field):
+    assert field.name.startswith("gnp_")
+    assert len(field.metadata["help"]) > 20
+    for cls in (GNPArguments, GNPTrainingArguments):
+        assert f"\n        {field.name} (`" in cls.__doc__
+
+
+def test_help_texts_reach_the_command_line():
+    text = " ".join(HfArgumentParser(GNPTrainingArguments).format_help().split())
+    for field in GNP_FIELDS:
+        assert f"--{field.name} " in text
+        assert " ".join(field.metadata["help"].split()) in text
+
+
+GIVEN = {"gnp_r": 0.1, "gnp_lambda": 0.05, "learning_rate": 0.25}
+
+
+def parse_flags(parser: HfArgumentParser, path) -> GNPTrainingArguments:
+    flags = [text for name, value in GIVEN.items() for text in (f"--{name}", str(value))]
+    return parser.parse_args_into_dataclasses(["--output_dir", str(path), *flags])[0]
+
+
+def parse_yaml(parser: HfArgumentParser, path) -> GNPTrainingArguments:
+    file = path / "args.yaml"
+    file.write_text("".join(f"{name}: {value}\n" for name, value in {"output_dir": path, **GIVEN}.items()))
+    return parser.parse_yaml_file(str(file))[0]
+
+
+def parse_json(parser: HfArgumentParser, path) -> GNPTrainingArguments:
+    file = path / "args.json"
+    file.write_text(json.dumps({"output_dir": str(path), **GIVEN}))
+    return parser.parse_json_file(str(file))[0]
+
+
+@pytest.mark.parametrize("parse", [parse_flags, parse_yaml, parse_json])
+def test_parser(tmp_path, parse):
+    args = parse(HfArgumentParser(GNPTrainingArguments), tmp_path)
+    assert isinstance(args, GNPTrainingArguments)
+    assert (args.gnp_r, args.gnp_alpha, args.learning_rate) == (0.1, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("values", [{"gnp_alpha": 0.3}, {"gnp_lambda": 0.02}, {}])
+def test_copies_keep_the_values(tmp_path, values):
+    args = make_args(tmp_path, gnp_r=0.1, **values)
+    replaced = dataclasses.replace(args, learning_rate=0.5)
+    rebuilt = GNPTrainingArguments(**{f.name: args.to_dict()[f.name] for f in dataclasses.fields(args) if f.init})
+    for copy in (replaced, rebuilt):
+        assert copy.gnp_values() == args.gnp_values() == {"gnp_r": 0.1, "gnp_alpha": args.gnp_alpha}
+    assert (args.learning_rate, replaced.learning_rate, rebuilt.learning_rate) == (1e-2, 0.5, 1e-2)
+
+
+# --- Refusals at construction ---
+
+INSIDE_BACKWARD = [
+    "lomo",
+    "adalomo",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+    "apollo_adamw_layerwise",
+]
+
+
+@pytest.mark.parametrize("optim", INSIDE_BACKWARD)
+def test_optimizer_that_steps_inside_backward_is_refused(tmp_path, optim):
+    with pytest.raises(ValueError, match=f"optim={optim} .*inside backward.*gnp_alpha=0"):
+        make_trainer(tmp_path, "vit", optim=optim, optim_target_modules=["attention"])
+    make_trainer(tmp_path, "vit", optim=optim, optim_target_modules=["attention"], gnp_alpha=0.0)
+
+
+class Lomo(torch.optim.SGD):
+    """By its name the optimizer of lomo_optim."""
+
+
+@pytest.mark.parametrize("option", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_optimizer_of_the_user_that_steps_inside_backward_is_refused(tmp_path, option):
+    model = make_model("vit")
+    values = {"optimizers": (Lomo(model.parameters(), lr=0.1), None), "optimizer_cls_and_kwargs": (Lomo, {"lr": 0.1})}
+    with pytest.raises(ValueError, match=r"optim=Lomo .*inside backward"):
+        make_trainer(tmp_path, "vit", model=model, **{option: values[option]})
+
+
+def refuse(args: TrainingArguments, **accelerator) -> None:
+    """`refuse_unsupported` for a supported accelerator, but for the attributes given."""
+    supported = {"distributed_type": DistributedType.NO, "is_fsdp2": False, "parallelism_config": None}
+    fake = SimpleNamespace(**{"state": SimpleNamespace(deepspeed_plugin=None), **supported, **accelerator})
+    refuse_unsupported(fake, args, None, make_model("vit"))
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "message"),
+    [
+        ({"distributed_type": DistributedType.XLA}, "XLA"),
+        ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM"),
+        ({"distributed_type": DistributedType.FSDP}, "FSDP version 1"),
+        ({"parallelism_config": SimpleNamespace(cp_enabled=True, sp_enabled=False)}, "context .*parallelism"),
+        ({"parallelism_config": SimpleNamespace(cp_enabled=False, sp_enabled=True)}, "sequence parallelism"),
+    ],
+)
+def test_engine_is_refused(tmp_path, accelerator, message):
+    with pytest.raises(NotImplementedError, match=f"{message}.*gnp_alpha=0"):
+        refuse(make_args(tmp_path), **accelerator)
+
+
+@pytest.mark.parametrize(
+    "accelerator",
+    [
+        {},
+        {"distributed_type": DistributedType.MULTI_GPU},
+        {"distributed_type": DistributedType.FSDP, "is_fsdp2": True},
+        {"parallelism_config": SimpleNamespace(cp_enabled=False, sp_enabled=False)},
+    ],
+)
+def test_engine_is_accepted(tmp_path, accelerator):
+    refuse(make_args(tmp_path), **accelerator)
+
+
+def test_sagemaker_model_parallelism_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_gnp.engines.support.is_sagemaker_mp_enabled", lambda: True)
+    with pytest.raises(NotImplementedError, match=r"SageMaker model parallelism.*gnp_alpha=0"):
+        refuse(make_args(tmp_path))
+
+
+def test_trainer_refuses_when_it_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_gnp.engines.support.is_sagemaker_mp_enabled", lambda: True)
+    with pytest.raises(NotImplementedError, match="SageMaker"):
+        make_trainer(tmp_path, "vit")
+    make_trainer(tmp_path, "vit", gnp_alpha=0.0)
+
+
+# --- Imports ---
+
+IMPORT = """
+import sys
+
+blocked = {blocked!r}
+sys.modules.update(dict.fromkeys(blocked))  # None: importing it raises
+import hf_gnp
+
+assert all(hasattr(hf_gnp, name) for name in hf_gnp.__all__)
+assert sys.modules.get("deepspeed") is None, "imported"
+print(*hf_gnp.__all__)
+"""
+
+
+@pytest.mark.parametrize("blocked", [[], ["deepspeed", "datasets", "peft", "tensorboard", "sklearn"]])
+def test_import_needs_no_extra(blocked):
+    """Neither are the optional packages needed, nor is DeepSpeed imported where it is installed."""
+    script = textwrap.dedent(IMPORT.format(blocked=blocked))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    names = result.stdout.split()
+    assert {"GNPArguments", "GNPMixin", "GNPTrainer", "GNPTrainingArguments"} <= set(names)
+
+
+def test_classes_come_from_where_they_say():
+    """The mix-in carries all gnp fields, and the trainer's arguments add none of their own."""
+    own = {field.name for field in dataclasses.fields(GNPTrainingArguments)}
+    assert own - {field.name for field in dataclasses.fields(TrainingArguments)} == {f.name for f in GNP_FIELDS}
+    assert next(iter(inspect.signature(GNPTrainingArguments).parameters)) == "output_dir"

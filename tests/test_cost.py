@@ -1,0 +1,86 @@
+"""What the penalty costs: twice the FLOPs of plain training, and one copy of the trainable weights."""
+
+import gc
+
+import pytest
+import torch
+from runs import CHECKPOINTING, make_trainer, record_forwards
+from tiny import KINDS, make_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainerCallback
+
+from hf_gnp import GNPTrainer
+
+
+STEPS = 2
+
+
+def flops_and_forwards(tmp_path, kind: str, cls: type[Trainer], **kwargs) -> tuple[int, int]:
+    trainer = make_trainer(tmp_path, kind, cls, max_steps=STEPS, **kwargs)
+    forwards = record_forwards(trainer.model, id)
+    with FlopCounterMode(display=False) as counter:
+        trainer.train()
+    return counter.get_total_flops(), len(forwards)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_twice_the_flops(tmp_path, kind, accumulation, checkpointing):
+    settings = {"gradient_accumulation_steps": accumulation, CHECKPOINTING: checkpointing}
+    plain_flops, plain_forwards = flops_and_forwards(tmp_path, kind, Trainer, **settings)
+    flops, forwards = flops_and_forwards(tmp_path, kind, GNPTrainer, **settings)
+    assert plain_flops > 0
+    assert (flops, forwards) == (2 * plain_flops, 2 * plain_forwards)
+    assert plain_forwards == STEPS * accumulation
+
+
+class Live(TrainerCallback):
+    """The bytes of all live tensors but the gradients, at the start of each forward and before the optimizer steps."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.forwards = record_forwards(model, live_bytes)
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append(live_bytes(model))
+
+
+def live_bytes(model: torch.nn.Module) -> int:
+    """Only of what the test has made: conftest.py hides what is older from `gc.get_objects`."""
+    gradients = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+    storages = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor):  # isinstance would ask proxies, which may import what they stand for
+            storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+    return sum(size for pointer, size in storages.items() if pointer not in gradients)
+
+
+def live_in_last_step(tmp_path, kind: str, frozen: int, accumulation: int, alpha: float) -> tuple[list[int], int]:
+    """At the start of each forward of the last step, and before the optimizer steps: its states exist by then."""
+    gc.collect()
+    model = make_model(kind)
+    for parameter in list(model.parameters())[:frozen]:
+        parameter.requires_grad_(False)
+    settings = {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha, "optim": "adamw_torch"}
+    trainer = make_trainer(tmp_path, kind, model=model, max_steps=3, **settings)
+    live = Live(trainer.model)
+    trainer.add_callback(live)
+    trainer.train()
+    return live.forwards[-len(live.forwards) // 3 :], live.steps[-1]
+
+
+@pytest.mark.parametrize("frozen", [0, 9])
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_pass_holds_one_copy_of_the_trainable_weights(tmp_path, kind, alpha, frozen):
+    accumulation = 2
+    forwards, step = live_in_last_step(tmp_path, kind, frozen, accumulation, alpha)
+    plain_forwards, plain_step = live_in_last_step(tmp_path, kind, frozen, accumulation, alpha=0.0)
+    copy = sum(p.nbytes for p in list(make_model(kind).parameters())[frozen:])
+    # A state of the CPU's generator for each micro-batch and for the end of the window; a few scalar losses.
+    slack = (accumulation + 1) * torch.get_rng_state().nbytes + 256
+    assert (len(forwards), len(plain_forwards)) == (2 * accumulation, accumulation)
+    assert 0 <= max(forwards[:accumulation]) - max(plain_forwards) <= slack
+    assert copy <= max(forwards[accumulation:]) - max(plain_forwards) <= copy + slack
+    assert 0 <= step - plain_step <= slack

@@ -1,0 +1,91 @@
+"""The metrics in the logs, and the FLOPs in the state."""
+
+import pytest
+from runs import logs_of, make_trainer, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import KINDS, make_data
+from transformers import Trainer
+
+
+METRICS = ("gnp_grad_norm", "gnp_perturbed_loss", "gnp_sharpness")
+OF_THE_STEP = ("gnp_r", "gnp_alpha", "gnp_on", "gnp_fidelity")
+# The sums over steps are kept in fp32, or come from numbers that are.
+ROUNDING = 1e-6
+
+
+def test_metrics_are_means_since_the_last_log(tmp_path):
+    each = make_trainer(tmp_path, "vit", logging_steps=1)
+    each.train()
+    means = make_trainer(tmp_path, "vit", logging_steps=3)
+    means.train()
+    assert [entry["step"] for entry in means.state.log_history if "loss" in entry] == [3, 6, 9, 12]
+    per_step, per_log = logs_of(each, "loss", *METRICS), logs_of(means, "loss", *METRICS)
+    for name, values in per_step.items():
+        expected = [sum(values[i : i + 3]) / 3 for i in range(0, 12, 3)]
+        assert per_log[name] == pytest.approx(expected, rel=ROUNDING), name
+
+
+@pytest.mark.parametrize("strategy", [{"logging_steps": 5}, {"logging_strategy": "epoch", "num_train_epochs": 2}])
+def test_metrics_are_in_the_training_logs_only(tmp_path, strategy):
+    """Not in those of an evaluation, nor in the summary at the end, and nowhere else."""
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": make_data("vit", 8), **strategy}
+    trainer = make_trainer(tmp_path, "vit", **settings)
+    trainer.train()
+    names = {"loss": 0, "eval_loss": 0, "train_loss": 0}
+    for entry in trainer.state.log_history:
+        [name] = names.keys() & entry.keys()
+        names[name] += 1
+        assert {key for key in entry if key.startswith("gnp_")} == (
+            {*METRICS, *OF_THE_STEP} if name == "loss" else set()
+        )
+    epochs = strategy.get("num_train_epochs", 1)
+    assert names == {"loss": 2, "eval_loss": 4 * epochs, "train_loss": 1}
+
+
+def test_plain_training_logs_no_metrics(tmp_path):
+    end = run(make_trainer(tmp_path, "vit", gnp_alpha=0.0, max_steps=2))
+    assert [key for entry in end["logs"] for key in entry if key.startswith("gnp_")] == []
+    assert len(end["logs"]) == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_the_clean_loss(tmp_path, kind, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "learning_rate": 0.0}
+    gnp = make_trainer(tmp_path, kind, **settings)
+    gnp.train()
+    plain = make_trainer(tmp_path, kind, Trainer, **settings)
+    plain.train()
+    logs = logs_of(gnp, "loss", *METRICS)
+    # The same forwards at the same weights, and with α = 1 - or any other - the same first gradient.
+    assert logs["loss"] == logs_of(plain, "loss")["loss"]
+    plain_norms = logs_of(plain, "grad_norm")["grad_norm"]
+    assert logs["gnp_grad_norm"] == pytest.approx(plain_norms, rel=ROUNDING)
+    differences = [
+        perturbed - clean for perturbed, clean in zip(logs["gnp_perturbed_loss"], logs["loss"], strict=True)
+    ]
+    assert logs["gnp_sharpness"] == pytest.approx(differences, abs=ROUNDING * max(logs["gnp_perturbed_loss"]))
+    assert all(value > 0 for value in logs["gnp_sharpness"])
+
+
+def test_metrics_reach_tensorboard(tmp_path):
+    trainer = make_trainer(tmp_path, "vit", report_to=["tensorboard"], max_steps=3)
+    trainer.train()
+    [file] = [path for path in tmp_path.rglob("events.out.tfevents.*") if path.is_file()]
+    events = EventAccumulator(str(file)).Reload()
+    for name, values in logs_of(trainer, "loss", *METRICS).items():
+        scalars = events.Scalars(f"train/{name}")
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx(values, rel=ROUNDING)  # event files hold fp32
+
+
+@pytest.mark.parametrize("accumulation", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_flos_count_both_passes(tmp_path, kind, accumulation):
+    totals = []
+    for settings in ({"gnp_alpha": 1.0}, {"gnp_alpha": 0.0}):
+        trainer = make_trainer(tmp_path, kind, gradient_accumulation_steps=accumulation, **settings)
+        trainer.train()
+        totals.append(trainer.state.total_flos)
+    assert totals[1] > 0
+    assert totals[0] == 2 * totals[1]

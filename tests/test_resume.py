@@ -1,0 +1,192 @@
+"""Checkpoints: a resumed run is the run that never stopped, and a saved run knows its gnp values."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from runs import assert_identical, generators, make_trainer, run, snapshot
+from tiny import KINDS, Net, make_data, make_model
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_gnp import GNPTrainer
+
+
+SETTINGS = {
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2,
+    "train_sampling_strategy": "random",
+    "optim": "adamw_torch",
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+STEPS_PER_EPOCH, STEPS = 3, 6
+TAG = "gradient-norm-penalty"
+
+
+def make_resumable(output_dir, kind: str, cls=GNPTrainer, model=None, **kwargs) -> Trainer:
+    model = make_model(kind, dropout=0.1) if model is None else model
+    return make_trainer(output_dir, kind, cls, model=model, data=make_data(kind, 24), **{**SETTINGS, **kwargs})
+
+
+def other_weights(kind: str) -> nn.Module:
+    """A model whose weights a checkpoint has to replace: all of them."""
+    model = make_model(kind, dropout=0.1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def uninterrupted(request, tmp_path_factory):
+    """A whole run of each kind of model, with a checkpoint at each step."""
+    output_dir = tmp_path_factory.mktemp(request.param)
+    end = run(make_resumable(output_dir, request.param))
+    assert len(end["logs"]) == STEPS
+    return request.param, output_dir, end
+
+
+@pytest.mark.parametrize("step", [STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])
+def test_resumed_run_is_the_run_that_never_stopped(tmp_path, uninterrupted, step):
+    """Stopped within the first epoch, at its end, and within the second."""
+    kind, output_dir, expected = uninterrupted
+    trainer = make_resumable(tmp_path, kind, model=other_weights(kind), save_strategy="no")
+    result = run(trainer, resume_from_checkpoint=str(output_dir / f"checkpoint-{step}"))
+    assert_identical(result, expected)
+
+
+class WeightsAtSaves(TrainerCallback):
+    def __init__(self):
+        self.weights = {}
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step] = snapshot(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_best_model_is_loaded_at_the_end(tmp_path, kind):
+    saves = WeightsAtSaves()
+    trainer = make_resumable(
+        tmp_path,
+        kind,
+        callbacks=[saves],
+        eval_dataset=make_data(kind, 8, seed=2),
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # whatever is best, as long as it is not the last
+    )
+    trainer.train()
+    best = int(Path(trainer.state.best_model_checkpoint).name.removeprefix("checkpoint-"))
+    assert best < STEPS
+    assert_identical(snapshot(trainer.model), saves.weights[best])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_checkpoint_is_loaded(tmp_path, kind):
+    source = make_model(kind)
+    source.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    trainer = make_resumable(tmp_path / "out", kind, model=other_weights(kind))
+    before = generators()
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert_identical(snapshot(trainer.model), snapshot(source))
+    assert_identical(generators(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_checkpoint_in_another_precision_is_loaded_exactly(tmp_path, dtype):
+    source = make_model("vit").to(dtype)
+    source.save_pretrained(tmp_path)
+    trainer = make_resumable(tmp_path / "out", "vit", model=other_weights("vit").to(dtype))
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert_identical(snapshot(trainer.model), snapshot(source))
+
+
+# --- The gnp values of a checkpoint ---
+
+
+def make_small(output_dir, cls=GNPTrainer, **kwargs) -> Trainer:
+    return make_trainer(output_dir, "net", cls, model=Net(nn.Tanh), **{"save_strategy": "steps", **kwargs})
+
+
+def resume_warnings(caplog, output_dir, **kwargs) -> list[str]:
+    """What hf_gnp says when a checkpoint of a run with r = 0.05, α = 0.8 is resumed with other arguments."""
+    make_small(output_dir, max_steps=2, save_steps=2, gnp_r=0.05, gnp_alpha=0.8).train()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="hf_gnp"):
+        trainer = make_small(output_dir, max_steps=3, **kwargs)
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    return [record.getMessage() for record in caplog.records if record.name.startswith("hf_gnp")]
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_resume_with_other_values_warns(tmp_path, caplog, restore):
+    settings = {"gnp_r": 0.1, "gnp_alpha": 0.8, "restore_callback_states_from_checkpoint": restore}
+    [warning] = resume_warnings(caplog, tmp_path, **settings)
+    assert "gnp_r=0.05 (now 0.1)" in warning
+    assert "gnp_alpha" not in warning
+
+
+@pytest.mark.parametrize("values", [{"gnp_r": 0.05}, {"gnp_r": 0.05, "gnp_alpha": 0.8}])
+def test_resume_with_the_same_values_does_not_warn(tmp_path, caplog, values):
+    assert resume_warnings(caplog, tmp_path, **values) == []
+
+
+def test_resumed_run_saves_its_own_values(tmp_path, caplog):
+    resume_warnings(caplog, tmp_path, save_steps=3, gnp_r=0.1, gnp_alpha=1.0)
+    assert saved_values(tmp_path / "checkpoint-2") == {"gnp_r": 0.05, "gnp_alpha": 0.8}
+    assert saved_values(tmp_path / "checkpoint-3") == {"gnp_r": 0.1, "gnp_alpha": 1.0}
+
+
+def saved_values(checkpoint: Path) -> dict[str, float]:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["stateful_callbacks"]["GNPStateCallback"]["args"]
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_checkpoint_of_a_stock_trainer_is_resumed(tmp_path, caplog, kind):
+    saves = WeightsAtSaves()
+    make_resumable(tmp_path, kind, Trainer, callbacks=[saves], max_steps=1).train()
+
+    class Start(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.step, self.weights = state.global_step, snapshot(model)
+
+    start = Start()
+    trainer = make_resumable(tmp_path, kind, model=other_weights(kind), callbacks=[start], max_steps=2)
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=True)
+    assert start.step == 1
+    assert_identical(start.weights, saves.weights[1])
+    assert "gnp_sharpness" in trainer.state.log_history[1]
+    assert not [record for record in caplog.records if record.name.startswith("hf_gnp")]
+    assert saved_values(tmp_path / "checkpoint-2") == {"gnp_r": 0.05, "gnp_alpha": 0.8}
+
+
+def test_saved_run_names_its_values(tmp_path):
+    trainer = make_resumable(tmp_path, "vit", max_steps=1, gnp_r=0.07, gnp_alpha=0.3)
+    trainer.train()
+    trainer.save_model()
+    arguments = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (arguments.gnp_r, arguments.gnp_alpha) == (0.07, 0.3)
+    assert saved_values(tmp_path / "checkpoint-1") == {"gnp_r": 0.07, "gnp_alpha": 0.3}
+
+
+def test_model_card_names_the_values_once(tmp_path):
+    """Also when it is written again over the first, as each push to the hub does."""
+    trainer = make_resumable(tmp_path, "vit", max_steps=1, gnp_r=0.07, gnp_alpha=0.3)
+    trainer.train()
+    for _ in range(2):
+        trainer.create_model_card(tags=["mine"])
+        card = ModelCard.load(tmp_path / "README.md")
+        assert sorted(tag for tag in card.data.tags if tag in ("mine", TAG)) == [TAG, "mine"]
+        assert card.text.count("- gnp_r: 0.07\n") == 1
+        assert card.text.count("- gnp_alpha: 0.3\n") == 1

@@ -1,0 +1,213 @@
+"""The authors' and others' variants of the move and the mix, each against its formula; low-precision weights."""
+
+import itertools
+import logging
+import math
+
+import pytest
+import reference
+import torch
+from runs import assert_identical, assert_matches_reference, logs_of, make_trainer, reference_run, run
+from tiny import KINDS, flat_weights, make_model
+from transformers import Trainer
+
+from hf_gnp import GNPTrainingArguments
+from hf_gnp.penalty import round_stochastically
+from hf_gnp.perturbation import find_targets
+
+
+def only(model: torch.nn.Module, *parts: str):
+    """The direction of SAM-ON: r g/‖g‖ on the chosen parameters, with the norm of these, and 0 on the others."""
+    chosen = [any(part in name for part in parts) for name, p in model.named_parameters() if p.requires_grad]
+
+    def direction(parameters, g1):
+        length = reference.norm(g for g, is_chosen in zip(g1, chosen, strict=True) if is_chosen)
+        return [g / length if is_chosen else torch.zeros_like(g) for g, is_chosen in zip(g1, chosen, strict=True)]
+
+    return direction
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adaptive(tmp_path, kind, alpha, accumulation):
+    settings = {"gnp_alpha": alpha, "gnp_r": 0.5, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(tmp_path, kind, gnp_adaptive=True, **settings)
+    trainer.train()
+    expected = reference_run(kind, accumulation, r=0.5, alpha=alpha, direction=reference.scale_invariant)
+    assert_matches_reference(trainer, expected)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_normalize_gradient(tmp_path, kind, accumulation):
+    settings = {"gnp_normalize_gradient": True, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(tmp_path, kind, **settings)
+    trainer.train()
+    assert_matches_reference(trainer, reference_run(kind, accumulation, mix=reference.authors_mix))
+
+
+TARGETS = {
+    "norm": ("norm", {"vit": ("norm",), "bert": ("LayerNorm",), "llama": ("norm",)}),
+    "endings": (
+        ["bias", "o_proj.weight"],
+        {"vit": ("bias", "o_proj.weight"), "bert": ("bias",), "llama": ("o_proj",)},
+    ),
+    "expression": (r".*layers?\.1\..*", {"vit": ("layers.1.",), "bert": ("layer.1.",), "llama": ("layers.1.",)}),
+}
+
+
+@pytest.mark.parametrize("spec", TARGETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_target_modules(tmp_path, kind, spec):
+    target_modules, parts = TARGETS[spec]
+    trainer = make_trainer(tmp_path, kind, gnp_target_modules=target_modules, gradient_accumulation_steps=2)
+    trainer.train()
+    model = make_model(kind)
+    assert_matches_reference(trainer, reference_run(kind, 2, model=model, direction=only(model, *parts[kind])))
+
+
+def test_target_modules_name_modules_or_parameters():
+    model = make_model("vit")
+    for spec, part in [("classifier", "classifier"), (["classifier"], "classifier"), ("classifier.bias", "fier.bias")]:
+        assert find_targets(model, spec) == {id(p) for name, p in model.named_parameters() if part in name}
+    model.classifier.requires_grad_(False)
+    for spec in ("classifier", "nothing", [], "*malformed"):
+        if spec != []:
+            with pytest.raises(ValueError, match="gnp_target_modules"):
+                find_targets(model, spec)
+
+
+def test_unsynced_perturbation_on_one_process_is_the_plain_one(tmp_path):
+    ends = [run(make_trainer(tmp_path, "vit", gnp_sync_perturbation=sync, max_steps=4)) for sync in (True, False)]
+    assert_identical(*ends)
+
+
+# --- 16-bit weights without a master ---
+
+
+def bf16(kind: str) -> torch.nn.Module:
+    return make_model(kind).to(torch.bfloat16)
+
+
+def test_rounding_is_unbiased():
+    """
+    The mean of n roundings of x differs from x by a normal error of at most spacing/(2√n): five of these are passed
+    with a probability of 6e-7 for one of 8 x 2 numbers, 1e-5 for any.
+    """
+    n = 40_000
+    values = torch.tensor([1.001, -1.001, 0.3333, 1e-3, -7e-6, 300.7, 1.0, 0.0])
+    for dtype in (torch.bfloat16, torch.float16):
+        generator = torch.Generator().manual_seed(0)
+        rounded = round_stochastically(values.repeat(n, 1), dtype, generator).double()
+        info = torch.finfo(dtype)
+        for value, column in zip(values.double(), rounded.T, strict=True):
+            smallest = info.smallest_normal * info.eps
+            spacing = max(2.0 ** (math.floor(math.log2(abs(value))) + math.log2(info.eps)) if value else 0, smallest)
+            below = math.floor(value.item() / spacing) * spacing
+            assert set(column.tolist()) <= {below, below + spacing}
+            assert abs(column.mean() - value) < 5 * spacing / (2 * math.sqrt(n)), (dtype, value)
+
+
+def test_representable_numbers_stay():
+    values = torch.randn(1000).to(torch.bfloat16)
+    assert torch.equal(round_stochastically(values.float(), torch.bfloat16, torch.Generator()), values)
+
+
+def test_stochastic_rounding_is_for_16_bit_weights_and_keeps_the_random_stream(tmp_path):
+    """Also, θ comes back exactly: at learning rate 0 the weights are those of the start."""
+    ends = {}
+    for rounding in ("auto", True, False):
+        model = bf16("vit")
+        settings = {"learning_rate": 0.0, "gnp_r": 1e-3, "gnp_stochastic_rounding": rounding, "max_steps": 3}
+        ends[rounding] = run(make_trainer(tmp_path, "vit", model=model, **settings))
+        assert torch.equal(flat_weights(model), flat_weights(bf16("vit")))
+    assert_identical(ends["auto"], ends[True])
+    assert ends["auto"]["logs"] != ends[False]["logs"]
+    assert_identical(ends["auto"]["generators"], ends[False]["generators"])
+
+
+def test_stochastic_rounding_needs_16_bit_weights(tmp_path):
+    with pytest.raises(ValueError, match="gnp_stochastic_rounding"):
+        make_trainer(tmp_path, "vit", gnp_stochastic_rounding=True)
+
+
+def test_fidelity_tells_what_rounding_left_of_the_move(tmp_path, caplog):
+    def fidelity(**settings) -> list[float]:
+        trainer = make_trainer(tmp_path, "vit", learning_rate=0.0, max_steps=6, **settings)
+        trainer.train()
+        return logs_of(trainer, "gnp_fidelity")["gnp_fidelity"]
+
+    with caplog.at_level(logging.WARNING, logger="hf_gnp"):
+        assert fidelity(gnp_r=0.05) == pytest.approx([1.0] * 6, abs=1e-4)  # fp32 rounds at 6e-8 of a weight
+        assert fidelity(gnp_r=0.05, model=bf16("vit"), gnp_stochastic_rounding=False) == pytest.approx(
+            [1] * 6, abs=0.1
+        )
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, logger="hf_gnp"):
+        nearest = fidelity(gnp_r=1e-5, model=bf16("vit"), gnp_stochastic_rounding=False)
+    assert all(value < 0.9 for value in nearest)
+    assert ["gnp_fidelity" in record.getMessage() for record in caplog.records] == [True]  # once
+
+
+def test_fidelity_is_measured_at_logging_steps_only(tmp_path, monkeypatch):
+    from hf_gnp import penalty
+
+    measured = []
+    move_ = penalty.move_
+
+    def spy(*args, measure=False, **kwargs):
+        measured.append(measure)
+        return move_(*args, measure=measure, **kwargs)
+
+    monkeypatch.setattr(penalty, "move_", spy)
+    trainer = make_trainer(tmp_path, "vit", logging_steps=5)
+    trainer.train()
+    assert measured == [step % 5 == 4 for step in range(12)]
+    assert len(logs_of(trainer, "gnp_fidelity")["gnp_fidelity"]) == 2
+
+
+# --- all pairs ---
+
+CHOICES = {
+    "gnp_warmup_type": {"gnp_warmup_type": "r", "gnp_warmup_steps": 4},
+    "gnp_start": {"gnp_start": 0.4},
+    "gnp_end": {"gnp_end": 0.6},
+    "gnp_interval": {"gnp_interval": 2},
+    "gnp_probability": {"gnp_probability": 0.5},
+    "gnp_sync_perturbation": {"gnp_sync_perturbation": False},
+    "gnp_normalize_gradient": {"gnp_normalize_gradient": True},
+    "gnp_adaptive": {"gnp_adaptive": True},
+    "gnp_target_modules": {"gnp_target_modules": ["layernorm_before", "classifier"]},
+    "gnp_stochastic_rounding": {"gnp_stochastic_rounding": True},
+    "gnp_lambda": {"gnp_lambda": 0.02},
+}
+REFUSED = {("gnp_interval", "gnp_probability")}
+
+
+@pytest.mark.parametrize("one, other", itertools.combinations(CHOICES, 2))
+def test_every_pair_works_or_is_refused(tmp_path, one, other):
+    """
+    That both take effect: the run differs from those with one of the two alone, and from plain training. Where a
+    choice decides how steps are thinned out, the other must show on the steps that are left.
+    """
+    if (one, other) in REFUSED:
+        with pytest.raises(ValueError, match=f"{one}.*{other}"):
+            GNPTrainingArguments(output_dir=str(tmp_path), **CHOICES[one], **CHOICES[other])
+        return
+    no_effect_alone = "gnp_sync_perturbation"  # on one process there is but one direction
+    rounding = "gnp_stochastic_rounding" in (one, other)
+
+    def weights(cls=None, **arguments) -> torch.Tensor:
+        model = bf16("vit") if rounding else None
+        trainer = make_trainer(tmp_path, "vit", *([cls] if cls else []), model=model, max_steps=5, **arguments)
+        trainer.train()
+        return flat_weights(trainer.model)
+
+    base = {"gnp_stochastic_rounding": False} if rounding else {}
+    both = weights(**CHOICES[one], **CHOICES[other])
+    assert torch.isfinite(both).all()
+    assert not torch.equal(both, weights(Trainer))
+    for kept, dropped in ((one, other), (other, one)):
+        if dropped != no_effect_alone:
+            assert not torch.equal(both, weights(**(base | CHOICES[kept]))), f"{dropped} has no effect"
