@@ -47,6 +47,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "A model of the hub or a local folder. Default: a small model, trained from scratch."},
     )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "The configuration of the model to train from scratch: of the hub, or a local folder."},
+    )
     model_revision: str = field(default="main", metadata={"help": "The branch, tag or commit of the hub's model."})
     token: str | None = field(default=None, metadata={"help": "The token for private models and data of the hub."})
     ignore_mismatched_sizes: bool = field(

@@ -39,6 +39,7 @@ from common import (
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -162,16 +163,18 @@ def load_model(
     """Loads the user's model and its tokenizer, or makes a small BERT and trains a tokenizer on `texts`."""
     if args.model_name_or_path is None:
         tokenizer = train_tokenizer(texts, max_seq_length)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=max_seq_length,
-            pad_token_id=tokenizer.pad_token_id,
-            **labels,
-        )
+        vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **labels}
+        if args.config_name is not None:
+            config = AutoConfig.from_pretrained(args.config_name, **vocabulary, **args.hub_kwargs())
+        else:
+            config = BertConfig(
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=max_seq_length,
+                **vocabulary,
+            )
         return AutoModelForSequenceClassification.from_config(config), tokenizer
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **args.hub_kwargs())
     model = AutoModelForSequenceClassification.from_pretrained(

@@ -38,6 +38,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from PIL import ImageOps
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedConfig,
@@ -120,6 +121,9 @@ def load_model(args: ModelArguments, labels: dict[str, Any]) -> tuple[PreTrained
     Returns:
         The model and its image processor, the one that works on PIL images and needs no torchvision.
     """
+    if args.model_name_or_path is None and args.config_name is not None:
+        config = AutoConfig.from_pretrained(args.config_name, **labels, **args.hub_kwargs())
+        return AutoModelForImageClassification.from_config(config), default_processor(config)
     if args.model_name_or_path is None:
         config = ViTConfig(
             image_size=32,

@@ -16,6 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
+TAG = "gradient-norm-penalty"
+
 
 def has_renamed_keys(model: nn.Module, folder: str) -> bool:
     """
@@ -86,5 +88,5 @@ def add_to_model_card(path: str, values: dict[str, Any]) -> None:
         card.text = card.text.replace(heading, heading + lines, 1)
     else:
         card.text += f"\n\n### Gradient-norm penalty\n\n{lines}"
-    card.data.tags = [*(card.data.tags or []), "gradient-norm-penalty"]
+    card.data.tags = [*(tag for tag in card.data.tags or [] if tag != TAG), TAG]
     card.save(path)

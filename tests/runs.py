@@ -121,11 +121,11 @@ def windows(kind: str, micro_batches: int, data=None) -> list[list[dict[str, tor
     return [batches[i : i + micro_batches] for i in range(0, len(batches), micro_batches)]
 
 
-def window_loss(model: torch.nn.Module, window: Sequence[dict[str, torch.Tensor]], ranks: int = 1) -> torch.Tensor:
+def window_loss(model: torch.nn.Module, window: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
     """
     The loss that `Trainer` differentiates in one step: for a Llama or a ViT the mean over all labels of the window,
     for a plain network the mean over micro-batches. A BERT classifier takes `num_items_in_batch` without using it, so
-    stock `Trainer` leaves the sum over accumulation steps undivided; the penalty is on what `Trainer` differentiates.
+    stock `Trainer` leaves the sum over micro-batches undivided; the penalty is on what `Trainer` differentiates.
     """
     kind = model.config.model_type if hasattr(model, "config") else "net"
     if kind in ("llama", "vit"):
@@ -133,7 +133,7 @@ def window_loss(model: torch.nn.Module, window: Sequence[dict[str, torch.Tensor]
         items = sum((batch_labels != -100).sum() for batch_labels in labels)
         return sum(model(**batch, num_items_in_batch=items).loss for batch in window)
     losses = sum(model(**batch)["loss"] for batch in window)
-    return losses / (ranks if kind == "bert" else len(window))
+    return losses if kind == "bert" else losses / len(window)
 
 
 def reference_run(
@@ -160,7 +160,7 @@ def reference_run(
         model,
         optimizer([p for p in model.parameters() if p.requires_grad], lr=BASE["learning_rate"]),
         windows(kind, accumulation * ranks) if steps is None else steps,
-        (lambda model, window: window_loss(model, window, ranks)) if loss is None else loss,
+        window_loss if loss is None else loss,
         penalty or (lambda step: (r, alpha)),
         BASE["max_grad_norm"],
         **variant,

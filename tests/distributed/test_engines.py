@@ -20,8 +20,8 @@ EQUIVALENT = {
         "args": gnp(alpha, gradient_accumulation_steps=accumulation),
     }
     for engine in ENGINES
-    for kind in ("vit", "llama")
-    for accumulation in (1, 2)
+    for kind in (("vit", "llama") if engine != "ddp" else ("vit", "llama", "bert"))
+    for accumulation in ((1, 2) if engine != "ddp" else (1, 2, 4))
     for alpha in (0.8, 1.0)
 }
 ZERO_SETTINGS = {

@@ -78,6 +78,7 @@ class FaultyLoss:
     """Spoils the loss of chosen calls: `faults` maps "step.call" (calls counted within a step) to what happens."""
 
     faults: dict[str, str]
+    compares_ranks = False
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         key = (id(self.state), self.state.global_step)
@@ -86,7 +87,7 @@ class FaultyLoss:
         call = f"{self.state.global_step}.{self.calls[key]}"
         if self.calls[key] == 1:
             self.start_of_step = full_weights(self.model)
-        if self.calls[key] == 2:
+        if self.calls[key] == 2 and self.compares_ranks:
             self.second_call = flat_weights(self.model)
         fault = self.faults.get(call) or self.faults.get(f"{call}@{dist.get_rank()}")
         if fault == "raise":
@@ -154,6 +155,7 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
     trainer = classes[not stock](model=model, args=training_args, train_dataset=data, data_collator=collate)
     if "faults" in case:
         trainer.faults = case["faults"]
+        trainer.compares_ranks = case.get("compare_ranks", False)
     if case.get("count"):
         trainer.add_callback(CountCollectives())
     if case.get("scaler"):  # accelerate makes none on a CPU

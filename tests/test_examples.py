@@ -1,0 +1,108 @@
+"""The example scripts, run as scripts, on the data that they embed and on the user's own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from tiny import make_model
+
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--report_to", "none", "--disable_tqdm", "true"]
+SHARED = ROOT.parent / "shared" / "data"
+
+pytestmark = pytest.mark.xdist_group("examples")
+
+
+def run_script(name: str, output: Path, *flags: str) -> dict[str, float]:
+    """The metrics that the script writes."""
+    command = [sys.executable, f"examples/{name}.py", "--output_dir", str(output), *FAST, *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+    results = output / "all_results.json"
+    return json.loads(results.read_text()) if results.exists() else {"printed": result.stdout}
+
+
+def test_vit_finetune_learns_the_digits(tmp_path):
+    metrics = run_script("vit_finetune", tmp_path, "--num_train_epochs", "8")
+    assert metrics["eval_accuracy"] > 0.5  # ten classes: an untrained model has 0.1, and 0.8 was seen
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    logs = [log for log in state["log_history"] if "gnp_sharpness" in log]
+    assert logs and logs[-1]["loss"] < logs[0]["loss"]
+    assert len([log for log in state["log_history"] if "eval_accuracy" in log]) >= 8  # each epoch
+    card = (tmp_path / "README.md").read_text()
+    assert "gnp_r: 0.05" in card and "gradient-norm-penalty" in card
+
+
+def test_text_classification_learns_the_docstrings(tmp_path):
+    metrics = run_script("text_classification", tmp_path, "--num_train_epochs", "3")
+    assert metrics["eval_accuracy"] > 0.4  # the largest of eight packages has 0.2
+
+
+def test_demo_compares_and_draws(tmp_path):
+    printed = run_script("demo", tmp_path, "--num_train_epochs", "1", "--max_train_samples", "256")["printed"]
+    assert "2.00" in printed  # passes of the penalised run over those of plain training
+    picture = PILImage.open(tmp_path / "loss_curves.png")
+    assert len(picture.convert("L").getcolors()) > 10
+
+
+def test_own_model_and_parquet_file(tmp_path):
+    make_model("vit").save_pretrained(tmp_path / "model")
+    generator = np.random.default_rng(0)
+    labels = generator.integers(2, size=40)
+    images = [
+        PILImage.fromarray((generator.random((8, 8, 3)) * 100 + 100 * label).astype("uint8")) for label in labels
+    ]
+    features = Features({"img": Image(), "label": ClassLabel(names=["dark", "bright"])})
+    Dataset.from_dict({"img": images, "label": labels}, features).to_parquet(tmp_path / "data.parquet")
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data.parquet")]
+    flags += ["--ignore_mismatched_sizes", "true", "--train_val_split", "0.25", "--num_train_epochs", "10"]
+    metrics = run_script("vit_finetune", tmp_path / "out", *flags, "--learning_rate", "1e-3")
+    assert metrics["eval_accuracy"] > 0.8  # brightness tells them apart
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_accepted(tmp_path, recipe):
+    """On the small data of a test, with a small model where the recipe names one of the hub."""
+    script = "text_classification" if recipe.stem.startswith("text") else "vit_finetune"
+    if script == "text_classification":
+        make_model("bert").save_pretrained(tmp_path / "model")
+        data = Dataset.from_dict({"sentence": ["good film", "bad film"] * 8, "label": [1, 0] * 8})
+    else:
+        make_model("vit").save_pretrained(tmp_path / "model")
+        pixels = np.random.default_rng(0).integers(255, size=(16, 32, 32, 3), dtype="uint8")
+        features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+        data = Dataset.from_dict({"image": [PILImage.fromarray(p) for p in pixels], "label": [0, 1] * 8}, features)
+    data.to_parquet(tmp_path / "data.parquet")
+    flags = ["--config", str(recipe), "--dataset_name", str(tmp_path / "data.parquet"), "--max_steps", "2"]
+    flags += [
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+        "--per_device_train_batch_size",
+        "4",
+        "--bf16",
+        "false",
+    ]
+    if script == "text_classification":
+        save_tokenizer(tmp_path / "model")
+    if "model_name_or_path" in recipe.read_text():
+        flags += ["--model_name_or_path", str(tmp_path / "model"), "--ignore_mismatched_sizes", "true"]
+    metrics = run_script(script, tmp_path / "out", *flags)
+    assert np.isfinite(metrics["train_loss"])
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
