@@ -16,12 +16,12 @@ ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero2-offload", 
 RANKS = 2
 
 
-def run_cases(cases: dict[str, Any], folder: Path, ranks: int = RANKS, timeout: float = 1200) -> dict[str, Any]:
+def run_cases(cases: dict[str, Any], folder: Path, ranks: int = RANKS, **environment: str) -> dict[str, Any]:
     """The results of all cases, run by one launch."""
     cases_file = folder / "cases.json"
     cases_file.write_text(json.dumps(cases))
     command = ["torchrun", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", str(WORKER)]
-    launch([*command, str(cases_file), str(folder)], timeout=timeout)
+    launch([*command, str(cases_file), str(folder)], timeout=1200, **environment)
     return torch.load(folder / "results.pt", weights_only=True)
 
 

@@ -227,7 +227,7 @@ def allow_fp16_on_cpu() -> None:
 
 def main(cases_file: str, output: str) -> None:
     cases = json.loads(Path(cases_file).read_text())
-    dist.init_process_group("gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     allow_fp16_on_cpu()
     environment = dict(os.environ)
     results = {}
