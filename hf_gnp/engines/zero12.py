@@ -1,5 +1,6 @@
 """ZeRO-1 and 2: weights are whole on every rank, gradients and fp32 masters are sharded."""
 
+import functools
 import logging
 from collections.abc import Iterator
 from datetime import timedelta
@@ -25,6 +26,12 @@ logger = logging.getLogger(__name__)
 FAILED_RANKS_TIMEOUT = timedelta(seconds=30)
 
 
+@functools.lru_cache(maxsize=1)
+def _group_of_failed_ranks(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All ranks again: only those that failed meet in it, outside the order of the collectives of training."""
+    return dist.new_group(backend="gloo")
+
+
 class _ReplicatedEngine(ShardedEngine):
     """
     ZeRO-1 and 2: each rank writes its partition of the forward weights, and all ranks gather the whole.
@@ -37,8 +44,7 @@ class _ReplicatedEngine(ShardedEngine):
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
         super().__init__(accelerator, perturbation)
         self._is_perturbed = False
-        # Only ranks that failed meet in it, so it must not share the order of the collectives of training.
-        self._failed_ranks = dist.new_group(backend="gloo")
+        self._failed_ranks = _group_of_failed_ranks(dist.group.WORLD)
 
     @property
     def is_perturbed(self) -> bool:

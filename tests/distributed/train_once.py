@@ -1,0 +1,41 @@
+"""
+Trains a case once, with the engine that the launcher chose; rank 0 saves the result.
+
+    accelerate launch --config_file ... train_once.py case.json output_folder
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from worker import full_weights, make_trainer
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from held import record_held_bytes
+from runs import logs_of
+
+
+def main(case_file: str, output: str) -> None:
+    trainer = make_trainer(json.loads(Path(case_file).read_text()), Path(output), "run")
+    held = record_held_bytes(trainer)
+    trainer.train()
+    held_by_rank: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(held_by_rank, max(held))
+    result = {
+        "weights": full_weights(trainer.model),
+        "logs": logs_of(trainer, "loss", "gnp_grad_norm", "gnp_perturbed_loss"),
+        "engine": type(trainer._gnp_run.engine).__name__,
+        "held_bytes": held_by_rank,
+    }
+    if dist.get_rank() == 0:
+        torch.save(result, Path(output) / "result.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

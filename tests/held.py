@@ -1,0 +1,25 @@
+"""What the penalty holds through the second pass."""
+
+import torch
+from transformers import Trainer
+
+
+def held_bytes(trainer: Trainer) -> int:
+    """The bytes of all tensors in the lists of the engine of this run, but the weights themselves."""
+    engine = trainer._gnp_run.engine
+    tensors = [t for value in vars(engine).values() if isinstance(value, list) for t in value]
+    storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
+    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in weights}.values())
+
+
+def record_held_bytes(trainer: Trainer) -> list[int]:
+    """A list that gets the bytes held at the start of each forward in training mode."""
+    held: list[int] = []
+
+    def record(module: torch.nn.Module, _) -> None:
+        if module.training:
+            held.append(held_bytes(trainer))
+
+    trainer.model.register_forward_pre_hook(record)
+    return held
