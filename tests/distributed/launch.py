@@ -27,7 +27,10 @@ def environment(**extra: str) -> dict[str, str]:
     """The environment of a launched process: this Python's own commands first, and the project importable."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     pythonpath = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PATH": path, "PYTHONPATH": pythonpath, "DS_ACCELERATOR": "cpu", **extra}
+    # What DeepSpeed compiles: in a shared cache, a build that was killed leaves a lock that all later ones wait for.
+    extensions = str(Path(sys.prefix) / "torch_extensions")
+    own = {"PATH": path, "PYTHONPATH": pythonpath, "TORCH_EXTENSIONS_DIR": extensions, "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **own, **extra}
 
 
 def launch(command: list[str], timeout: float, **extra: str) -> str:
