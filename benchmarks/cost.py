@@ -1,0 +1,246 @@
+"""
+What a penalised step costs, against plain training and against the loops that a user would write instead.
+
+    python benchmarks/cost.py --model vit-s16-small bert-base-small
+        On a CPU. Of the other models on a GPU: vit-s16, vit-b16, bert-base, llama-1b (with --contenders: each holds
+        its own weights and optimizer states).
+    python benchmarks/cost.py --sweep
+        How what the penalty adds beyond the second pass grows with parameters and accumulation steps.
+
+All contenders train the same model on the same batch in one process, and their steps alternate (A B C A B C …,
+starting with another each round). Trainers run their real `train()`, a thread each, one at a time; a step is a whole
+turn of its loop. Ratios are taken within a round, to stock `Trainer`; k rounds hold one penalised step at
+interval k, and the two kinds of its steps are weighted 1 : k-1. Prints tables, writes cost_<model>.json and .png.
+
+`pytorch_optimizer` (pip install pytorch_optimizer) is a contender only; nothing else needs it. matplotlib draws.
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from contenders import Contender, Settings, Step
+from cost_report import QUARTILES, draw, print_report, spread, summarise, write
+from loops import CONTENDERS, make_contender
+from models import CASES, SWEEP, Case, items_per_step, make_case
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode
+
+
+LAP = 10  # the longest interval: so many steps hold the same share of penalised ones for each
+
+
+class StepProfile(contextlib.AbstractContextManager):
+    """The peak memory of a step over its beginning, in bytes, and the time of its operations, in seconds by name."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu
+        self.profiler = torch.profiler.profile(activities=activities, profile_memory=not self.on_gpu)
+
+    def __enter__(self):
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.profiler.__exit__(*exception)
+        if self.on_gpu:
+            self.peak = torch.cuda.max_memory_allocated() - self.before
+        else:
+            events = self.profiler.profiler.kineto_results.events()
+            sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+            self.peak = int(max(np.cumsum(sizes), default=0))
+        name = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
+        operations = [
+            op for op in self.profiler.key_averages() if not self.on_gpu or op.device_type == DeviceType.CUDA
+        ]
+        self.seconds = {op.key: getattr(op, name) / 1e6 for op in operations}
+        self.profiler = None
+
+
+def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[Step]]:
+    steps: dict[str, list[Step]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            steps[name].append(contenders[name].step())
+    return steps
+
+
+def compare(names: Sequence[str], settings: Settings, time_passes: bool = False) -> dict[str, dict[str, Any]]:
+    """Per contender: steps, FLOPs a step, and the profile of a penalised step."""
+    contenders = {name: make_contender(name, settings) for name in names if name != "plain"}
+    contenders["plain"] = make_contender("plain", settings, time_passes=time_passes)
+    results: dict[str, dict[str, Any]] = {}
+    for name, contender in contenders.items():
+        flops = 0
+        for _ in range(LAP):
+            counter = FlopCounterMode(display=False)
+            contender.step(counter)
+            flops += counter.get_total_flops()
+        for _ in range(LAP - 1):
+            contender.step()
+        profile = StepProfile(settings.device)
+        contender.step(profile)
+        results[name] = {"flops": flops / LAP, "peak": profile.peak, "profile": profile.seconds}
+        results[name]["interval"] = contender.interval
+    steps = alternate(contenders, settings.steps - 2 * LAP)
+    for name, contender in contenders.items():
+        results[name]["steps"] = steps[name]
+        if contender.passes is not None:
+            results[name]["passes"] = contender.passes[2 * LAP :]
+        contender.close()
+    return {name: results[name] for name in names}
+
+
+def beyond_two_passes(plain: dict[str, float], other: dict[str, float], count: int = 12) -> list[dict[str, Any]]:
+    """The operations that take more time in `other` than in two plain steps, and those that take less."""
+    beyond = {name: other.get(name, 0.0) - 2 * plain.get(name, 0.0) for name in plain | other}
+    largest = sorted(beyond, key=lambda name: -abs(beyond[name]))[:count]
+    return [{"operation": n, "plain": plain.get(n, 0.0), "penalised": other.get(n, 0.0)} for n in largest]
+
+
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """FLOPs a second of a large matrix product: the peak that a model could reach at best."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / float(np.median(seconds))
+
+
+def make_settings(args: argparse.Namespace, case: Case, accumulation: int, folder: str) -> Settings:
+    make_model, batch = make_case(case, args.device, args.batch_size)
+    return Settings(
+        make_model=make_model,
+        batch=batch,
+        device=args.device,
+        steps=2 * LAP + args.steps,
+        output_dir=folder,
+        bf16=args.bf16,
+        accumulation=accumulation,
+        optimizer=args.optimizer,
+    )
+
+
+def run_model(args: argparse.Namespace, name: str, folder: str) -> None:
+    case = CASES[name]
+    settings = make_settings(args, case, args.accumulation, folder)
+    weights = list(settings.make_model().parameters())
+    rate = None
+    if args.device.type == "cuda":
+        rate = measure_matmul_rate(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+    results = compare(list(dict.fromkeys(["plain", *args.contenders])), settings)
+    unit, items = items_per_step(case, settings.batch, args.accumulation)
+    rows = summarise(results, items, sum(p.nbytes for p in weights), rate)
+    report = describe(args, settings) | {"model": name, "parameters": sum(p.numel() for p in weights), "unit": unit}
+    report |= {"rows": rows}
+    if "gnp" in results:
+        report["beyond_two_passes"] = beyond_two_passes(results["plain"]["profile"], results["gnp"]["profile"])
+    print_report(report, args.profile)
+    write(args.output_dir, f"cost_{name}", report)
+    draw(rows, name, Path(args.output_dir) / f"cost_{name}.png")
+
+
+def run_sweep(args: argparse.Namespace, folder: str) -> None:
+    """What the penalty adds to a step beyond the second pass, in shares of a plain step."""
+    points = [(size, 1) for size in args.sweep_sizes] + [(args.sweep_sizes[0], n) for n in args.sweep_accumulation]
+    rows = []
+    print("| parameters | accumulated | × plain | beyond the second pass, of a plain step | ns a parameter |")
+    print("|---|---|---|---|---|")
+    for size, accumulation in dict.fromkeys(points):
+        settings = make_settings(args, SWEEP[size], accumulation, folder)
+        parameters = sum(p.numel() for p in settings.make_model().parameters())
+        results = compare(["plain", "gnp"], settings, time_passes=True)
+        walls = {name: np.array([step.wall for step in result["steps"]]) for name, result in results.items()}
+        beyond = walls["gnp"] - walls["plain"] - np.array(results["plain"]["passes"])
+        row = {
+            "parameters": parameters,
+            "accumulation": accumulation,
+            "ratio": np.percentile(walls["gnp"] / walls["plain"], QUARTILES).tolist(),
+            "beyond_second_pass": np.percentile(beyond / walls["plain"], QUARTILES).tolist(),
+            "beyond_ns_per_parameter": float(np.median(beyond)) / parameters * 1e9,
+        }
+        rows.append(row)
+        print(
+            f"| {parameters / 1e6:.1f}M | {accumulation} | {spread(row['ratio'])} "
+            f"| {spread(row['beyond_second_pass'], 100, 1)}% | {row['beyond_ns_per_parameter']:.2f} |",
+            flush=True,
+        )
+    write(args.output_dir, "cost_sweep", describe(args, settings) | {"rows": rows})
+
+
+def describe(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.machine()} CPU"
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "steps": args.steps,
+        "batch_size": settings.batch_size,
+        "accumulation": args.accumulation,
+        "bf16": args.bf16,
+        "optimizer": f"AdamW {args.optimizer}",
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=CASES, help="Default: the ones for this device.")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="Plain is always in.")
+    parser.add_argument("--steps", type=int, default=30, help=f"Timed steps of each, a multiple of {LAP}.")
+    parser.add_argument("--batch_size", type=int, help="Examples a micro-batch. Default: the model's.")
+    parser.add_argument("--accumulation", type=int, default=1, help="Micro-batches a step.")
+    parser.add_argument("--optimizer", choices=("foreach", "fused"), default="foreach", help="Kind of AdamW.")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="Autocast. Default: on a GPU.")
+    parser.add_argument("--profile", action="store_true", help="Print what takes longer than in two plain steps.")
+    parser.add_argument("--sweep", action="store_true", help="Vary parameters and accumulation steps instead.")
+    parser.add_argument("--sweep_sizes", nargs="+", choices=SWEEP, help="Default: 1M … 1000M, or … 10M on a CPU.")
+    parser.add_argument("--sweep_accumulation", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--output_dir", default="outputs/benchmarks")
+    args = parser.parse_args()
+    if args.steps % LAP or args.steps < LAP:
+        parser.error(f"--steps must be a multiple of {LAP}, so that each interval has its share of penalised steps.")
+    on_gpu = torch.cuda.is_available()
+    args.device = torch.device("cuda" if on_gpu else "cpu")
+    args.bf16 = on_gpu if args.bf16 is None else args.bf16
+    args.model = args.model or (["vit-b16", "bert-base"] if on_gpu else ["vit-s16-small", "bert-base-small"])
+    args.sweep_sizes = args.sweep_sizes or list(SWEEP)[: None if on_gpu else 3]
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.sweep:
+            run_sweep(args, folder)
+        else:
+            for name in args.model:
+                run_model(args, name, folder)
+
+
+if __name__ == "__main__":
+    main()
