@@ -16,8 +16,6 @@ ROOT = Path(__file__).parents[1]
 FAST = ["--report_to", "none", "--disable_tqdm", "true"]
 SHARED = ROOT.parent / "shared" / "data"
 
-pytestmark = pytest.mark.xdist_group("examples")
-
 
 def run_script(name: str, output: Path, *flags: str) -> dict[str, float]:
     """The metrics that the script writes."""

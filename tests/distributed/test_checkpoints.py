@@ -8,7 +8,7 @@ from cases import ENGINES, gnp, result_of, run_cases
 from collectives import CountCollectives
 
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("checkpoints")]
+pytestmark = pytest.mark.distributed
 
 # transformers saves no optimizer state for models that it shards at load time, so these cannot be resumed.
 RESUMABLE = tuple(engine for engine in ENGINES if engine != "fsdp2")

@@ -10,7 +10,7 @@ from runs import LOG_TOLERANCE, windows
 from tiny import flat_weights, make_model, relative_distance
 
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("engines")]
+pytestmark = pytest.mark.distributed
 
 
 EQUIVALENT = {

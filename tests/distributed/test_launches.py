@@ -18,7 +18,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_gnp.engines.memory import estimate_memory
 
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("launches"), pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TIMEOUT = 600  # a launch takes 15 to 30 s on two free cores, nearly all of it imports
 SCRIPT = "examples/vit_finetune.py"

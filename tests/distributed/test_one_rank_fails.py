@@ -11,7 +11,7 @@ from tiny import make_model
 
 SCRIPT = Path(__file__).parent / "one_rank_fails.py"
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])

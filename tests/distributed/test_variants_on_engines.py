@@ -10,7 +10,7 @@ from runs import BASE, WEIGHTS_TOLERANCE, window_loss, windows
 from tiny import flat_weights, make_model, relative_distance
 
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("variants")]
+pytestmark = pytest.mark.distributed
 
 ACCUMULATION = {"gradient_accumulation_steps": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
