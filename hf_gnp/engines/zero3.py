@@ -13,7 +13,7 @@ from .zero import ShardedEngine
 class Zero3Engine(ShardedEngine):
     """
     ZeRO-3: the forward gathers `param.ds_tensor`, which lies in `fp16_partitioned_groups_flat` ("fp16" in name only).
-    In fp32 training that is the master itself, of which a sharded copy is kept.
+    Where that is the master itself, which DeepSpeed 0.19.8 means to do in fp32 and does not, a sharded copy is kept.
     """
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
