@@ -18,7 +18,7 @@ from hf_gnp.perturbation import Perturbation
 
 class Shard(NamedTuple):
     """
-    This rank's part of one parameter (padding, if any, has a zero gradient): three tensors of one shape. They may be on
+    This rank's part of one parameter (padding, if any, has a zero gradient): tensors of one shape. They may lie on
     different devices (offload) and have different dtypes; `master` is `weight` where there is no master. `copies`
     ranks hold the same part.
     """
