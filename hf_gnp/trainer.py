@@ -52,12 +52,10 @@ class GNPMixin:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.args = with_gnp_arguments(self.args)
-        self._gnp_perturbation = Perturbation.from_args(self.args, self.model)
+        perturbation = Perturbation.from_args(self.args, self.model)
         if self.args.gnp_alpha > 0:
             optimizer_cls = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else None
-            refuse_unsupported(
-                self.accelerator, self.args, self.optimizer or optimizer_cls, self.model, self._gnp_perturbation
-            )
+            refuse_unsupported(self.accelerator, self.args, self.optimizer or optimizer_cls, self.model, perturbation)
         self.add_callback(GNPStateCallback(**self.args.gnp_values()))
         self._gnp_run: _Run | None = None
 
@@ -200,7 +198,8 @@ class _Run:
 
     def __init__(self, trainer: GNPMixin, model: nn.Module):
         self.state, self.model, self.accelerator = trainer.state, model, trainer.accelerator
-        self.perturbation = trainer._gnp_perturbation
+        # Anew: `model_init` has made another model since, and FSDP2 has replaced the parameters.
+        self.perturbation = Perturbation.from_args(trainer.args, trainer.model)
         self.schedule = Schedule.from_args(trainer.args, trainer.state.max_steps)
         self.window = Window(random_devices(model, trainer.args.n_gpu), copy_inputs=_loss_is_user_code(trainer))
         self.buffers = RunningBuffers(model)

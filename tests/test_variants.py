@@ -7,11 +7,11 @@ import math
 import pytest
 import reference
 import torch
-from runs import assert_identical, assert_matches_reference, logs_of, make_trainer, reference_run, run
-from tiny import KINDS, flat_weights, make_model
+from runs import assert_identical, assert_matches_reference, logs_of, make_args, make_trainer, reference_run, run
+from tiny import KINDS, collate, flat_weights, make_data, make_model
 from transformers import Trainer
 
-from hf_gnp import GNPTrainingArguments
+from hf_gnp import GNPTrainer, GNPTrainingArguments
 from hf_gnp.penalty import round_stochastically
 from hf_gnp.perturbation import find_targets
 
@@ -65,6 +65,16 @@ def test_target_modules(tmp_path, kind, spec):
     trainer.train()
     model = make_model(kind)
     assert_matches_reference(trainer, reference_run(kind, 2, model=model, direction=only(model, *parts[kind])))
+
+
+def test_target_modules_of_a_model_that_is_made_when_training_begins(tmp_path):
+    """With `model_init` the parameters are others than those at construction."""
+    args = make_args(tmp_path, gnp_target_modules="norm")
+    data = make_data("vit")
+    trainer = GNPTrainer(args=args, model_init=lambda: make_model("vit"), train_dataset=data, data_collator=collate)
+    trainer.train()
+    model = make_model("vit")
+    assert_matches_reference(trainer, reference_run("vit", 1, model=model, direction=only(model, "norm")))
 
 
 def test_target_modules_name_modules_or_parameters():
