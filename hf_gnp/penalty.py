@@ -13,9 +13,13 @@ Reference: Zhao, Zhang and Hu, ICML 2022, arXiv 2202.03599, equations (6) to (9)
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+
+
+# Elements that are moved together where they cannot be moved in place.
+PART = 2**24
 
 
 def local_sq_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -62,6 +66,8 @@ def move_(
         If measured, the local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32; else None.
     """
     is_in_place = all(weight is master for weight, master in zip(weights, masters, strict=True))
+    if not any(weight.dtype.itemsize == 2 for weight in weights):
+        noise_seed = None
     if is_in_place and not adaptive and noise_seed is None and not measure:
         if weights:
             torch._foreach_add_(weights, gradients, alpha=scale)
@@ -70,20 +76,37 @@ def move_(
     for generator in generators.values():
         generator.manual_seed(noise_seed or 0)
     sums = torch.zeros(2) if measure else None
-    # One at a time: a list of moved tensors would be a second copy of the masters.
-    for weight, gradient, master in zip(weights, gradients, masters, strict=True):
-        start = master.to(torch.promote_types(master.dtype, torch.float32))
-        direction = gradient.to(start.device, start.dtype)
+    for part in _parts(weights):
+        starts = [master.to(torch.promote_types(master.dtype, torch.float32)) for master in masters[part]]
+        directions = [g.to(start.device, start.dtype) for g, start in zip(gradients[part], starts, strict=True)]
         if adaptive:
-            direction = start.square() * direction
-        moved = torch.add(start, direction, alpha=scale)
-        if noise_seed is not None and weight.dtype.itemsize == 2:
-            moved = round_stochastically(moved.to(weight.device), weight.dtype, generators[weight.device])
-        before = weight.clone() if measure else None
-        weight.copy_(moved)
-        if measure:
-            sums = sums.to(weight.device) + _fidelity_sums(weight, before, direction, scale)
+            directions = torch._foreach_mul(torch._foreach_mul(starts, starts), directions)
+        moved = torch._foreach_add(starts, directions, alpha=scale)
+        if noise_seed is not None:
+            moved = [_round(m, weight, generators) for m, weight in zip(moved, weights[part], strict=True)]
+        before = [weight.clone() for weight in weights[part]] if measure else []
+        copy_(weights[part], moved)
+        for weight, old, direction in zip(weights[part], before, directions, strict=False):
+            sums = sums.to(weight.device) + _fidelity_sums(weight, old, direction, scale)
     return sums
+
+
+def _parts(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
+    """Slices of the list that are small together: of all, the moved tensors would be a second copy of the masters."""
+    start = size = 0
+    for end, tensor in enumerate(tensors):
+        if size and size + tensor.numel() > PART:
+            yield slice(start, end)
+            start, size = end, 0
+        size += tensor.numel()
+    if start < len(tensors):
+        yield slice(start, len(tensors))
+
+
+def _round(moved: torch.Tensor, weight: torch.Tensor, generators: dict[torch.device, torch.Generator]) -> torch.Tensor:
+    if weight.dtype.itemsize != 2:
+        return moved
+    return round_stochastically(moved.to(weight.device), weight.dtype, generators[weight.device])
 
 
 def _fidelity_sums(weight: torch.Tensor, before: torch.Tensor, direction: torch.Tensor, scale: float) -> torch.Tensor:

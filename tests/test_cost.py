@@ -6,10 +6,11 @@ import pytest
 import torch
 from runs import CHECKPOINTING, make_trainer, record_forwards
 from tiny import KINDS, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 
-from hf_gnp import GNPTrainer
+from hf_gnp import GNPTrainer, penalty
 
 
 STEPS = 2
@@ -33,6 +34,31 @@ def test_costs_twice_the_flops(tmp_path, kind, accumulation, checkpointing):
     assert plain_flops > 0
     assert (flops, forwards) == (2 * plain_flops, 2 * plain_forwards)
     assert plain_forwards == STEPS * accumulation
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_all_weights_move_in_one_operation(tmp_path, monkeypatch):
+    """Not one by one as where they are rounded stochastically or the move is measured: on a GPU each is a launch."""
+    move_, operations = penalty.move_, []
+
+    def spy(*args, **kwargs):
+        with Operations() as recorded:
+            result = move_(*args, **kwargs)
+        operations.append(recorded.names)
+        return result
+
+    monkeypatch.setattr(penalty, "move_", spy)
+    make_trainer(tmp_path, "vit", max_steps=STEPS, logging_strategy="no").train()
+    assert operations == [["aten._foreach_add_.List"]] * STEPS
 
 
 class Live(TrainerCallback):
