@@ -121,6 +121,14 @@ class ShardedEngine(DeepSpeedSteps, Engine):
         if alpha < 1:
             penalty.lerp_([shard.gradient for shard in self.shards()], self._first_gradients, 1 - alpha)
         self._first_gradients = []
+        self._update_offloaded_norms()
+
+    def _update_offloaded_norms(self) -> None:
+        """With offload, DeepSpeed clips by norms that it took as the gradients arrived."""
+        norms = getattr(self.optimizer, "norm_for_param_grads", {})
+        for shard in self.shards() if norms else ():
+            if (param_id := self.optimizer.get_param_id(shard.parameter)) in norms:
+                norms[param_id] = shard.gradient.norm()
 
     def discard_gradient(self) -> None:
         self._first_gradients = []

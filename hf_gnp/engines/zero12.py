@@ -147,18 +147,6 @@ class Zero12Engine(_ReplicatedEngine):
             for master in optimizer.single_partition_of_fp32_groups:
                 master.grad.zero_()
 
-    def mix(self, alpha: float) -> None:
-        super().mix(alpha)
-        if self.optimizer.cpu_offload:
-            self._update_offloaded_norms()
-
-    def _update_offloaded_norms(self) -> None:
-        """With offload, DeepSpeed clips by norms that it took as the gradients arrived."""
-        optimizer = self.optimizer
-        for shard in self.shards():
-            if (param_id := optimizer.get_param_id(shard.parameter)) in optimizer.norm_for_param_grads:
-                optimizer.norm_for_param_grads[param_id] = shard.gradient.norm()
-
     def finish(self) -> None:
         # In bf16, DeepSpeed looks for NaN only on request, and would write them into the weights.
         check = self.optimizer.check_grad_overflow

@@ -65,18 +65,3 @@ class Zero3Engine(ShardedEngine):
         self.optimizer.zero_grad()  # also sets the micro-step counter back, else gradients would be added
         if self.optimizer.offload_optimizer:
             self.optimizer.reset_cpu_buffers()
-
-    def mix(self, alpha: float) -> None:
-        super().mix(alpha)
-        if self.optimizer.offload_optimizer:
-            self._update_offloaded_norms()
-
-    def _update_offloaded_norms(self) -> None:
-        """With offload, DeepSpeed clips by norms that it took as the gradients arrived."""
-        optimizer = self.optimizer
-        for param in (param for group in optimizer.fp16_groups for param in group):
-            param_id = optimizer.get_param_id(param)
-            if param_id in optimizer.norm_for_param_grads:
-                i, offset, size = optimizer.grad_position[param_id]
-                gradient = optimizer.fp32_partitioned_groups_flat[i].grad.narrow(0, offset, size)
-                optimizer.norm_for_param_grads[param_id] = gradient.norm()
