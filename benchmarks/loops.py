@@ -76,6 +76,7 @@ def _gnp(**kwargs: Any) -> dict[str, Any]:
 
 TRAINERS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "gnp_alpha_0": _gnp(gnp_alpha=0.0),  # the same work as plain: what it differs by is noise
     "gnp": _gnp(gnp_alpha=0.8),
     "sam": _gnp(gnp_alpha=1.0),
     "gnp_interval_2": _gnp(gnp_interval=2),

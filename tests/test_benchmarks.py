@@ -39,12 +39,6 @@ def run_script(name: str, *flags: Any) -> str:
     return result.stdout
 
 
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """Lets a test import the modules of benchmarks/."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Files of the format of ../shared/data: 96 small images, 96 sentences."""
@@ -108,6 +102,17 @@ def test_cost_counts_flops_and_memory(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
+def test_cost_counts_bytes_of_ranks(tmp_path):
+    run_script("cost.py", "--model", "vit-tiny", "--ranks", 2, "--engines", "zero2", "--output_dir", tmp_path)
+    (row,) = json.loads((tmp_path / "cost_vit-tiny_2_ranks.json").read_text(encoding="utf-8"))["rows"]
+    assert row["bytes_ratio"] == pytest.approx(2, rel=1e-3)
+    with_gradient, without = row["peak_over_plain_in_weights"]
+    assert without < 0.1
+    assert with_gradient - without == pytest.approx(1 / 2, abs=0.01)  # a shard of g₁: half of it on each rank
+
+
+@pytest.mark.slow
 def test_generalization_runs_once_and_reports(tmp_path, data, encoder):
     pytest.importorskip("matplotlib", reason="the benchmarks draw with it")
     flags = ("--quick", "--data", data, "--model_path", encoder, "--output_dir", tmp_path)
@@ -131,7 +136,6 @@ def test_generalization_runs_once_and_reports(tmp_path, data, encoder):
     assert (tmp_path / "generalization.json").read_text(encoding="utf-8") == kept
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_interrupted_run_goes_on_where_it_stopped(tmp_path, data):
     import generalization
     import tasks
@@ -146,7 +150,6 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path, data):
     assert not (tmp_path / "parts").exists()
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_augmentation_moves_and_mirrors():
     import tasks
     import torch
@@ -164,16 +167,19 @@ def test_augmentation_moves_and_mirrors():
         assert any(torch.equal(result, candidate) for candidate in candidates)
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_statistics():
     import results
 
-    # From tables of Student's distribution: the two-sided 5% points.
-    for freedom, t in ((1, 12.706), (2, 4.303), (4, 2.776), (30, 2.042)):
-        assert results.student_tail(t, freedom) == pytest.approx(0.05, rel=2e-3)  # t has four digits
-    assert results.student_tail(0.0, 3) == pytest.approx(1.0)
     assert results.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
-    assert math.isnan(results.paired_test([0.5, 0.5]))
+    zeros = {"calibration_error": 0.0, "loss": 0.0}
+    runs = {
+        method: {seed: {"accuracy": accuracy, **zeros} for seed, accuracy in enumerate(by_seed)}
+        for method, by_seed in {"plain": (0.5, 0.6), "same": (0.6, 0.7), "other": (0.7, 0.6)}.items()
+    }
+    _, same, other = results.summarise(runs, baseline="plain")
+    assert same["accuracy_gain"][0] == pytest.approx(0.1) and math.isnan(same["accuracy_p"])
+    # t = mean / error = 0.1 / 0.1 with one degree of freedom, where Student's distribution is Cauchy's: p = 1/2.
+    assert other["accuracy_gain"] == pytest.approx((0.1, 0.1)) and other["accuracy_p"] == pytest.approx(0.5)
     # Sure and always wrong; then 75% sure and right in three cases of four.
     assert results.calibration_error(np.array([[1.0, 0.0]]), np.array([1])) == 1.0
     assert results.calibration_error(np.array([[0.75, 0.25]] * 4), np.array([0, 0, 0, 1])) == pytest.approx(0.0)

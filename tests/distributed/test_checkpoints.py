@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ENGINES, gnp, result_of, run_cases
-from collectives import CountCollectives
+from meters import CountCollectives
 
 
 pytestmark = pytest.mark.distributed

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate.state import AcceleratorState, GradientState
-from collectives import CountCollectives
+from meters import CountCollectives
 from runs import logs_of, make_args
 from tiny import collate, flat_weights, make_data, make_model
 from transformers import Trainer, TrainingArguments

@@ -1,0 +1,127 @@
+"""
+What a step of one engine communicates and holds, on several ranks: `cost.py --ranks` launches it for each.
+
+    torchrun --nproc_per_node 2 benchmarks/ranks.py --model vit-s16-small --engine zero2 --gnp_alpha 0.8 --output FILE
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from contenders import MAX_GRAD_NORM, RADIUS, SameBatch
+from meters import CountCollectives, StepProfile
+from models import CASES, make_case
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from hf_gnp import GNPTrainer, GNPTrainingArguments
+
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+COUNTED_STEPS, PROFILED_STEPS = 2, 8
+LAST_COUNTED = CountCollectives.first_step + COUNTED_STEPS
+
+
+class ProfileLastSteps(TrainerCallback):
+    """The peaks of the steps after those that are counted. Their minimum counts: what a thread of gloo frees, the
+    profiler takes for never freed."""
+
+    def __init__(self):
+        self.peaks: list[int] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= LAST_COUNTED:
+            self.profile = StepProfile(args.device).__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > LAST_COUNTED:
+            self.profile.__exit__(None, None, None)
+            self.peaks.append(self.profile.peak)
+
+
+def make_trainer(args: argparse.Namespace, folder: str) -> Trainer:
+    make_model, batch = make_case(CASES[args.model], torch.device("cpu"))
+    model = make_model()
+    if args.engine == "fsdp2":
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder)
+        dist.barrier()
+        sharding = DistributedConfig(fsdp_size=dist.get_world_size())
+        model = type(model).from_pretrained(folder, distributed_config=sharding)
+    penalty = {"gnp_alpha": args.gnp_alpha, "gnp_r": RADIUS}
+    arguments_cls, trainer_cls = (GNPTrainingArguments, GNPTrainer) if args.gnp_alpha else (TrainingArguments, Trainer)
+    config = str(CONFIGS / f"{args.engine}.json") if args.engine.startswith("zero") else None
+    on_gpu, size = torch.cuda.is_available(), len(batch["labels"])
+    training_args = arguments_cls(
+        output_dir=folder,
+        max_steps=LAST_COUNTED + PROFILED_STEPS,
+        per_device_train_batch_size=size,
+        max_grad_norm=MAX_GRAD_NORM,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        deepspeed=config,
+        ddp_backend="nccl" if on_gpu else "gloo",
+        optim="adamw_torch",
+        lr_scheduler_type="constant",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **(penalty if args.gnp_alpha else {}),
+    )
+    data = SameBatch(batch, training_args.max_steps * size * dist.get_world_size())
+    return trainer_cls(model=model, args=training_args, train_dataset=data, data_collator=lambda rows: rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=CASES, required=True)
+    parser.add_argument("--engine", choices=ENGINES, required=True)
+    parser.add_argument("--gnp_alpha", type=float, default=0.0, help="0 is stock `Trainer`.")
+    parser.add_argument("--output", required=True, help="A JSON file.")
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    counter, profile = CountCollectives(LAST_COUNTED), ProfileLastSteps()
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    trainer = make_trainer(args, folder[0])
+    for callback in (counter, profile):
+        trainer.add_callback(callback)
+    trainer.train()
+    result = {
+        "bytes": {name: size / COUNTED_STEPS for name, size in counter.bytes.items()},
+        "peak": min(profile.peaks),
+        "peaks": profile.peaks,
+        "weight_bytes": sum(getattr(p, "ds_numel", p.numel()) * 4 for p in trainer.model.parameters()),
+    }
+    if dist.get_rank() == 0:
+        Path(args.output).write_text(json.dumps(result), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(model: str, engine: str, alpha: float, ranks: int) -> dict[str, Any]:
+    """The result of `main` on `ranks` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        flags = ["--model", model, "--engine", engine, "--gnp_alpha", str(alpha), "--output", str(output)]
+        done = subprocess.run([*command, __file__, *flags], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{engine} failed:\n{done.stdout}\n{done.stderr}")
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
