@@ -32,7 +32,7 @@ import transformers
 from contenders import Contender, Settings, Step
 from cost_report import QUARTILES, draw, print_report, spread, summarise, write
 from loops import CONTENDERS, make_contender
-from meters import StepProfile, measure_matmul_rate
+from meters import StepProfile, bytes_sent, measure_matmul_rate
 from models import CASES, SWEEP, Case, items_per_step, make_case
 from ranks import ENGINES, launch
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,9 +52,10 @@ def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[S
 
 
 def compare(names: Sequence[str], settings: Settings, time_passes: bool = False) -> dict[str, dict[str, Any]]:
-    """Per contender: steps, FLOPs a step, and the profile of a penalised step."""
-    contenders = {name: make_contender(name, settings) for name in names if name != "plain"}
-    contenders["plain"] = make_contender("plain", settings, time_passes=time_passes)
+    """Per contender: steps, FLOPs a step, the peak memory of one, and the mean time of its operations."""
+    # Of all of them or none: on a GPU, timing waits for it.
+    kwargs = {"time_passes": True} if time_passes else {}
+    contenders = {name: make_contender(name, settings, **kwargs) for name in names}
     results: dict[str, dict[str, Any]] = {}
     for name, contender in contenders.items():
         flops = 0
@@ -62,19 +63,23 @@ def compare(names: Sequence[str], settings: Settings, time_passes: bool = False)
             counter = FlopCounterMode(display=False)
             contender.step(counter)
             flops += counter.get_total_flops()
-        for _ in range(LAP - 1):
-            contender.step()
-        profile = StepProfile(settings.device)
-        contender.step(profile)
-        results[name] = {"flops": flops / LAP, "peak": profile.peak, "profile": profile.seconds}
-        results[name]["interval"] = contender.interval
+        profiles = [StepProfile(settings.device) for _ in range(LAP)]
+        for profile in profiles:
+            contender.step(profile)
+        operations = {operation for profile in profiles for operation in profile.seconds}
+        results[name] = {
+            "interval": contender.interval,
+            "flops": flops / LAP,
+            "peak": max(profile.peak for profile in profiles),
+            "profile": {o: sum(profile.seconds.get(o, 0.0) for profile in profiles) / LAP for o in operations},
+        }
     steps = alternate(contenders, settings.steps - 2 * LAP)
     for name, contender in contenders.items():
         results[name]["steps"] = steps[name]
         if contender.passes is not None:
             results[name]["passes"] = contender.passes[2 * LAP :]
         contender.close()
-    return {name: results[name] for name in names}
+    return results
 
 
 def beyond_two_passes(plain: dict[str, float], other: dict[str, float], count: int = 12) -> list[dict[str, Any]]:
@@ -108,13 +113,17 @@ def run_model(args: argparse.Namespace, name: str, folder: str) -> None:
     results = compare(list(dict.fromkeys(["plain", *args.contenders])), settings)
     unit, items = items_per_step(case, settings.batch, args.accumulation)
     rows = summarise(results, items, sum(p.nbytes for p in weights), rate)
-    report = describe(args, settings) | {"model": name, "parameters": sum(p.numel() for p in weights), "unit": unit}
+    report = describe_steps(args, settings) | {
+        "model": name,
+        "parameters": sum(p.numel() for p in weights),
+        "unit": unit,
+    }
     report |= {"rows": rows}
     if "gnp" in results:
         report["beyond_two_passes"] = beyond_two_passes(results["plain"]["profile"], results["gnp"]["profile"])
     print_report(report, args.profile)
-    write(args.output_dir, f"cost_{name}", report)
-    draw(rows, name, Path(args.output_dir) / f"cost_{name}.png")
+    write(args.output_dir, f"cost_{name}{args.label}", report)
+    draw(rows, name, Path(args.output_dir) / f"cost_{name}{args.label}.png")
 
 
 def run_sweep(args: argparse.Namespace, folder: str) -> None:
@@ -142,42 +151,47 @@ def run_sweep(args: argparse.Namespace, folder: str) -> None:
             f"| {spread(row['beyond_second_pass'], 100, 1)}% | {row['beyond_ns_per_parameter']:.2f} |",
             flush=True,
         )
-    write(args.output_dir, "cost_sweep", describe(args, settings) | {"rows": rows})
+    write(args.output_dir, f"cost_sweep{args.label}", describe(args) | {"steps": args.steps, "rows": rows})
 
 
 def run_ranks(args: argparse.Namespace, name: str) -> None:
-    """Bytes of a step's collectives by engine, and the peak of rank 0 over that of plain training."""
+    """What a rank sends in a step by engine, and the peak of rank 0 over that of plain training."""
     rows = []
     print(f"\n{name}, {args.ranks} ranks, rank 0")
-    print("| engine | MB a step, plain | penalised | ratio | peak over plain, α = 0.8 | α = 1 |")
+    print("| engine | MB sent a step, plain | penalised | ratio | peak over plain, α = 0.8 | α = 1 |")
     print("|---|---|---|---|---|---|")
     for engine in args.engines:
         plain, gnp, sam = (launch(name, engine, alpha, args.ranks) for alpha in (0.0, 0.8, 1.0))
-        moved, moved_twice = sum(plain["bytes"].values()), sum(gnp["bytes"].values())
+        sent = [bytes_sent(run["bytes"], args.ranks) for run in (plain, gnp)]
         over_plain = [(other["peak"] - plain["peak"]) / plain["weight_bytes"] for other in (gnp, sam)]
-        rows.append({"engine": engine, "plain": plain, "gnp": gnp, "sam": sam})
-        rows[-1] |= {"bytes_ratio": moved_twice / moved, "peak_over_plain_in_weights": over_plain}
+        rows.append({"engine": engine, "plain": plain, "gnp": gnp, "sam": sam, "bytes_sent": sent})
+        rows[-1] |= {"bytes_ratio": sent[1] / sent[0], "peak_over_plain_in_weights": over_plain}
         print(
-            f"| {engine} | {moved / 1e6:.3f} | {moved_twice / 1e6:.3f} | {moved_twice / moved:.3f} "
+            f"| {engine} | {sent[0] / 1e6:.3f} | {sent[1] / 1e6:.3f} | {sent[1] / sent[0]:.3f} "
             f"| {over_plain[0]:+.2f} × weights | {over_plain[1]:+.2f} × weights |",
             flush=True,
         )
-    write(args.output_dir, f"cost_{name}_{args.ranks}_ranks", {"model": name, "ranks": args.ranks, "rows": rows})
+    report = describe(args) | {"model": name, "ranks": args.ranks, "rows": rows}
+    write(args.output_dir, f"cost_{name}_{args.ranks}_ranks{args.label}", report)
 
 
-def describe(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.machine()} CPU"
+def describe(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
-        "device": device,
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "bf16": args.bf16,
+    }
+
+
+def describe_steps(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    return describe(args) | {
         "steps": args.steps,
         "batch_size": settings.batch_size,
-        "accumulation": args.accumulation,
-        "bf16": args.bf16,
+        "accumulation": settings.accumulation,
         "optimizer": f"AdamW {args.optimizer}",
     }
 
@@ -197,8 +211,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sweep_accumulation", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--ranks", type=int, help="Launch so many processes for each of --engines instead.")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--label", default="", help="Added to the names of the files that are written.")
     parser.add_argument("--output_dir", default="outputs/benchmarks")
     args = parser.parse_args()
+    if args.sweep and (args.ranks or args.model or args.accumulation > 1):
+        parser.error("--sweep has its own models and accumulation steps, and no --ranks.")
     if args.steps % LAP or args.steps < LAP:
         parser.error(f"--steps must be a multiple of {LAP}, so that each interval has its share of penalised steps.")
     on_gpu = torch.cuda.is_available()

@@ -19,6 +19,7 @@ noise levels, sizes or methods may run beside each other.
 
 import argparse
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -186,18 +187,17 @@ def run_case(
     seeds = args.seeds or (2 if args.quick else {"cifar10": 3, "sst2": 5}[settings["task"]])
     methods = methods_of(args, settings["task"])
     todo = [(seed, method) for seed in range(seeds) for method in methods]
-    todo = [(seed, method) for seed, method in todo if not store.has(settings, method, seed)]
+    todo = [(seed, method) for seed, method in todo if not store.has(settings, method, methods[method].gnp, seed)]
     while todo and time.monotonic() < deadline:
         seed, method = todo[0]
         start = time.monotonic()
-        folder = Path(args.output_dir) / "unfinished" / f"{name}_{digest(settings, method, seed)}"
+        folder = Path(args.output_dir) / "unfinished" / f"{name}_{digest(settings, methods[method].gnp, method, seed)}"
         run = train(task, methods[method], seed, settings["epochs"], folder, deadline)
         if run is None:
             break
-        run |= {"settings": settings, "method": method, "gnp": methods[method].gnp, "seed": seed}
-        run["seconds"] = time.monotonic() - start
-        store.add(run)
-        print(f"{name} seed {seed} {method}: {run['accuracy']:.2%}, {run['seconds']:.0f} s", flush=True)
+        store.add(run | {"settings": settings, "method": method, "gnp": methods[method].gnp, "seed": seed})
+        seconds = time.monotonic() - start
+        print(f"{name} seed {seed} {method}: {run['accuracy']:.2%}, {seconds:.0f} s", flush=True)
         todo.pop(0)
     if args.gnp_r:
         report(store, f"{name}_sweep", settings, list(methods), Path(args.output_dir))
@@ -206,9 +206,9 @@ def run_case(
     return not todo
 
 
-def digest(settings: dict[str, Any], method: str, seed: int) -> str:
+def digest(*identity: Any) -> str:
     """A short name of a run, so that it goes on from no other's checkpoint."""
-    return hashlib.sha256(repr((sorted(settings.items()), method, seed)).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def report(store: Store, name: str, settings: dict[str, Any], methods: list[str], folder: Path) -> None:

@@ -3,6 +3,8 @@
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +40,9 @@ class StepProfile(contextlib.AbstractContextManager):
             self.peak = int(max(np.cumsum([event.nbytes() for event in events]), default=0))
         name = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
         operations = [
-            op for op in self.profiler.key_averages() if not self.on_gpu or op.device_type == DeviceType.CUDA
+            op
+            for op in self.profiler.key_averages()
+            if not self.on_gpu or (op.device_type == DeviceType.CUDA and not op.is_user_annotation)
         ]
         self.seconds = {op.key: getattr(op, name) / 1e6 for op in operations}
         self.profiler = None
@@ -46,7 +50,8 @@ class StepProfile(contextlib.AbstractContextManager):
 
 class CountCollectives(TorchDispatchMode, TrainerCallback):
     """
-    Bytes by collective of this rank's tensors, over whole optimizer steps: from the end of step `first_step` on, as
+    Bytes by collective, those of the whole tensor that a collective is about: what an all-gather returns, what a
+    reduce-scatter is given. They are counted over whole optimizer steps: from the end of step `first_step` on, as
     engines broadcast in the first step and trace their parameters, until `last_step` or the last one ends.
     """
 
@@ -58,17 +63,27 @@ class CountCollectives(TorchDispatchMode, TrainerCallback):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
         if function.namespace in ("c10d", "_c10d_functional"):
             name = function.__name__.split(".")[0].strip("_")
-            tensors = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, torch.Tensor)]
-            self.bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return function(*args, **(kwargs or {}))
+            self.bytes[name] += max(_nbytes(value) for value in (*args, result))
+        return result
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.first_step:
             self.__enter__()
         if state.global_step == (self.last_step or state.max_steps):
             self.__exit__(None, None, None)
+
+
+def _nbytes(value: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def bytes_sent(by_collective: Mapping[str, float], ranks: int) -> float:
+    """What each rank sends, with ring algorithms: an all-reduce is a reduce-scatter and an all-gather."""
+    passes = {name: 2 if name.replace("_", "").startswith("allreduce") else 1 for name in by_collective}
+    return sum(size * passes[name] * (ranks - 1) / ranks for name, size in by_collective.items())
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:

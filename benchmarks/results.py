@@ -27,9 +27,9 @@ class Store:
     def _read(self) -> list[Run]:
         return json.loads(self.path.read_text(encoding="utf-8"))["runs"] if self.path.is_file() else []
 
-    def has(self, settings: dict[str, Any], method: str, seed: int) -> bool:
-        wanted = (settings, method, seed)
-        return any((run["settings"], run["method"], run["seed"]) == wanted for run in self.runs)
+    def has(self, settings: dict[str, Any], method: str, gnp: dict[str, Any], seed: int) -> bool:
+        wanted = (settings, method, gnp, seed)
+        return any((run["settings"], run["method"], run["gnp"], run["seed"]) == wanted for run in self.runs)
 
     def add(self, run: Run) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +97,13 @@ def table(rows: list[dict[str, Any]]) -> str:
             scale, digits = (100, 2) if "%" in label else (1, 3)
             cells.append(pair(row[name], scale, digits))
             gain = row.get(f"{name}_gain")
-            cells.append("" if gain is None else f"{pair(gain, scale, digits, '+')} ({row[f'{name}_p']:.3f})")
+            cells.append("" if gain is None else f"{pair(gain, scale, digits, '+')} ({p_value(row[f'{name}_p'])})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def p_value(p: float) -> str:
+    return "–" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def pair(value: tuple[float, float], scale: float, digits: int = 2, sign: str = "") -> str:

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 
-# Elements that are moved together where they cannot be moved in place.
-PART = 2**24
+# At most so many elements of a list are moved together, where moving them takes memory.
+PART = 2**22
 
 
 def local_sq_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -66,29 +66,21 @@ def move_(
         If measured, the local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32; else None.
     """
     is_in_place = all(weight is master for weight, master in zip(weights, masters, strict=True))
-    if not any(weight.dtype.itemsize == 2 for weight in weights):
+    if all(weight.dtype.itemsize > 2 for weight in weights):
         noise_seed = None
     if is_in_place and not adaptive and noise_seed is None and not measure:
         if weights:
             torch._foreach_add_(weights, gradients, alpha=scale)
         return None
-    generators = {weight.device: torch.Generator(weight.device) for weight in weights}
-    for generator in generators.values():
-        generator.manual_seed(noise_seed or 0)
-    sums = torch.zeros(2) if measure else None
+    generators = {}
+    if noise_seed is not None:
+        generators = {w.device: torch.Generator(w.device).manual_seed(noise_seed) for w in weights}
+    sums = torch.zeros(2, device=weights[0].device if weights else "cpu")
     for part in _parts(weights):
-        starts = [master.to(torch.promote_types(master.dtype, torch.float32)) for master in masters[part]]
-        directions = [g.to(start.device, start.dtype) for g, start in zip(gradients[part], starts, strict=True)]
-        if adaptive:
-            directions = torch._foreach_mul(torch._foreach_mul(starts, starts), directions)
-        moved = torch._foreach_add(starts, directions, alpha=scale)
-        if noise_seed is not None:
-            moved = [_round(m, weight, generators) for m, weight in zip(moved, weights[part], strict=True)]
-        before = [weight.clone() for weight in weights[part]] if measure else []
-        copy_(weights[part], moved)
-        for weight, old, direction in zip(weights[part], before, directions, strict=False):
-            sums = sums.to(weight.device) + _fidelity_sums(weight, old, direction, scale)
-    return sums
+        sums = sums + _move_part(
+            weights[part], gradients[part], masters[part], scale, adaptive, generators, measure
+        ).to(sums.device)
+    return sums if measure else None
 
 
 def _parts(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
@@ -103,10 +95,30 @@ def _parts(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
         yield slice(start, len(tensors))
 
 
-def _round(moved: torch.Tensor, weight: torch.Tensor, generators: dict[torch.device, torch.Generator]) -> torch.Tensor:
-    if weight.dtype.itemsize != 2:
-        return moved
-    return round_stochastically(moved.to(weight.device), weight.dtype, generators[weight.device])
+def _move_part(
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    masters: Sequence[torch.Tensor],
+    scale: float,
+    adaptive: bool,
+    generators: dict[torch.device, torch.Generator],
+    measure: bool,
+) -> torch.Tensor:
+    """`move_`, for tensors of which a few copies fit; all zeros unless measured."""
+    starts = [master.to(torch.promote_types(master.dtype, torch.float32)) for master in masters]
+    directions = [g.to(start.device, start.dtype) for g, start in zip(gradients, starts, strict=True)]
+    if adaptive:
+        directions = torch._foreach_mul(torch._foreach_mul(starts, starts), directions)
+    moved = list(torch._foreach_add(starts, directions, alpha=scale))
+    for i, weight in enumerate(weights):
+        if generators and weight.dtype.itemsize == 2:
+            moved[i] = round_stochastically(moved[i].to(weight.device), weight.dtype, generators[weight.device])
+    before = [weight.clone() for weight in weights] if measure else []
+    copy_(weights, moved)
+    sums = torch.zeros(2, device=weights[0].device)
+    for i, old in enumerate(before):
+        sums = sums + _fidelity_sums(weights[i], old, directions[i], scale).to(sums.device)
+    return sums
 
 
 def _fidelity_sums(weight: torch.Tensor, before: torch.Tensor, direction: torch.Tensor, scale: float) -> torch.Tensor:

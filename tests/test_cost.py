@@ -1,12 +1,14 @@
 """What the penalty costs: twice the FLOPs of plain training, and one copy of the trainable weights."""
 
 import gc
+import weakref
 
 import pytest
 import torch
 from runs import CHECKPOINTING, make_trainer, record_forwards
 from tiny import KINDS, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 
@@ -47,7 +49,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_all_weights_move_in_one_operation(tmp_path, monkeypatch):
-    """Not one by one as where they are rounded stochastically or the move is measured: on a GPU each is a launch."""
+    """Where nothing has to be kept, rounded or measured: on a GPU each operation is a launch."""
     move_, operations = penalty.move_, []
 
     def spy(*args, **kwargs):
@@ -59,6 +61,49 @@ def test_all_weights_move_in_one_operation(tmp_path, monkeypatch):
     monkeypatch.setattr(penalty, "move_", spy)
     make_trainer(tmp_path, "vit", max_steps=STEPS, logging_strategy="no").train()
     assert operations == [["aten._foreach_add_.List"]] * STEPS
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most that the results of operations held at once, of the storages that came into being meanwhile."""
+
+    def __init__(self, older: list[torch.Tensor]):
+        super().__init__()
+        self.live: dict[int, weakref.ref] = {}
+        self.older = {tensor.untyped_storage().data_ptr() for tensor in older}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.older:
+                self.live[id(tensor)] = weakref.ref(tensor)
+        tensors = [tensor for ref in self.live.values() if (tensor := ref()) is not None]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        self.peak = max(self.peak, sum(storages.values()))
+        return result
+
+
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("noise_seed", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moving_in_parts_is_moving_at_once_in_less_memory(monkeypatch, dtype, noise_seed, adaptive, measure):
+    torch.manual_seed(0)
+    shapes = 4 * [(30, 10), (100,), (7, 9), (200,), (64, 4), (1,), (90, 3)]
+    masters = [torch.randn(shape) for shape in shapes]
+    gradients = [torch.randn(shape) for shape in shapes]
+    weights, sums, peaks = {}, {}, {}
+    for part in (300, 2**22):
+        monkeypatch.setattr(penalty, "PART", part)
+        weights[part] = [master.to(dtype, copy=True) for master in masters]
+        settings = {"adaptive": adaptive, "noise_seed": noise_seed, "measure": measure}
+        with PeakBytes([*weights[part], *gradients, *masters]) as peak:
+            sums[part] = penalty.move_(weights[part], gradients, masters, 0.05, **settings)
+        peaks[part] = peak.peak
+    assert all(map(torch.equal, *weights.values()))
+    if measure:
+        assert torch.allclose(*sums.values())  # summed in another order
+    assert peaks[300] < peaks[2**22] / 2  # the largest part is 300 of 4760 elements
 
 
 class Live(TrainerCallback):

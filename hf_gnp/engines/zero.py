@@ -125,8 +125,10 @@ class ShardedEngine(DeepSpeedSteps, Engine):
 
     def _update_offloaded_norms(self) -> None:
         """With offload, DeepSpeed clips by norms that it took as the gradients arrived."""
-        norms = getattr(self.optimizer, "norm_for_param_grads", {})
-        for shard in self.shards() if norms else ():
+        norms = getattr(self.optimizer, "norm_for_param_grads", None)
+        if not norms:
+            return
+        for shard in self.shards():
             if (param_id := self.optimizer.get_param_id(shard.parameter)) in norms:
                 norms[param_id] = shard.gradient.norm()
 
