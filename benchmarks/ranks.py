@@ -50,8 +50,7 @@ def deepspeed_config(engine: str, model: torch.nn.Module) -> dict[str, Any]:
     config = json.loads((CONFIGS / f"{engine}.json").read_text(encoding="utf-8"))
     if engine != "zero3":
         # DeepSpeed allocates whole buckets; those of the file would hide what a small model holds besides.
-        bucket = min(int(2e8), sum(p.numel() for p in model.parameters()) // 8)
-        config["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        config["zero_optimization"]["reduce_bucket_size"] = sum(p.numel() for p in model.parameters()) // 8
     return config
 
 
