@@ -157,9 +157,10 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Task]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in args.task:
         epochs = 1 if args.quick else args.epochs or {"cifar10": 300, "sst2": 3}[name]
+        rate = f"_lr_{args.learning_rate:g}" if args.learning_rate else ""
         if name == "cifar10":
             settings = {"task": name, "epochs": epochs}
-            yield f"cifar10_{epochs}_epochs", *_with_settings(settings, cifar10(args, device), args)
+            yield f"cifar10_{epochs}_epochs{rate}", *_with_settings(settings, cifar10(args, device), args)
             continue
         # The folder that an encoder lies in is no part of what it is.
         encoder = "/".join(Path(args.model_path).parts[-2:])
@@ -167,7 +168,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Task]
         for size in ["64"] if args.quick else args.train_size:
             for noise in [40] if args.quick else args.label_noise:
                 settings = {**fixed, "train_size": size, "label_noise": noise}
-                yield f"sst2_{size}_noise_{noise}", *_with_settings(settings, sst2(args, size, noise), args)
+                yield f"sst2_{size}_noise_{noise}{rate}", *_with_settings(settings, sst2(args, size, noise), args)
 
 
 def _with_settings(settings: dict[str, Any], task: Task, args: argparse.Namespace) -> tuple[dict[str, Any], Task]:
