@@ -89,6 +89,22 @@ class SameBatch(Dataset):
         return self.batch
 
 
+def make_arguments(cls: type[Trainer], **kwargs: Any) -> TrainingArguments:
+    """Those of `cls` for steps that clip, and write, log and load nothing."""
+    args_cls = TrainingArguments if cls is Trainer else GNPTrainingArguments
+    return args_cls(
+        max_grad_norm=MAX_GRAD_NORM,
+        lr_scheduler_type="constant",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **kwargs,
+    )
+
+
 class TrainerContender(Contender):
     """
     The real `train()` in a thread that waits at the end of each step until it is asked for the next.
@@ -102,22 +118,14 @@ class TrainerContender(Contender):
         self.interval = kwargs.get("gnp_interval", 1)
         self._contexts: queue.SimpleQueue = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
-        args_cls = TrainingArguments if cls is Trainer else GNPTrainingArguments
-        args = args_cls(
+        args = make_arguments(
+            cls,
             output_dir=settings.output_dir,
             max_steps=settings.steps + 1,  # one that `close` ends before
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.accumulation,
-            max_grad_norm=MAX_GRAD_NORM,
-            lr_scheduler_type="constant",
             bf16=settings.bf16,
             use_cpu=settings.device.type == "cpu",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             **kwargs,
         )
         self._trainer = cls(

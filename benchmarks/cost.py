@@ -117,8 +117,8 @@ def run_model(args: argparse.Namespace, name: str, folder: str) -> None:
         "model": name,
         "parameters": sum(p.numel() for p in weights),
         "unit": unit,
+        "rows": rows,
     }
-    report |= {"rows": rows}
     if "gnp" in results:
         report["beyond_two_passes"] = beyond_two_passes(results["plain"]["profile"], results["gnp"]["profile"])
     print_report(report, args.profile)
@@ -161,7 +161,7 @@ def run_ranks(args: argparse.Namespace, name: str) -> None:
     print("| engine | MB sent a step, plain | penalised | ratio | peak over plain, α = 0.8 | α = 1 |")
     print("|---|---|---|---|---|---|")
     for engine in args.engines:
-        plain, gnp, sam = (launch(name, engine, alpha, args.ranks) for alpha in (0.0, 0.8, 1.0))
+        plain, gnp, sam = (launch(name, engine, who, args.ranks) for who in ("plain", "gnp", "sam"))
         sent = [bytes_sent(run["bytes"], args.ranks) for run in (plain, gnp)]
         over_plain = [(other["peak"] - plain["peak"]) / plain["weight_bytes"] for other in (gnp, sam)]
         rows.append({"engine": engine, "plain": plain, "gnp": gnp, "sam": sam, "bytes_sent": sent})

@@ -176,9 +176,10 @@ def _with_settings(settings: dict[str, Any], task: Task, args: argparse.Namespac
     settings |= {
         "bf16": task.arguments["bf16"],
         "batch_size": task.arguments["per_device_train_batch_size"],
+        "learning_rate": task.arguments["learning_rate"],
         "quick": args.quick,
     }
-    return settings | {"learning_rate": task.arguments["learning_rate"]}, task
+    return settings, task
 
 
 def run_case(
@@ -187,8 +188,8 @@ def run_case(
     """Runs what is missing, seed by seed, and reports; whether all of the case is there."""
     seeds = args.seeds or (2 if args.quick else {"cifar10": 3, "sst2": 5}[settings["task"]])
     methods = methods_of(args, settings["task"])
-    todo = [(seed, method) for seed in range(seeds) for method in methods]
-    todo = [(seed, method) for seed, method in todo if not store.has(settings, method, methods[method].gnp, seed)]
+    done = runs_of(store, settings, methods)
+    todo = [(seed, method) for seed in range(seeds) for method in methods if seed not in done[method]]
     while todo and time.monotonic() < deadline:
         seed, method = todo[0]
         start = time.monotonic()
@@ -201,10 +202,14 @@ def run_case(
         print(f"{name} seed {seed} {method}: {run['accuracy']:.2%}, {seconds:.0f} s", flush=True)
         todo.pop(0)
     if args.gnp_r:
-        report(store, f"{name}_sweep", settings, list(methods), Path(args.output_dir))
+        report(runs_of(store, settings, methods), f"{name}_sweep", settings, Path(args.output_dir))
     else:
-        report(store, name, settings, list(METHODS[settings["task"]]), Path(args.output_dir))
+        report(runs_of(store, settings, METHODS[settings["task"]]), name, settings, Path(args.output_dir))
     return not todo
+
+
+def runs_of(store: Store, settings: dict[str, Any], methods: dict[str, Method]) -> dict[str, dict[int, Run]]:
+    return store.of(settings, {name: method.gnp for name, method in methods.items()})
 
 
 def digest(*identity: Any) -> str:
@@ -212,9 +217,8 @@ def digest(*identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def report(store: Store, name: str, settings: dict[str, Any], methods: list[str], folder: Path) -> None:
-    found = store.of(settings)
-    runs = {method: found[method] for method in methods if method in found}
+def report(runs: dict[str, dict[int, Run]], name: str, settings: dict[str, Any], folder: Path) -> None:
+    runs = {method: by_seed for method, by_seed in runs.items() if by_seed}
     if not runs:
         return
     rows = summarise(runs, baseline=next(iter(METHODS[settings["task"]])))

@@ -16,10 +16,13 @@ from transformers import TrainerCallback
 
 
 class StepProfile(contextlib.AbstractContextManager):
-    """The peak memory of a step over its beginning, in bytes, and the time of its operations, in seconds by name."""
+    """
+    The peak memory of a step over its beginning, in bytes, and unless `times_operations` is False the time of its
+    operations, in seconds by name.
+    """
 
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
+    def __init__(self, device: torch.device, times_operations: bool = True):
+        self.on_gpu, self.times_operations = device.type == "cuda", times_operations
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu
         self.profiler = torch.profiler.profile(activities=activities, profile_memory=not self.on_gpu)
 
@@ -38,14 +41,18 @@ class StepProfile(contextlib.AbstractContextManager):
             events = self.profiler.profiler.kineto_results.events()
             events = sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns())
             self.peak = int(max(np.cumsum([event.nbytes() for event in events]), default=0))
+        if self.times_operations:
+            self.seconds = self._seconds()
+        self.profiler = None
+
+    def _seconds(self) -> dict[str, float]:
         name = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
         operations = [
             op
             for op in self.profiler.key_averages()
             if not self.on_gpu or (op.device_type == DeviceType.CUDA and not op.is_user_annotation)
         ]
-        self.seconds = {op.key: getattr(op, name) / 1e6 for op in operations}
-        self.profiler = None
+        return {op.key: getattr(op, name) / 1e6 for op in operations}
 
 
 class CountCollectives(TorchDispatchMode, TrainerCallback):

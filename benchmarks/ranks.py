@@ -1,7 +1,7 @@
 """
 What a step of one engine communicates and holds, on several ranks: `cost.py --ranks` launches it for each.
 
-    torchrun --nproc_per_node 2 benchmarks/ranks.py --model vit-s16-small --engine zero2 --gnp_alpha 0.8 --output FILE
+    torchrun --nproc_per_node 2 benchmarks/ranks.py --model vit-s16-small --engine zero2 --contender gnp --output FILE
 """
 
 import argparse
@@ -15,18 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from contenders import MAX_GRAD_NORM, RADIUS, SameBatch
+from contenders import SameBatch, make_arguments
+from loops import TRAINERS
 from meters import CountCollectives, StepProfile
 from models import CASES, make_case
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.distributed import DistributedConfig
-
-from hf_gnp import GNPTrainer, GNPTrainingArguments
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-COUNTED_STEPS, PROFILED_STEPS = 2, 8
+COUNTED_STEPS = 2
+PROFILED_STEPS = 40  # on a busy CPU, gloo's threads spoil up to two of three
 LAST_COUNTED = CountCollectives.first_step + COUNTED_STEPS
 
 
@@ -38,7 +38,7 @@ class ProfileLastSteps(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step >= LAST_COUNTED:
-            self.profile = StepProfile(args.device).__enter__()
+            self.profile = StepProfile(args.device, times_operations=False).__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step > LAST_COUNTED:
@@ -54,7 +54,7 @@ def deepspeed_config(engine: str, model: torch.nn.Module) -> dict[str, Any]:
     return config
 
 
-def make_trainer(args: argparse.Namespace, folder: str) -> Trainer:
+def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     make_model, batch = make_case(CASES[args.model], torch.device("cpu"))
     model = make_model()
     if args.engine == "fsdp2":
@@ -63,45 +63,34 @@ def make_trainer(args: argparse.Namespace, folder: str) -> Trainer:
         dist.barrier()
         sharding = DistributedConfig(fsdp_size=dist.get_world_size())
         model = type(model).from_pretrained(folder, distributed_config=sharding)
-    penalty = {"gnp_alpha": args.gnp_alpha, "gnp_r": RADIUS}
-    arguments_cls, trainer_cls = (GNPTrainingArguments, GNPTrainer) if args.gnp_alpha else (TrainingArguments, Trainer)
     on_gpu, size = torch.cuda.is_available(), len(batch["labels"])
-    training_args = arguments_cls(
-        output_dir=folder,
+    kwargs = {"cls": Trainer, **TRAINERS[args.contender]}
+    training_args = make_arguments(
+        **kwargs,
+        output_dir=str(folder),
         max_steps=LAST_COUNTED + PROFILED_STEPS,
         per_device_train_batch_size=size,
-        max_grad_norm=MAX_GRAD_NORM,
         bf16=on_gpu,
         use_cpu=not on_gpu,
         deepspeed=deepspeed_config(args.engine, model) if args.engine.startswith("zero") else None,
         ddp_backend="nccl" if on_gpu else "gloo",
         optim="adamw_torch",
-        lr_scheduler_type="constant",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **(penalty if args.gnp_alpha else {}),
     )
     data = SameBatch(batch, training_args.max_steps * size * dist.get_world_size())
-    return trainer_cls(model=model, args=training_args, train_dataset=data, data_collator=lambda rows: rows)
+    return kwargs["cls"](model=model, args=training_args, train_dataset=data, data_collator=lambda rows: rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=CASES, required=True)
     parser.add_argument("--engine", choices=ENGINES, required=True)
-    parser.add_argument("--gnp_alpha", type=float, default=0.0, help="0 is stock `Trainer`.")
-    parser.add_argument("--output", required=True, help="A JSON file.")
+    parser.add_argument("--contender", choices=TRAINERS, required=True)
+    parser.add_argument("--output", required=True, help="A JSON file, in a folder that other files may come into.")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     counter, profile = CountCollectives(LAST_COUNTED), ProfileLastSteps()
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    trainer = make_trainer(args, folder[0])
+    trainer = make_trainer(args, Path(args.output).parent)
     for callback in (counter, profile):
         trainer.add_callback(callback)
     trainer.train()
@@ -118,12 +107,12 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def launch(model: str, engine: str, alpha: float, ranks: int) -> dict[str, Any]:
+def launch(model: str, engine: str, contender: str, ranks: int) -> dict[str, Any]:
     """The result of `main` on `ranks` processes."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        flags = ["--model", model, "--engine", engine, "--gnp_alpha", str(alpha), "--output", str(output)]
+        flags = ["--model", model, "--engine", engine, "--contender", contender, "--output", str(output)]
         done = subprocess.run([*command, __file__, *flags], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{engine} failed:\n{done.stdout}\n{done.stderr}")

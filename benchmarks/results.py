@@ -27,10 +27,6 @@ class Store:
     def _read(self) -> list[Run]:
         return json.loads(self.path.read_text(encoding="utf-8"))["runs"] if self.path.is_file() else []
 
-    def has(self, settings: dict[str, Any], method: str, gnp: dict[str, Any], seed: int) -> bool:
-        wanted = (settings, method, gnp, seed)
-        return any((run["settings"], run["method"], run["gnp"], run["seed"]) == wanted for run in self.runs)
-
     def add(self, run: Run) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
@@ -39,12 +35,12 @@ class Store:
             new.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n", encoding="utf-8")
             os.replace(new, self.path)
 
-    def of(self, settings: dict[str, Any]) -> dict[str, dict[int, Run]]:
-        """By method and seed."""
-        found: dict[str, dict[int, Run]] = {}
+    def of(self, settings: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str, dict[int, Run]]:
+        """Of each method the runs by seed, those with the gnp arguments that `methods` says it has."""
+        found: dict[str, dict[int, Run]] = {method: {} for method in methods}
         for run in self.runs:
-            if run["settings"] == settings:
-                found.setdefault(run["method"], {})[run["seed"]] = run
+            if run["settings"] == settings and methods.get(run["method"]) == run["gnp"]:
+                found[run["method"]][run["seed"]] = run
         return found
 
 

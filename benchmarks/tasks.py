@@ -22,6 +22,7 @@ from transformers import (
 # Of CIFAR-10's training pixels.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PADDING = 4
+VIT_TI = Path(__file__).resolve().parents[1] / "configs" / "models" / "vit_ti_patch4_32"
 
 
 @dataclass
@@ -95,11 +96,11 @@ def crop_and_mirror(pixels: torch.Tensor) -> torch.Tensor:
 def cifar10(args: argparse.Namespace, device: torch.device) -> Task:
     """ViT-Ti with 4x4 patches (5.4M parameters), from scratch on CIFAR-10."""
     splits = load_splits(args.data, "cifar10", "test")
-    sizes = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    sizes = {}
     if args.quick:
         sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
         splits = DatasetDict({name: first(split, 128) for name, split in splits.items()})
-    config = ViTConfig(image_size=32, patch_size=4, num_labels=10, **sizes)
+    config = ViTConfig.from_pretrained(VIT_TI, num_labels=10, **sizes)
     train = ImagesOnDevice(splits["train"], device, augment=True)
     arguments = {
         "learning_rate": args.learning_rate or 1e-3,

@@ -121,21 +121,21 @@ def load_model(args: ModelArguments, labels: dict[str, Any]) -> tuple[PreTrained
     Returns:
         The model and its image processor, the one that works on PIL images and needs no torchvision.
     """
-    if args.model_name_or_path is None and args.config_name is not None:
-        config = AutoConfig.from_pretrained(args.config_name, **labels, **args.hub_kwargs())
-        return AutoModelForImageClassification.from_config(config), default_processor(config)
     if args.model_name_or_path is None:
-        config = ViTConfig(
-            image_size=32,
-            patch_size=8,
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            # 1 / sqrt(96): with the default, which suits a width of 768, so narrow layers hardly pass a signal on.
-            initializer_range=0.1,
-            **labels,
-        )
+        if args.config_name is not None:
+            config = AutoConfig.from_pretrained(args.config_name, **labels, **args.hub_kwargs())
+        else:
+            config = ViTConfig(
+                image_size=32,
+                patch_size=8,
+                hidden_size=96,
+                intermediate_size=192,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                # 1 / sqrt(96): with the default, which suits a width of 768, so narrow layers hardly pass a signal on.
+                initializer_range=0.1,
+                **labels,
+            )
         return AutoModelForImageClassification.from_config(config), default_processor(config)
     model = AutoModelForImageClassification.from_pretrained(
         args.model_name_or_path,

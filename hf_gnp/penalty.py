@@ -75,12 +75,12 @@ def move_(
     generators = {}
     if noise_seed is not None:
         generators = {w.device: torch.Generator(w.device).manual_seed(noise_seed) for w in weights}
-    sums = torch.zeros(2, device=weights[0].device if weights else "cpu")
+    sums = torch.zeros(2, device=weights[0].device if weights else "cpu") if measure else None
     for part in _parts(weights):
-        sums = sums + _move_part(
-            weights[part], gradients[part], masters[part], scale, adaptive, generators, measure
-        ).to(sums.device)
-    return sums if measure else None
+        measured = _move_part(weights[part], gradients[part], masters[part], scale, adaptive, generators, measure)
+        if measure:
+            sums = sums + measured.to(sums.device)
+    return sums
 
 
 def _parts(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
@@ -103,8 +103,8 @@ def _move_part(
     adaptive: bool,
     generators: dict[torch.device, torch.Generator],
     measure: bool,
-) -> torch.Tensor:
-    """`move_`, for tensors of which a few copies fit; all zeros unless measured."""
+) -> torch.Tensor | None:
+    """`move_`, for tensors of which a few copies fit."""
     starts = [master.to(torch.promote_types(master.dtype, torch.float32)) for master in masters]
     directions = [g.to(start.device, start.dtype) for g, start in zip(gradients, starts, strict=True)]
     if adaptive:
@@ -113,12 +113,13 @@ def _move_part(
     for i, weight in enumerate(weights):
         if generators and weight.dtype.itemsize == 2:
             moved[i] = round_stochastically(moved[i].to(weight.device), weight.dtype, generators[weight.device])
-    before = [weight.clone() for weight in weights] if measure else []
+    if not measure:
+        copy_(weights, moved)
+        return None
+    before = [weight.clone() for weight in weights]
     copy_(weights, moved)
-    sums = torch.zeros(2, device=weights[0].device)
-    for i, old in enumerate(before):
-        sums = sums + _fidelity_sums(weights[i], old, directions[i], scale).to(sums.device)
-    return sums
+    triples = zip(weights, before, directions, strict=True)
+    return sum(_fidelity_sums(*triple, scale).to(weights[0].device) for triple in triples)
 
 
 def _fidelity_sums(weight: torch.Tensor, before: torch.Tensor, direction: torch.Tensor, scale: float) -> torch.Tensor:

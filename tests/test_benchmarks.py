@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import make_model
+from tiny import make_model, save_tokenizer
 
 
 datasets = pytest.importorskip("datasets", reason="the benchmarks read parquet with it")
@@ -69,13 +69,8 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(("[PAD]", "[UNK]", *WORDS))}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    save_tokenizer(folder, WORDS)
     make_model("bert", dropout=0.1).bert.save_pretrained(folder)
     return folder
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
-from tiny import make_model
+from tiny import make_model, save_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -89,18 +89,8 @@ def test_recipes_are_accepted(tmp_path, recipe):
         "false",
     ]
     if script == "text_classification":
-        save_tokenizer(tmp_path / "model")
+        save_tokenizer(tmp_path / "model", ["[CLS]", "[SEP]", "good", "bad", "film"])
     if "model_name_or_path" in recipe.read_text():
         flags += ["--model_name_or_path", str(tmp_path / "model"), "--ignore_mismatched_sizes", "true"]
     metrics = run_script(script, tmp_path / "out", *flags)
     assert np.isfinite(metrics["train_loss"])
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)

@@ -1,6 +1,7 @@
 """Tiny models and data that every test shares: a ViT, a BERT, and a Llama with ragged labels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,3 +102,14 @@ def flat_weights(model: nn.Module) -> torch.Tensor:
 def relative_distance(result: torch.Tensor, expected: torch.Tensor, start: torch.Tensor) -> float:
     """The distance between two end points, as a share of the distance travelled."""
     return ((result - expected).norm() / (expected - start).norm()).item()
+
+
+def save_tokenizer(folder: Path, words: Sequence[str]) -> None:
+    """Saves a tokenizer that knows these words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)

@@ -58,7 +58,9 @@ def reference_of(case: dict[str, Any], ranks: int = RANKS, **kwargs: Any):
 
 def assert_matches_reference(result: dict[str, Any], case: dict[str, Any], ranks: int = RANKS, **variant: Any) -> None:
     start, expected, reference_logs = reference_of(case, ranks, **variant)
-    assert relative_distance(result["weights"], expected, start) < WEIGHTS_TOLERANCE
+    distance = relative_distance(result["weights"], expected, start)
+    print(f"{distance:.1e} of the distance travelled")  # pytest -rP shows it
+    assert distance < WEIGHTS_TOLERANCE
     for name in ("loss", "gnp_grad_norm", "gnp_perturbed_loss"):
         values = [log[name] for log in reference_logs]
         assert result["logs"][name] == pytest.approx(values, rel=LOG_TOLERANCE), name

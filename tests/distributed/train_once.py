@@ -8,9 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from worker import full_weights, make_trainer
+from worker import full_weights, make_trainer, save_and_end
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,10 +30,7 @@ def main(case_file: str, output: str) -> None:
         "engine": type(trainer._gnp_run.engine).__name__,
         "held_bytes": held_by_rank,
     }
-    if dist.get_rank() == 0:
-        torch.save(result, Path(output) / "result.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    save_and_end(result, Path(output) / "result.pt")
 
 
 if __name__ == "__main__":

@@ -226,6 +226,14 @@ def allow_fp16_on_cpu() -> None:
     get_accelerator().is_fp16_supported = lambda: True
 
 
+def save_and_end(result: dict[str, Any], path: Path) -> None:
+    """Rank 0 saves; then all ranks leave the process group together."""
+    if dist.get_rank() == 0:
+        torch.save(result, path)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main(cases_file: str, output: str) -> None:
     cases = json.loads(Path(cases_file).read_text())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -238,10 +246,7 @@ def main(cases_file: str, output: str) -> None:
         except Exception:
             results[name] = {"error": traceback.format_exc()}
         reset(environment)
-    if dist.get_rank() == 0:
-        torch.save(results, Path(output) / "results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    save_and_end(results, Path(output) / "results.pt")
 
 
 if __name__ == "__main__":
