@@ -13,10 +13,12 @@ from transformers.utils import logging
 
 from .arguments import with_gnp_arguments
 from .checkpoint import GNPStateCallback, add_to_model_card, has_renamed_keys, load_renamed
+from .direction import Perturbation
 from .engines import Engine, make_engine, refuse_unsupported
 from .metrics import StepMetrics
-from .perturbation import Perturbation
-from .replay import RunningBuffers, Window, random_devices
+from .replay.buffers import RunningBuffers
+from .replay.randomness import random_devices
+from .replay.window import Window
 from .schedule import Penalty, Schedule
 
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 from held import record_held_bytes
+from memory import ENGINES, estimate_memory, table
 from runs import make_trainer
 from tiny import make_model
 from transformers import TrainerCallback
-
-from hf_gnp.engines.memory import ENGINES, estimate_memory, table
 
 
 class GradientBytes(TrainerCallback):

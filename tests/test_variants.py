@@ -12,8 +12,8 @@ from tiny import KINDS, collate, flat_weights, make_data, make_model
 from transformers import Trainer
 
 from hf_gnp import GNPTrainer, GNPTrainingArguments
+from hf_gnp.direction import find_targets
 from hf_gnp.penalty import round_stochastically
-from hf_gnp.perturbation import find_targets
 
 
 def only(model: torch.nn.Module, *parts: str):

@@ -4,7 +4,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_gnp.perturbation import Perturbation
+from hf_gnp.direction import Perturbation
 
 from .base import Engine
 from .native import NativeEngine

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_gnp import penalty
-from hf_gnp.perturbation import Perturbation
+from hf_gnp.direction import Perturbation
 
 
 class Shard(NamedTuple):

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_gnp import penalty
-from hf_gnp.perturbation import Perturbation
+from hf_gnp.direction import Perturbation
 
 from .base import Engine, Shard
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled
 
-from hf_gnp.perturbation import Perturbation
+from hf_gnp.direction import Perturbation
 
 
 _STEPS_INSIDE_BACKWARD = {

@@ -24,7 +24,7 @@ def local_weights(model: torch.nn.Module, engine: str) -> list[torch.Tensor]:
 def main(engine: str, output: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     if engine.startswith(("zero1", "zero2")):
-        from hf_gnp.engines import zero12
+        from hf_gnp.engines.deepspeed import zero12
 
         zero12.FAILED_RANKS_TIMEOUT = timedelta(seconds=5)
     args = {"gradient_accumulation_steps": 2, "gnp_alpha": 0.8}

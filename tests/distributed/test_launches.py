@@ -9,13 +9,12 @@ import pytest
 import torch
 from cases import assert_matches_reference, gnp
 from launch import ROOT, free_port, launch, launch_together
+from memory import estimate_memory
 from runs import LOG_TOLERANCE, WEIGHTS_TOLERANCE
 from safetensors.torch import load_file
 from tiny import make_model, relative_distance
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-from hf_gnp.engines.memory import estimate_memory
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -4,10 +4,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from hf_gnp.perturbation import Perturbation
+from hf_gnp.direction import Perturbation
+from hf_gnp.engines.base import Shard
 
-from .base import Shard
-from .zero import ShardedEngine
+from .base import ShardedEngine
 
 
 class Zero3Engine(ShardedEngine):

@@ -6,7 +6,6 @@ equivalence tests fail when the insides change. Checked with DeepSpeed 0.19.8.
 """
 
 import contextlib
-import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -16,10 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from hf_gnp import penalty
-from hf_gnp.perturbation import Perturbation
-
-from .base import Engine, Shard
-from .native import NativeEngine, set_sync_gradients
+from hf_gnp.direction import Perturbation
+from hf_gnp.engines.base import Engine, Shard
+from hf_gnp.engines.native import set_sync_gradients
 
 
 class _BackwardOnly:
@@ -66,24 +64,6 @@ class DeepSpeedSteps:
 
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> bool:
         return False  # the step has been made, or skipped
-
-
-class Zero0Engine(DeepSpeedSteps, NativeEngine):
-    """Stage 0: gradients are whole and in `param.grad`."""
-
-    def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
-        self.engine = accelerator.deepspeed_engine_wrapped.engine
-        self.has_master = not isinstance(self.engine.optimizer, torch.optim.Optimizer)
-        super().__init__(accelerator, perturbation, self.engine.module)
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        gradients = [p.grad for p in self._with_gradient()]
-        if not math.isfinite(penalty.local_sq_norm(gradients).item()):
-            # In fp32, nothing in stage 0 would keep it from the weights: without a boundary there is no step.
-            self.discard_gradient()
-            self.engine.set_gradient_accumulation_boundary(False)
-        super().finish()
 
 
 class ShardedEngine(DeepSpeedSteps, Engine):

@@ -8,10 +8,10 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from hf_gnp.perturbation import Perturbation
+from hf_gnp.direction import Perturbation
+from hf_gnp.engines.base import Engine
 
-from .base import Engine
-from .zero import Zero0Engine
+from .zero0 import Zero0Engine
 from .zero3 import Zero3Engine
 from .zero12 import Bf16Zero1Engine, Zero12Engine
 

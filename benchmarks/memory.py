@@ -1,7 +1,7 @@
 """
 The bytes of weights, gradients and optimizer states on each rank, and what the penalty adds to them.
 
-    python -m hf_gnp.engines.memory     # the tables of docs/multi_node.md
+    python benchmarks/memory.py     # the tables of docs/multi_node.md
 """
 
 from dataclasses import astuple, dataclass

@@ -14,10 +14,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import nn
 
 from hf_gnp import penalty
-from hf_gnp.perturbation import Perturbation
+from hf_gnp.direction import Perturbation
+from hf_gnp.engines.base import Shard
 
-from .base import Shard
-from .zero import ShardedEngine
+from .base import ShardedEngine
 
 
 logger = logging.getLogger(__name__)

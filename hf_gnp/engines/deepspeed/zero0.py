@@ -1,0 +1,30 @@
+"""ZeRO stage 0: gradients are whole and in `param.grad`."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from hf_gnp import penalty
+from hf_gnp.direction import Perturbation
+from hf_gnp.engines.native import NativeEngine
+
+from .base import DeepSpeedSteps
+
+
+class Zero0Engine(DeepSpeedSteps, NativeEngine):
+    """Stage 0: gradients are whole and in `param.grad`."""
+
+    def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
+        self.engine = accelerator.deepspeed_engine_wrapped.engine
+        self.has_master = not isinstance(self.engine.optimizer, torch.optim.Optimizer)
+        super().__init__(accelerator, perturbation, self.engine.module)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        gradients = [p.grad for p in self._with_gradient()]
+        if not math.isfinite(penalty.local_sq_norm(gradients).item()):
+            # In fp32, nothing in stage 0 would keep it from the weights: without a boundary there is no step.
+            self.discard_gradient()
+            self.engine.set_gradient_accumulation_boundary(False)
+        super().finish()

@@ -1,0 +1,1 @@
+"""What the second pass sees again, and what it leaves as it was."""

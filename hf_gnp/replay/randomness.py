@@ -1,0 +1,41 @@
+"""The random generators that a forward may draw from."""
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class RandomState:
+    """The random generators of Python, NumPy, and torch on the CPU and on `devices`, as they stand when it is made."""
+
+    def __init__(self, devices: list[torch.device]):
+        self.devices = devices
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()
+        self.cpu = torch.get_rng_state()
+        self.accelerators = [_device_module(device).get_rng_state(*_index(device)) for device in devices]
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        for device, state in zip(self.devices, self.accelerators, strict=True):
+            _device_module(device).set_rng_state(state, *_index(device))
+
+
+def _device_module(device: torch.device):
+    return torch.get_device_module(device.type)
+
+
+def _index(device: torch.device) -> tuple:
+    return () if device.type == "mps" else (device,)  # the one device type with a single generator
+
+
+def random_devices(model: nn.Module, n_gpu: int = 1) -> list[torch.device]:
+    """The accelerators that draw random numbers in a forward of `model`: those of its parameters."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    if n_gpu > 1:  # DataParallel runs replicas on every visible device
+        devices |= {torch.device("cuda", index) for index in range(n_gpu)}
+    return sorted(devices, key=str)
