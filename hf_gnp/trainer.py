@@ -1,6 +1,7 @@
 """`GNPTrainer`: transformers' `Trainer` with a penalised step."""
 
 import functools
+import inspect
 import os
 import re
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from .arguments import with_gnp_arguments
-from .checkpoint import GNPStateCallback, add_to_model_card, has_renamed_keys, load_renamed
+from .checkpoint import GNPStateCallback, add_to_model_card, load_renamed
 from .direction import Perturbation
 from .engines import Engine, make_engine, refuse_unsupported
 from .metrics import StepMetrics
@@ -163,22 +164,25 @@ class GNPMixin:
         if self.is_world_process_zero():
             add_to_model_card(os.path.join(self.args.output_dir, "README.md"), self.args.gnp_values())
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if self._gnp_loads_renamed(target, resume_from_checkpoint):
-            self._issue_warnings_after_load(load_renamed(target, resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+        # Passed on as it came: sentence-transformers' trainers take the folder alone.
+        loader = super()._load_from_checkpoint
+        if not self._gnp_loads_renamed(*inspect.signature(loader).bind(*args, **kwargs).args):
+            loader(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        if self._gnp_loads_renamed(self.model, self.state.best_model_checkpoint):
-            self._issue_warnings_after_load(load_renamed(self.model, self.state.best_model_checkpoint))
-        else:
+        if not self._gnp_loads_renamed(self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def _gnp_loads_renamed(self, model: nn.Module, folder: str) -> bool:
+    def _gnp_loads_renamed(self, folder: str, model: nn.Module | None = None) -> bool:
+        """Load a checkpoint that stock `Trainer` would load only in part; False if there is nothing to do."""
         # DeepSpeed and FSDP keep checkpoints of their own, under the model's names.
-        return not self.is_deepspeed_enabled and not self.is_fsdp_enabled and has_renamed_keys(model, folder)
+        if _gnp_is_off(self) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return False
+        result = load_renamed(self.model if model is None else model, folder)
+        if result is not None:
+            self._issue_warnings_after_load(result)
+        return result is not None
 
 
 class GNPTrainer(GNPMixin, Trainer):
@@ -235,6 +239,10 @@ class _Run:
     @property
     def is_perturbed(self) -> bool:
         return "engine" in vars(self) and self.engine.is_perturbed
+
+
+def _gnp_is_off(trainer: GNPMixin) -> bool:
+    return trainer.args.gnp_alpha == 0
 
 
 def _is_known_to_harm(trainer: GNPMixin) -> bool:

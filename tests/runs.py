@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 from tiny import collate, flat_weights, make_data, make_model, relative_distance
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_gnp import GNPTrainer, GNPTrainingArguments
 
@@ -27,6 +27,7 @@ CHECKPOINTING = next(
 TRAINER_OPTIONS = (
     "callbacks",
     "compute_loss_func",
+    "compute_metrics",
     "eval_dataset",
     "optimizer_cls_and_kwargs",
     "optimizers",
@@ -77,6 +78,16 @@ def run(trainer: Trainer, **kwargs: Any) -> dict[str, Any]:
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+class WeightsAtSaves(TrainerCallback):
+    """The weights when each checkpoint is written, by step."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step] = snapshot(model)
 
 
 def generators() -> list[Any]:

@@ -10,8 +10,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from runs import make_trainer
-from tiny import make_data
+from safetensors.torch import load_file
+from tiny import make_data, make_model
 from transformers import Trainer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.trainer_callback import ExportableState, TrainerState
 
 
@@ -152,3 +161,54 @@ def test_exportable_callbacks_are_saved_by_class_name():
     assert state.stateful_callbacks == {"Callback": {"args": {"x": 1}, "attributes": {}}}, (
         "GNPStateCallback finds the values of the checkpoint in the state under its own name"
     )
+
+
+# --- The conversion of weights between the original format and the model's ---
+
+
+def load_saved(model, folder):
+    model.save_pretrained(folder)
+    return set(load_file(folder / "model.safetensors"))
+
+
+def test_from_pretrained_notes_the_users_key_mapping(tmp_path):
+    make_model("bert").save_pretrained(tmp_path)
+    model = make_model("bert", loaded_from=tmp_path, key_mapping={"^bert": "bert"})
+    used = [(t.source_patterns, t.target_patterns) for t in getattr(model, "_weight_conversions", [])]
+    assert used == [(["^bert"], ["bert"])], "checkpoint._weight_transforms finds the user's key_mapping there"
+
+
+def test_conversion_mapping_names_weights_as_from_pretrained_does(tmp_path):
+    model = make_model("vit")
+    own = model.state_dict()
+    saved = load_saved(model, tmp_path)
+    renamings = get_model_conversion_mapping(model)
+    assert all(isinstance(transform, WeightRenaming) for transform in renamings)
+    targets = {rename_source_key(name, renamings, [], model.base_model_prefix, own)[0] for name in saved}
+    assert targets == own.keys(), "checkpoint._Conversion renames by these two functions"
+    assert rename_source_key("layers.0.x", [], [], "vit", {"vit.layers.0.x": torch.ones(1)}) == (
+        "vit.layers.0.x",
+        None,
+    )
+
+
+def test_converter_merges_what_is_added_to_it():
+    converter = WeightConverter(["experts.*.up"], ["experts.merged"], [MergeModulelist(dim=0)])
+    source, target, pattern = "a.experts.1.up", *rename_source_key("a.experts.1.up", [], [converter])
+    assert (target, pattern) == ("a.experts.merged", "experts.*.up")
+    for value in (1.0, 2.0):
+        converter.add_tensor(target, source, pattern, torch.full((2,), value))
+    converted = converter.convert(target, model=None, config=None)
+    assert list(converted) == [target], "checkpoint._Conversion.convert merges and splits weights through converters"
+    assert converted[target].tolist() == [[1.0, 1.0], [2.0, 2.0]]
+    assert sorted(["x.10", "x.9"], key=dot_natural_key) == ["x.9", "x.10"]
+
+
+def test_trainer_still_loads_a_renamed_checkpoint_in_part(tmp_path):
+    saved = load_saved(make_model("vit"), tmp_path)
+    model = make_model("vit")
+    assert not saved <= model.state_dict().keys()
+    torch.nn.init.normal_(weight := model.vit.layers[0].attention.q_proj.weight)
+    before = weight.detach().clone()
+    make_trainer(tmp_path / "out", "vit", Trainer, model=model)._load_from_checkpoint(str(tmp_path))
+    assert torch.equal(weight, before), "Trainer converts now: checkpoint.load_renamed is needed for older ones only"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from runs import assert_identical, generators, make_trainer, run, snapshot
+from runs import WeightsAtSaves, assert_identical, generators, make_trainer, run, snapshot
 from tiny import KINDS, Net, make_data, make_model
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -58,14 +58,6 @@ def test_resumed_run_is_the_run_that_never_stopped(tmp_path, uninterrupted, step
     trainer = make_resumable(tmp_path, kind, model=other_weights(kind), save_strategy="no")
     result = run(trainer, resume_from_checkpoint=str(output_dir / f"checkpoint-{step}"))
     assert_identical(result, expected)
-
-
-class WeightsAtSaves(TrainerCallback):
-    def __init__(self):
-        self.weights = {}
-
-    def on_save(self, args, state, control, model=None, **kwargs):
-        self.weights[state.global_step] = snapshot(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
