@@ -86,10 +86,6 @@ class ShardedEngine(DeepSpeedSteps, Engine):
     def loss_scale(self) -> float:
         return self.optimizer.loss_scale
 
-    @property
-    def shard_index(self) -> int:
-        return ds_comm.get_rank(self.optimizer.dp_process_group)
-
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
         self._first_gradients = [shard.gradient.clone() for shard in shards] if alpha < 1 else []
         if scale != 1:

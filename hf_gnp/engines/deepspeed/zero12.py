@@ -15,7 +15,8 @@ from torch import nn
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import Shard
+from hf_gnp.engines.base import Shard, number_parameters
+from hf_gnp.rounding import Place
 
 from .base import ShardedEngine
 
@@ -108,12 +109,16 @@ class Zero12Engine(_ReplicatedEngine):
     }
 
     def shards(self) -> list[Shard]:
-        shards = []
+        shards, numbers = [], number_parameters(self.engine.module)
         for i, (weight, master) in enumerate(self.partitions()):
+            skipped = self.optimizer.first_offset[i]  # of the first parameter: the rank before has its beginning
             for parameter, offset, gradient in self._gradients(i):
-                place, shape = (0, offset, gradient.numel()), gradient.shape
-                weight_part, master_part = (flat.narrow(*place).view(shape) for flat in (weight, master))
-                shards.append(Shard(parameter, weight_part, gradient, master_part))
+                shape, size = gradient.shape, gradient.numel()
+                weight_part, master_part = (flat.narrow(0, offset, size).view(shape) for flat in (weight, master))
+                is_whole, number = shape == parameter.shape, numbers[id(parameter)]
+                place = Place.whole(number, shape) if is_whole else Place.run(number, skipped, size)
+                shards.append(Shard(parameter, weight_part, gradient, master_part, place))
+                skipped = 0
         return shards
 
     def _gradients(self, group: int) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
@@ -170,7 +175,7 @@ class Bf16Zero1Engine(_ReplicatedEngine):
     }
 
     def shards(self) -> list[Shard]:
-        shards = []
+        shards, numbers = [], number_parameters(self.engine.module)
         gradients = self.optimizer.fp32_groups_gradient_flat_partition
         for i, ((weight, master), gradient) in enumerate(zip(self.partitions(), gradients, strict=True)):
             start = -weight.numel() * dist.get_rank(self.optimizer.real_dp_process_group[i])
@@ -178,7 +183,8 @@ class Bf16Zero1Engine(_ReplicatedEngine):
                 first, last = max(start, 0), min(start + parameter.numel(), weight.numel())
                 if first < last:
                     parts = (flat.narrow(0, first, last - first) for flat in (weight, gradient, master))
-                    shards.append(Shard(parameter, *parts))
+                    place = Place.run(numbers[id(parameter)], first - start, last - first)
+                    shards.append(Shard(parameter, *parts, place))
                 start += parameter.numel()
         return shards
 
