@@ -17,6 +17,7 @@ from hf_gnp.direction import Perturbation
 from hf_gnp.rounding import Place
 
 from .base import Engine, Shard, number_parameters
+from .private import set_sync_gradients
 
 
 class NativeEngine(Engine):
@@ -195,8 +196,3 @@ def _defer_reduction(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
-
-
-def set_sync_gradients(accelerator: Accelerator, sync_gradients: bool) -> None:
-    # Private, and what Trainer itself calls before each micro-batch: accelerate has no public setter.
-    accelerator.gradient_state._set_sync_gradients(sync_gradients)

@@ -9,8 +9,6 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from deepspeed.runtime.utils import all_gather_dp_groups
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import nn
 
 from hf_gnp import penalty
@@ -19,6 +17,7 @@ from hf_gnp.engines.base import Shard, number_parameters
 from hf_gnp.rounding import Place
 
 from .base import ShardedEngine
+from .private import INITIAL_MICRO_STEP_ID, all_gather_dp_groups, check_fragments
 
 
 logger = logging.getLogger(__name__)
@@ -131,13 +130,16 @@ class Zero12Engine(_ReplicatedEngine):
                 _, _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
                 yield parameter, offset, flat.narrow(0, offset, size)
         elif parameters:
-            offset, remaining = 0, iter(parameters)
+            offset, fragments = 0, []
             for fragment in optimizer.averaged_gradients[group]:
-                if not getattr(fragment, "_zero_padding", False) and (parameter := next(remaining, None)) is not None:
-                    size = min(fragment.numel(), optimizer.partition_size[group] - offset)
-                    is_whole = size == fragment.numel()
-                    yield parameter, offset, fragment if is_whole else fragment.view(-1).narrow(0, 0, size)
+                if not getattr(fragment, "_zero_padding", False):
+                    fragments.append((offset, fragment))
                 offset += fragment.numel()
+            check_fragments(len(fragments), len(parameters))
+            for parameter, (offset, fragment) in zip(parameters, fragments, strict=True):
+                size = min(fragment.numel(), optimizer.partition_size[group] - offset)
+                is_whole = size == fragment.numel()
+                yield parameter, offset, fragment if is_whole else fragment.view(-1).narrow(0, 0, size)
 
     def reset_gradients(self) -> None:
         optimizer = self.optimizer
