@@ -95,8 +95,8 @@ def _unsupported_model(model: nn.Module) -> str | None:
     if is_tied and model.config.distributed_config.dp_size > 1:
         return (
             "tied embeddings in a model that transformers shards over FSDP at load time: transformers 5.23 shards "
-            "them twice and trains one of the two. Load with tie_word_embeddings=False, or use FSDP2 through accelerate, "
-            "ZeRO-3, or tensor parallelism alone, where they are right"
+            "them twice and trains one of the two. Load with tie_word_embeddings=False, or use FSDP2 through "
+            "accelerate, ZeRO-3, or tensor parallelism alone, where they are right"
         )
     return None
 
