@@ -11,11 +11,13 @@ the sum is scaled by α.
 Reference: Zhao, Zhang and Hu, ICML 2022, arXiv 2202.03599, equations (6) to (9).
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+
+from hf_gnp.rounding import Place, round_stochastically, uniform_noise
 
 
 # At most so many elements of a list are moved together, where moving them takes memory.
@@ -43,6 +45,15 @@ def local_sq_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return total
 
 
+class _Part(NamedTuple):
+    """A few rows of one tensor, or all: as much of it as is moved at once."""
+
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    master: torch.Tensor
+    place: Place
+
+
 def move_(
     weights: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
@@ -50,6 +61,7 @@ def move_(
     scale: float,
     adaptive: bool = False,
     noise_seed: int | None = None,
+    places: Sequence[Place] | None = None,
     measure: bool = False,
 ) -> torch.Tensor | None:
     """
@@ -59,7 +71,8 @@ def move_(
     Args:
         weights, gradients, masters: Local tensors, of the same shapes pairwise, each list with its own dtype and
             device. `masters` may be the weights themselves.
-        noise_seed: If given, 16-bit weights are rounded stochastically, from generators of their own.
+        noise_seed: If given, 16-bit weights are rounded stochastically; equal on all ranks.
+        places: Where each tensor lies in its whole parameter, for the noise; None: each is whole.
         measure: Whether to compare the move with what rounding left of it.
 
     Returns:
@@ -72,47 +85,56 @@ def move_(
         if weights:
             torch._foreach_add_(weights, gradients, alpha=scale)
         return None
-    generators = {}
-    if noise_seed is not None:
-        generators = {w.device: torch.Generator(w.device).manual_seed(noise_seed) for w in weights}
+    if places is None:
+        places = [Place.whole(i, weight.shape) for i, weight in enumerate(weights)]
     sums = torch.zeros(2, device=weights[0].device if weights else "cpu") if measure else None
-    for part in _parts(weights):
-        measured = _move_part(weights[part], gradients[part], masters[part], scale, adaptive, generators, measure)
+    for parts in _together([_Part(*parts) for parts in zip(weights, gradients, masters, places, strict=True)]):
+        measured = _move_parts(parts, scale, adaptive, noise_seed, measure)
         if measure:
             sums = sums + measured.to(sums.device)
     return sums
 
 
-def _parts(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
-    """Slices of the list that are small together: of all, the moved tensors would be a second copy of the masters."""
-    start = size = 0
-    for end, tensor in enumerate(tensors):
-        if size and size + tensor.numel() > PART:
-            yield slice(start, end)
-            start, size = end, 0
-        size += tensor.numel()
-    if start < len(tensors):
-        yield slice(start, len(tensors))
+def _together(tensors: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """Parts that are small together: of all, the moved tensors would be a second copy of the masters."""
+    parts, size = [], 0
+    for part in (part for tensor in tensors for part in _by_rows(tensor)):
+        if size and size + part.weight.numel() > PART:
+            yield parts
+            parts, size = [], 0
+        parts.append(part)
+        size += part.weight.numel()
+    if parts:
+        yield parts
 
 
-def _move_part(
-    weights: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    masters: Sequence[torch.Tensor],
-    scale: float,
-    adaptive: bool,
-    generators: dict[torch.device, torch.Generator],
-    measure: bool,
+def _by_rows(tensor: _Part) -> Iterator[_Part]:
+    """A tensor of more than `PART` elements, a few rows at a time."""
+    if tensor.weight.numel() <= PART:
+        yield tensor
+        return
+    rows = len(tensor.weight)
+    at_once = max(1, PART * rows // tensor.weight.numel())
+    for start in range(0, rows, at_once):
+        end = min(start + at_once, rows)
+        weight, gradient, master = (local[start:end] for local in tensor[:3])
+        yield _Part(weight, gradient, master, tensor.place.rows(start, end))
+
+
+def _move_parts(
+    parts: Sequence[_Part], scale: float, adaptive: bool, noise_seed: int | None, measure: bool
 ) -> torch.Tensor | None:
     """`move_`, for tensors of which a few copies fit."""
+    weights, gradients, masters, places = zip(*parts, strict=True)
     starts = [master.to(torch.promote_types(master.dtype, torch.float32)) for master in masters]
     directions = [g.to(start.device, start.dtype) for g, start in zip(gradients, starts, strict=True)]
     if adaptive:
         directions = torch._foreach_mul(torch._foreach_mul(starts, starts), directions)
     moved = list(torch._foreach_add(starts, directions, alpha=scale))
-    for i, weight in enumerate(weights):
-        if generators and weight.dtype.itemsize == 2:
-            moved[i] = round_stochastically(moved[i].to(weight.device), weight.dtype, generators[weight.device])
+    for i, (weight, place) in enumerate(zip(weights, places, strict=True)):
+        if noise_seed is not None and weight.dtype.itemsize == 2:
+            noise = uniform_noise(place, noise_seed, weight.device)
+            moved[i] = round_stochastically(moved[i].to(weight.device), weight.dtype, noise)
     if not measure:
         copy_(weights, moved)
         return None
@@ -126,22 +148,6 @@ def _fidelity_sums(weight: torch.Tensor, before: torch.Tensor, direction: torch.
     e = (scale * direction).to(weight.device, torch.float32).flatten()
     change = (weight.float() - before.float()).flatten()
     return torch.stack([torch.dot(change, e), torch.dot(e, e)])
-
-
-def round_stochastically(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """
-    `tensor` in a 16-bit `dtype`, rounded up or down with the probability that makes it right on average.
-
-    Args:
-        tensor: float32, of any shape, on the device of `generator`.
-    """
-    info = torch.finfo(dtype)
-    significant_bits = 1 - int(math.log2(info.eps))
-    _, exponent = torch.frexp(tensor)
-    spacing = torch.ldexp(torch.ones_like(tensor), exponent - significant_bits)
-    spacing.clamp_(min=max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal))
-    noise = torch.rand(tensor.shape, generator=generator, device=tensor.device)
-    return (torch.floor(tensor / spacing + noise) * spacing).to(dtype)
 
 
 def scale_(tensors: Sequence[torch.Tensor], scale: float) -> None:

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from hf_gnp import GNPTrainer, GNPTrainingArguments
 from hf_gnp.direction import find_targets
-from hf_gnp.penalty import round_stochastically
+from hf_gnp.rounding import Place, round_stochastically, uniform_noise
 
 
 def only(model: torch.nn.Module, *parts: str):
@@ -108,8 +108,8 @@ def test_rounding_is_unbiased():
     n = 40_000
     values = torch.tensor([1.001, -1.001, 0.3333, 1e-3, -7e-6, 300.7, 1.0, 0.0])
     for dtype in (torch.bfloat16, torch.float16):
-        generator = torch.Generator().manual_seed(0)
-        rounded = round_stochastically(values.repeat(n, 1), dtype, generator).double()
+        noise = uniform_noise(Place.whole(0, (n, len(values))), 0, "cpu")
+        rounded = round_stochastically(values.repeat(n, 1), dtype, noise).double()
         info = torch.finfo(dtype)
         for value, column in zip(values.double(), rounded.T, strict=True):
             smallest = info.smallest_normal * info.eps
@@ -121,7 +121,8 @@ def test_rounding_is_unbiased():
 
 def test_representable_numbers_stay():
     values = torch.randn(1000).to(torch.bfloat16)
-    assert torch.equal(round_stochastically(values.float(), torch.bfloat16, torch.Generator()), values)
+    noise = uniform_noise(Place.whole(0, values.shape), 0, "cpu")
+    assert torch.equal(round_stochastically(values.float(), torch.bfloat16, noise), values)
 
 
 def test_stochastic_rounding_is_for_16_bit_weights_and_keeps_the_random_stream(tmp_path):

@@ -8,6 +8,7 @@ from hf_gnp.direction import Perturbation
 
 from .base import Engine
 from .native import NativeEngine
+from .private import check_private_names
 from .support import refuse_unsupported
 
 
@@ -20,9 +21,11 @@ def make_engine(accelerator: Accelerator, model: nn.Module, perturbation: Pertur
 
     Raises:
         ValueError: for stochastic rounding of weights that are not 16-bit.
+        RuntimeError: for a release of torch, accelerate or DeepSpeed that lacks a private name that is used.
         NotImplementedError: for a distributed type that the penalty is not known to be right on.
     """
     perturbation.check_rounding(model)
+    check_private_names(accelerator)
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         from .deepspeed import make_deepspeed_engine

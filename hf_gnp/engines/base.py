@@ -14,19 +14,21 @@ from torch import nn
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
+from hf_gnp.rounding import Place
 
 
 class Shard(NamedTuple):
     """
     This rank's part of one parameter (padding, if any, has a zero gradient): tensors of one shape. They may lie on
-    different devices (offload) and have different dtypes; `master` is `weight` where there is no master. `copies`
-    ranks hold the same part.
+    different devices (offload) and have different dtypes; `master` is `weight` where there is no master. `place` is
+    where they lie in the whole parameter. `copies` ranks hold the same part.
     """
 
     parameter: nn.Parameter
     weight: torch.Tensor
     gradient: torch.Tensor
     master: torch.Tensor
+    place: Place
     copies: int = 1
 
 
@@ -38,6 +40,11 @@ class GradientNorms(NamedTuple):
 
     gradient: float
     direction: float
+
+
+def number_parameters(model: nn.Module) -> dict[int, int]:
+    """The place of each parameter in the model's order, by id: what ranks and engines agree on without a word."""
+    return {id(parameter): number for number, parameter in enumerate(model.parameters())}
 
 
 class Engine(ABC):
@@ -78,11 +85,6 @@ class Engine(ABC):
     @abstractmethod
     def is_perturbed(self) -> bool:
         """Whether weights on this rank are not θ."""
-
-    @property
-    @abstractmethod
-    def shard_index(self) -> int:
-        """Which shards this rank holds: the same number on ranks that hold the same."""
 
     @abstractmethod
     def first_pass(self) -> AbstractContextManager:
@@ -183,7 +185,8 @@ class Engine(ABC):
             [shard.master for shard in moved],
             scale=r / (self._norms.direction * self.loss_scale()) if moved else 0.0,
             adaptive=self.perturbation.adaptive,
-            noise_seed=self._noise_seed(noise_seed),
+            noise_seed=noise_seed if self._rounds_stochastically() else None,
+            places=[shard.place for shard in moved],
             measure=measure,
         )
         is_normalized = self.perturbation.normalize_gradient and self._has(self._norms.gradient)
@@ -198,11 +201,9 @@ class Engine(ABC):
     def _to_move(self, shards: Sequence[Shard]) -> list[Shard]:
         return [shard for shard in shards if self.perturbation.moves(shard.parameter)]
 
-    def _noise_seed(self, noise_seed: int | None) -> int | None:
+    def _rounds_stochastically(self) -> bool:
         rounding = self.perturbation.stochastic_rounding
-        if rounding is True or (rounding == "auto" and not self.has_master):
-            return noise_seed + self.shard_index
-        return None
+        return rounding is True or (rounding == "auto" and not self.has_master)
 
     def _local_sq_norm(self, shards: Sequence[Shard], adaptive: bool = False) -> torch.Tensor:
         """Summed over ranks it is the global one: an element that k ranks hold counts 1/k on each."""

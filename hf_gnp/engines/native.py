@@ -3,18 +3,21 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
+from hf_gnp.rounding import Place
 
-from .base import Engine, Shard
+from .base import Engine, Shard, number_parameters
+from .private import set_sync_gradients
 
 
 class NativeEngine(Engine):
@@ -35,15 +38,25 @@ class NativeEngine(Engine):
         self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._moved: list[torch.Tensor] = []
         self._backup: list[torch.Tensor] = []
+        self._axes: dict[Any, tuple[torch.Tensor, ...]] = {}
 
     @torch.no_grad()
     def shards(self) -> list[Shard]:
-        shards = []
+        shards, numbers = [], number_parameters(self.model)
         for parameter in self._with_gradient():
             weight = _local(parameter)
             copies = _copies(parameter) if self.is_sharded else 1
-            shards.append(Shard(parameter, weight, _local(parameter.grad), weight, copies))
+            place = self._place(numbers[id(parameter)], parameter)
+            shards.append(Shard(parameter, weight, _local(parameter.grad), weight, place, copies))
         return shards
+
+    def _place(self, number: int, parameter: nn.Parameter) -> Place:
+        if not isinstance(parameter, DTensor):
+            return Place.whole(number, parameter.shape)
+        layout = (parameter.shape, parameter.device_mesh, parameter.placements)
+        if layout not in self._axes:
+            self._axes[layout] = _local_axes(parameter)
+        return Place(number, self._axes[layout])
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         # Whole gradients are the same on all ranks already, or meant to differ (without `sync`).
@@ -57,10 +70,6 @@ class NativeEngine(Engine):
     @property
     def is_perturbed(self) -> bool:
         return bool(self._moved)
-
-    @property
-    def shard_index(self) -> int:
-        return sum(_shard_index(parameter) for parameter in self.parameters[:1])
 
     def first_pass(self):
         return contextlib.nullcontext() if self.perturbation.sync else self.accelerator.no_sync(self.model)
@@ -128,6 +137,8 @@ class NativeEngine(Engine):
                 "No parameter has a gradient after backward, so there is nothing to penalise. An optimizer that steps "
                 "inside backward (LOMO, layer-wise GaLore or APOLLO) cannot be used with the gradient-norm penalty."
             )
+        for parameter in with_gradient:
+            _shard_gradient_as_weight(parameter)
         return with_gradient
 
     def _reduces(self, is_last: bool) -> bool:
@@ -144,26 +155,35 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _copies(parameter: nn.Parameter) -> int:
-    """The number of ranks that hold each element of the gradient: all, divided by what it is sharded over."""
+    """The number of ranks that hold each element of the parameter: all, divided by what it is sharded over."""
     copies = dist.get_world_size()
-    if isinstance(parameter.grad, DTensor):
-        for placement, size in zip(parameter.grad.placements, parameter.grad.device_mesh.shape, strict=True):
-            if placement.is_partial():
-                raise NotImplementedError(f"The gradient-norm penalty needs reduced gradients, not {placement}.")
+    if isinstance(parameter, DTensor):
+        for placement, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True):
             if not placement.is_replicate():
                 copies //= size
     return copies
 
 
-def _shard_index(parameter: nn.Parameter) -> int:
-    """The place of this rank's shard of `parameter` along the mesh dimensions that it is sharded over."""
-    index = 0
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        for placement, place, size in zip(parameter.placements, mesh.get_coordinate(), mesh.shape, strict=True):
-            if not placement.is_replicate():
-                index = index * size + place
-    return index
+def _shard_gradient_as_weight(parameter: nn.Parameter) -> None:
+    """
+    Autograd leaves a DTensor's gradient as the backward made it: under tensor parallelism alone that of an embedding
+    is whole on each rank, and the weight is sharded. From whole to sharded nothing is communicated.
+    """
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+        parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
+
+
+def _local_axes(parameter: DTensor) -> tuple[torch.Tensor, ...]:
+    """The axes of `Place` for this rank's part: those of the whole, each sharded as the parameter's dimension is."""
+    mesh, ndim, axes = parameter.device_mesh, parameter.ndim, []
+    sharded = [None if p.is_replicate() else p.dim % ndim for p in parameter.placements]
+    for dim, axis in enumerate(Place.whole(0, parameter.shape).axes):
+        along = [p if d == dim else Replicate() for p, d in zip(parameter.placements, sharded, strict=True)]
+        indices = torch.arange(axis.start, axis.stop, axis.step).view([-1 if d == dim else 1 for d in range(ndim)])
+        # Without a source rank each rank takes its own part, and nothing is communicated.
+        axes.append(distribute_tensor(indices, mesh, along, src_data_rank=None).to_local())
+    return tuple(axes)
 
 
 @contextlib.contextmanager
@@ -176,8 +196,3 @@ def _defer_reduction(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
-
-
-def set_sync_gradients(accelerator: Accelerator, sync_gradients: bool) -> None:
-    # Private, and what Trainer itself calls before each micro-batch: accelerate has no public setter.
-    accelerator.gradient_state._set_sync_gradients(sync_gradients)

@@ -91,10 +91,12 @@ def _unsupported_model(model: nn.Module) -> str | None:
     if not getattr(model, "is_distributed_loading_by_transformers", False):
         return None
     embeddings = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]
-    if None not in embeddings and embeddings[0].weight is embeddings[1].weight:
+    is_tied = None not in embeddings and embeddings[0].weight is embeddings[1].weight
+    if is_tied and model.config.distributed_config.dp_size > 1:
         return (
-            "tied embeddings in a model that transformers shards at load time: transformers 5.23 shards them twice "
-            "and trains one of the two. Load with tie_word_embeddings=False, or use FSDP2 through accelerate or ZeRO-3"
+            "tied embeddings in a model that transformers shards over FSDP at load time: transformers 5.23 shards "
+            "them twice and trains one of the two. Load with tie_word_embeddings=False, or use FSDP2 through "
+            "accelerate, ZeRO-3, or tensor parallelism alone, where they are right"
         )
     return None
 

@@ -2,15 +2,18 @@
 
 import torch
 from accelerate import Accelerator
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from hf_gnp.direction import Perturbation
 from hf_gnp.engines.base import Engine
 
+from .private import (
+    BF16_Optimizer,
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    FP16_Optimizer,
+    FP16_UnfusedOptimizer,
+    check_engine,
+)
 from .zero0 import Zero0Engine
 from .zero3 import Zero3Engine
 from .zero12 import Bf16Zero1Engine, Zero12Engine
@@ -23,6 +26,7 @@ def make_deepspeed_engine(accelerator: Accelerator, perturbation: Perturbation) 
     Raises:
         NotImplementedError: for an optimizer wrapper that is not known here.
     """
+    check_engine(accelerator)
     optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer:
         return Zero12Engine(accelerator, perturbation)

@@ -1,8 +1,8 @@
 """
 What DeepSpeed's stages share. Gradients and fp32 masters are this rank's partitions, inside DeepSpeed's optimizers.
 
-Which attributes hold them is private to DeepSpeed. One class here knows one optimizer class there, and its
-equivalence tests fail when the insides change. Checked with DeepSpeed 0.19.8.
+Which attributes hold them is private to DeepSpeed: private.py has the names. One class here knows one optimizer class
+there, and its equivalence tests fail when the insides change.
 """
 
 import contextlib
@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.engines.base import Engine, Shard
-from hf_gnp.engines.native import set_sync_gradients
+from hf_gnp.engines.private import set_sync_gradients
+
+from . import private
 
 
 class _BackwardOnly:
@@ -73,6 +75,7 @@ class ShardedEngine(DeepSpeedSteps, Engine):
         super().__init__(accelerator, perturbation)
         self.engine = accelerator.deepspeed_engine_wrapped.engine
         self.optimizer = self.engine.optimizer
+        private.check_optimizer(self.optimizer)
         self._first_gradients: list[torch.Tensor] = []
 
     @abstractmethod
@@ -85,10 +88,6 @@ class ShardedEngine(DeepSpeedSteps, Engine):
 
     def loss_scale(self) -> float:
         return self.optimizer.loss_scale
-
-    @property
-    def shard_index(self) -> int:
-        return ds_comm.get_rank(self.optimizer.dp_process_group)
 
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
         self._first_gradients = [shard.gradient.clone() for shard in shards] if alpha < 1 else []
@@ -105,9 +104,9 @@ class ShardedEngine(DeepSpeedSteps, Engine):
 
     def _update_offloaded_norms(self) -> None:
         """With offload, DeepSpeed clips by norms that it took as the gradients arrived."""
-        norms = getattr(self.optimizer, "norm_for_param_grads", None)
-        if not norms:
+        if not private.offloads(self.optimizer):
             return
+        norms = self.optimizer.norm_for_param_grads
         for shard in self.shards():
             if (param_id := self.optimizer.get_param_id(shard.parameter)) in norms:
                 norms[param_id] = shard.gradient.norm()

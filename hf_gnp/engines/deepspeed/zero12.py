@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from deepspeed.runtime.utils import all_gather_dp_groups
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import nn
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import Shard
+from hf_gnp.engines.base import Shard, number_parameters
+from hf_gnp.rounding import Place
 
 from .base import ShardedEngine
+from .private import INITIAL_MICRO_STEP_ID, all_gather_dp_groups, check_fragments
 
 
 logger = logging.getLogger(__name__)
@@ -108,12 +108,16 @@ class Zero12Engine(_ReplicatedEngine):
     }
 
     def shards(self) -> list[Shard]:
-        shards = []
+        shards, numbers = [], number_parameters(self.engine.module)
         for i, (weight, master) in enumerate(self.partitions()):
+            skipped = self.optimizer.first_offset[i]  # of the first parameter: the rank before has its beginning
             for parameter, offset, gradient in self._gradients(i):
-                place, shape = (0, offset, gradient.numel()), gradient.shape
-                weight_part, master_part = (flat.narrow(*place).view(shape) for flat in (weight, master))
-                shards.append(Shard(parameter, weight_part, gradient, master_part))
+                shape, size = gradient.shape, gradient.numel()
+                weight_part, master_part = (flat.narrow(0, offset, size).view(shape) for flat in (weight, master))
+                is_whole, number = shape == parameter.shape, numbers[id(parameter)]
+                place = Place.whole(number, shape) if is_whole else Place.run(number, skipped, size)
+                shards.append(Shard(parameter, weight_part, gradient, master_part, place))
+                skipped = 0
         return shards
 
     def _gradients(self, group: int) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
@@ -126,13 +130,16 @@ class Zero12Engine(_ReplicatedEngine):
                 _, _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
                 yield parameter, offset, flat.narrow(0, offset, size)
         elif parameters:
-            offset, remaining = 0, iter(parameters)
+            offset, fragments = 0, []
             for fragment in optimizer.averaged_gradients[group]:
-                if not getattr(fragment, "_zero_padding", False) and (parameter := next(remaining, None)) is not None:
-                    size = min(fragment.numel(), optimizer.partition_size[group] - offset)
-                    is_whole = size == fragment.numel()
-                    yield parameter, offset, fragment if is_whole else fragment.view(-1).narrow(0, 0, size)
+                if not getattr(fragment, "_zero_padding", False):
+                    fragments.append((offset, fragment))
                 offset += fragment.numel()
+            check_fragments(len(fragments), len(parameters))
+            for parameter, (offset, fragment) in zip(parameters, fragments, strict=True):
+                size = min(fragment.numel(), optimizer.partition_size[group] - offset)
+                is_whole = size == fragment.numel()
+                yield parameter, offset, fragment if is_whole else fragment.view(-1).narrow(0, 0, size)
 
     def reset_gradients(self) -> None:
         optimizer = self.optimizer
@@ -170,7 +177,7 @@ class Bf16Zero1Engine(_ReplicatedEngine):
     }
 
     def shards(self) -> list[Shard]:
-        shards = []
+        shards, numbers = [], number_parameters(self.engine.module)
         gradients = self.optimizer.fp32_groups_gradient_flat_partition
         for i, ((weight, master), gradient) in enumerate(zip(self.partitions(), gradients, strict=True)):
             start = -weight.numel() * dist.get_rank(self.optimizer.real_dp_process_group[i])
@@ -178,7 +185,8 @@ class Bf16Zero1Engine(_ReplicatedEngine):
                 first, last = max(start, 0), min(start + parameter.numel(), weight.numel())
                 if first < last:
                     parts = (flat.narrow(0, first, last - first) for flat in (weight, gradient, master))
-                    shards.append(Shard(parameter, *parts))
+                    place = Place.run(numbers[id(parameter)], first - start, last - first)
+                    shards.append(Shard(parameter, *parts, place))
                 start += parameter.numel()
         return shards
 

@@ -5,7 +5,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import Shard
+from hf_gnp.engines.base import Shard, number_parameters
+from hf_gnp.rounding import Place
 
 from .base import ShardedEngine
 
@@ -25,12 +26,13 @@ class Zero3Engine(ShardedEngine):
         return bool(self._backup)
 
     def shards(self) -> list[Shard]:
-        optimizer, shards = self.optimizer, []
+        optimizer, shards, numbers = self.optimizer, [], number_parameters(self.engine.module)
         for i, group in enumerate(optimizer.fp16_groups):
             offset = 0
             for j, param in enumerate(group):
                 size = param.partition_numel()
-                real = min(max(param.ds_numel - size * dist.get_rank(param.ds_process_group), 0), size)
+                start = size * dist.get_rank(param.ds_process_group)
+                real = min(max(param.ds_numel - start, 0), size)
                 if param.requires_grad and real > 0:
                     if optimizer.offload_optimizer:
                         gradient = optimizer.fp32_partitioned_groups_flat[i].grad.narrow(0, offset, real)
@@ -38,7 +40,8 @@ class Zero3Engine(ShardedEngine):
                         gradient = optimizer.averaged_gradients[i][j].view(-1).narrow(0, 0, real)
                     weight = optimizer.fp16_partitioned_groups_flat[i].narrow(0, offset, real)
                     master = optimizer.fp32_partitioned_groups_flat[i].detach().narrow(0, offset, real)
-                    shards.append(Shard(param, weight, gradient, master))
+                    place = Place.run(numbers[id(param)], start, real)
+                    shards.append(Shard(param, weight, gradient, master, place))
                 offset += size
         return shards
 

@@ -1,0 +1,117 @@
+"""
+Every private name of DeepSpeed that hf_gnp uses. They are looked up and checked when an engine is made: an assignment
+to a name that a release has dropped would be silent, and the gradient of the second pass wrong.
+"""
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from hf_gnp.engines.private import look_up, missing, require
+
+
+_STAGE12 = "deepspeed.runtime.zero.stage_1_and_2"
+
+BF16_Optimizer = look_up("deepspeed", "deepspeed.runtime.bf16_optimizer", "BF16_Optimizer")
+FP16_Optimizer = look_up("deepspeed", "deepspeed.runtime.fp16.fused_optimizer", "FP16_Optimizer")
+FP16_UnfusedOptimizer = look_up("deepspeed", "deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer")
+DeepSpeedZeroOptimizer = look_up("deepspeed", _STAGE12, "DeepSpeedZeroOptimizer")
+DeepSpeedZeroOptimizer_Stage3 = look_up("deepspeed", "deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3")
+INITIAL_MICRO_STEP_ID = look_up("deepspeed", _STAGE12, "INITIAL_MICRO_STEP_ID")
+all_gather_dp_groups = look_up("deepspeed", "deepspeed.runtime.utils", "all_gather_dp_groups")
+
+ENGINE_NAMES = ("backward", "module", "optimizer", "set_gradient_accumulation_boundary", "step")
+_SHARDED_NAMES = ("dp_process_group", "loss_scale", "zero_grad")
+_REPLICATED_NAMES = (
+    *_SHARDED_NAMES,
+    "allgather_bucket_size",
+    "nccl_start_alignment_factor",
+    "overflow",
+    "real_dp_process_group",
+    "update_lp_params",
+)
+# By the class of the optimizer: what it always has, and what it has with optimizer offload.
+OPTIMIZER_NAMES = {
+    "DeepSpeedZeroOptimizer": (
+        *_REPLICATED_NAMES,
+        "all_grad_tensors",
+        "averaged_gradients",
+        "bit16_groups_flat",
+        "check_grad_overflow",
+        "cpu_offload",
+        "dtype",
+        "first_offset",
+        "micro_step_id",
+        "parallel_partitioned_bit16_groups",
+        "params_in_partition",
+        "partition_size",
+        "single_partition_of_fp32_groups",
+    ),
+    "BF16_Optimizer": (
+        *(name for name in _REPLICATED_NAMES if name not in ("loss_scale", "overflow")),
+        "bf16_groups",
+        "bf16_groups_flat",
+        "bf16_partitioned_groups",
+        "clear_hp_grads",
+        "fp32_groups_flat_partition",
+        "fp32_groups_gradient_flat_partition",
+        "fp32_groups_gradients_flat",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        *_SHARDED_NAMES,
+        "averaged_gradients",
+        "fp16_groups",
+        "fp16_partitioned_groups_flat",
+        "fp32_partitioned_groups_flat",
+        "micro_step_id",  # which `zero_grad` sets back
+        "offload_optimizer",
+        "parameter_offload",
+    ),
+}
+OFFLOAD_NAMES = {
+    "DeepSpeedZeroOptimizer": (
+        "_offload_accumulated_param_ids",
+        "_wait_for_offload_copies",
+        "get_param_id",
+        "grad_position",
+        "norm_for_param_grads",
+        "reset_cpu_buffers",
+    ),
+    "BF16_Optimizer": (),
+    "DeepSpeedZeroOptimizer_Stage3": ("get_param_id", "norm_for_param_grads", "reset_cpu_buffers"),
+}
+# Of a parameter that ZeRO-3 has sharded.
+PARAMETER_NAMES = ("ds_numel", "ds_process_group", "partition_numel")
+
+
+def offloads(optimizer: Any) -> bool:
+    """Whether gradients and fp32 masters lie on the CPU."""
+    return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Raise a RuntimeError where accelerate's or DeepSpeed's engine lacks a name that all stages use."""
+    require("accelerate", accelerator, ["deepspeed_engine_wrapped"], "Accelerator")
+    require("accelerate", accelerator.deepspeed_engine_wrapped, ["engine", "backward"], "DeepSpeedEngineWrapper")
+    require("deepspeed", accelerator.deepspeed_engine_wrapped.engine, ENGINE_NAMES, "DeepSpeedEngine")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise a RuntimeError where one of DeepSpeed's sharded optimizers lacks a name that its engine uses."""
+    kind = type(optimizer).__name__
+    require("deepspeed", optimizer, OPTIMIZER_NAMES[kind], kind)
+    if offloads(optimizer):
+        require("deepspeed", optimizer, OFFLOAD_NAMES[kind], kind)
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        require("deepspeed", optimizer.parameter_offload, ["partition_all_parameters"], "DeepSpeedZeRoOffload")
+        for parameter in [parameter for group in optimizer.fp16_groups for parameter in group][:1]:
+            require("deepspeed", parameter, PARAMETER_NAMES, "a parameter's")
+
+
+def check_fragments(fragments: int, parameters: int) -> None:
+    """
+    Raise where the gradient's partition has other fragments than one a parameter: DeepSpeed marks padding among them
+    with `_zero_padding`, and unmarked padding would be taken for a parameter's gradient.
+    """
+    if fragments != parameters:
+        raise RuntimeError(missing("deepspeed", "averaged_gradients' _zero_padding"))

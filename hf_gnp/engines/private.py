@@ -1,0 +1,75 @@
+"""
+Every private name of torch and accelerate that hf_gnp uses outside of tensors' own methods, checked when an engine is
+made. DeepSpeed's are in deepspeed/private.py.
+"""
+
+import importlib
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+# The releases that the tests ran with.
+TESTED = {"torch": "2.13.0", "accelerate": "1.15.0", "deepspeed": "0.19.8"}
+
+FOREACH = (
+    "_foreach_add",
+    "_foreach_add_",
+    "_foreach_copy_",
+    "_foreach_lerp_",
+    "_foreach_mul",
+    "_foreach_mul_",
+    "_foreach_norm",
+)
+
+
+def require(package: str, owner: Any, names: Iterable[str], what: str) -> None:
+    """
+    Raise where `owner` lacks one of `names`.
+
+    Args:
+        what: The owner in words, for the message.
+
+    Raises:
+        RuntimeError: for the first name that is missing, with the installed and the tested release.
+    """
+    for name in names:
+        if not hasattr(owner, name):
+            raise RuntimeError(missing(package, f"{what}.{name}"))
+
+
+def look_up(package: str, module: str, name: str) -> Any:
+    """
+    `name` of a module of `package`.
+
+    Raises:
+        RuntimeError: where either is missing, with the installed and the tested release.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(missing(package, f"{module}.{name}")) from error
+
+
+def missing(package: str, name: str) -> str:
+    """The sentence for a private name that the installed release does not have."""
+    return (
+        f"The gradient-norm penalty uses {name}, which {package} {version(package)}, the installed release, does not "
+        f"have: it was tested with {package} {TESTED[package]}. Install that one, or train with gnp_alpha=0."
+    )
+
+
+def check_private_names(accelerator: Accelerator) -> None:
+    """Raise a RuntimeError where torch or accelerate lack a private name that every engine uses."""
+    require("torch", torch, FOREACH, "torch")
+    require("accelerate", accelerator, ["gradient_state", "scaler", "no_sync"], "Accelerator")
+    # Trainer itself calls it before each micro-batch: accelerate has no public setter.
+    require("accelerate", accelerator.gradient_state, ["_set_sync_gradients", "plugin_kwargs"], "GradientState")
+
+
+def set_sync_gradients(accelerator: Accelerator, sync_gradients: bool) -> None:
+    """Tell accelerate whether the next backward is the last of a window."""
+    accelerator.gradient_state._set_sync_gradients(sync_gradients)

@@ -1,0 +1,116 @@
+"""Each private name of DeepSpeed, accelerate and torch taken away in turn: the engine says so when it is made."""
+
+import ast
+import re
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+
+from hf_gnp import engines
+from hf_gnp.engines import private
+from hf_gnp.engines.deepspeed import private as deepspeed_private
+
+
+def sentence(package: str, name: str) -> str:
+    installed, tested = (
+        f"{package} {version(package)}, the installed",
+        f"tested with {package} {private.TESTED[package]}",
+    )
+    return f"{re.escape(name)}, which {re.escape(installed)}.*{re.escape(tested)}"
+
+
+def without(names, missing: str) -> SimpleNamespace:
+    return SimpleNamespace(**{name: None for name in names if name != missing})
+
+
+@pytest.mark.parametrize("name", private.FOREACH)
+def test_torch(monkeypatch, name):
+    monkeypatch.delattr(torch, name)
+    with pytest.raises(RuntimeError, match=sentence("torch", f"torch.{name}")):
+        private.check_private_names(Accelerator(cpu=True))
+
+
+def test_accelerate(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    private.check_private_names(accelerator)
+    monkeypatch.delattr(GradientState, "_set_sync_gradients")
+    with pytest.raises(RuntimeError, match=sentence("accelerate", "GradientState._set_sync_gradients")):
+        private.check_private_names(accelerator)
+
+
+def optimizer_without(kind: str, missing: str | None, offloads: bool):
+    """A stand-in of the class's name that has all names but one."""
+    names = [*deepspeed_private.OPTIMIZER_NAMES[kind], *(deepspeed_private.OFFLOAD_NAMES[kind] if offloads else ())]
+    values = dict.fromkeys(names)
+    values |= dict.fromkeys({"cpu_offload", "offload_optimizer"} & set(names), offloads)
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        parameter = SimpleNamespace(**dict.fromkeys(deepspeed_private.PARAMETER_NAMES))
+        values["parameter_offload"] = SimpleNamespace(partition_all_parameters=None)
+        values["fp16_groups"] = [[parameter]]
+    values.pop(missing, None)
+    optimizer = type(kind, (), {})()
+    vars(optimizer).update(values)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "kind, name, offloads",
+    [(kind, name, False) for kind, names in deepspeed_private.OPTIMIZER_NAMES.items() for name in names]
+    + [(kind, name, True) for kind, names in deepspeed_private.OFFLOAD_NAMES.items() for name in names],
+)
+def test_deepspeed_optimizer(kind, name, offloads):
+    deepspeed_private.check_optimizer(optimizer_without(kind, None, offloads))
+    with pytest.raises(RuntimeError, match=sentence("deepspeed", f"{kind}.{name}")):
+        deepspeed_private.check_optimizer(optimizer_without(kind, name, offloads))
+
+
+@pytest.mark.parametrize("name", deepspeed_private.PARAMETER_NAMES)
+def test_deepspeed_parameter(name):
+    optimizer = optimizer_without("DeepSpeedZeroOptimizer_Stage3", None, False)
+    delattr(optimizer.fp16_groups[0][0], name)
+    with pytest.raises(RuntimeError, match=sentence("deepspeed", f"a parameter's.{name}")):
+        deepspeed_private.check_optimizer(optimizer)
+
+
+@pytest.mark.parametrize("name", deepspeed_private.ENGINE_NAMES)
+def test_deepspeed_engine(name):
+    engine = without(deepspeed_private.ENGINE_NAMES, name)
+    accelerator = SimpleNamespace(deepspeed_engine_wrapped=SimpleNamespace(engine=engine, backward=None))
+    with pytest.raises(RuntimeError, match=sentence("deepspeed", f"DeepSpeedEngine.{name}")):
+        deepspeed_private.check_engine(accelerator)
+
+
+def test_deepspeed_padding_that_is_not_marked():
+    deepspeed_private.check_fragments(3, 3)
+    with pytest.raises(RuntimeError, match=sentence("deepspeed", "_zero_padding")):
+        deepspeed_private.check_fragments(4, 3)
+
+
+def test_a_name_that_a_module_lacks():
+    with pytest.raises(RuntimeError, match=sentence("deepspeed", "deepspeed.runtime.utils.gone")):
+        private.look_up("deepspeed", "deepspeed.runtime.utils", "gone")
+    with pytest.raises(RuntimeError, match=sentence("deepspeed", "deepspeed.gone.name")):
+        private.look_up("deepspeed", "deepspeed.gone", "name")
+
+
+def test_every_attribute_of_a_deepspeed_optimizer_that_is_used_is_in_the_list():
+    folder = Path(engines.__file__).parent / "deepspeed"
+    listed = {name for names in deepspeed_private.OPTIMIZER_NAMES.values() for name in names}
+    listed |= {name for names in deepspeed_private.OFFLOAD_NAMES.values() for name in names}
+    used = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                owner = node.value
+                name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", None)
+                if name == "optimizer":
+                    used.add(node.attr)
+            if isinstance(node, ast.Dict):  # the class variables `names`
+                used |= {v.value for v in node.values if isinstance(v, ast.Constant) and isinstance(v.value, str)}
+    assert "check_grad_overflow" in used  # else the scan finds nothing
+    assert used <= listed
