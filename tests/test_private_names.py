@@ -86,9 +86,12 @@ def test_deepspeed_engine(name):
 
 
 def test_deepspeed_padding_that_is_not_marked():
-    deepspeed_private.check_fragments(3, 3)
+    parameters = [torch.zeros(size) for size in (4, 3, 5)]
+    cut = [torch.zeros(size) for size in (2, 3, 4)]
+    deepspeed_private.check_fragments(cut, parameters)
+    deepspeed_private.check_fragments([*cut, torch.zeros(1)], parameters)  # padding at the end
     with pytest.raises(RuntimeError, match=sentence("deepspeed", "_zero_padding")):
-        deepspeed_private.check_fragments(4, 3)
+        deepspeed_private.check_fragments([cut[0], torch.zeros(1), *cut[1:]], parameters)
 
 
 def test_a_name_that_a_module_lacks():

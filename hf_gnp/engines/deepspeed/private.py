@@ -3,8 +3,10 @@ Every private name of DeepSpeed that hf_gnp uses. They are looked up and checked
 to a name that a release has dropped would be silent, and the gradient of the second pass wrong.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from hf_gnp.engines.private import look_up, missing, require
@@ -108,10 +110,13 @@ def check_optimizer(optimizer: Any) -> None:
             require("deepspeed", parameter, PARAMETER_NAMES, "a parameter's")
 
 
-def check_fragments(fragments: int, parameters: int) -> None:
+def check_fragments(fragments: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
     """
-    Raise where the gradient's partition has other fragments than one a parameter: DeepSpeed marks padding among them
-    with `_zero_padding`, and unmarked padding would be taken for a parameter's gradient.
+    Raise where the gradient's fragments are not those of the parameters, of which the first and the last may be cut:
+    DeepSpeed marks padding among them with `_zero_padding`, and unmarked padding would be taken for a gradient. At the
+    end of a partition it is not always marked, and does no harm.
     """
-    if fragments != parameters:
+    is_short = len(fragments) < len(parameters)
+    pairs = zip(fragments[1:], parameters[1:-1], strict=False)
+    if is_short or any(fragment.numel() != parameter.numel() for fragment, parameter in pairs):
         raise RuntimeError(missing("deepspeed", "averaged_gradients' _zero_padding"))

@@ -135,8 +135,8 @@ class Zero12Engine(_ReplicatedEngine):
                 if not getattr(fragment, "_zero_padding", False):
                     fragments.append((offset, fragment))
                 offset += fragment.numel()
-            check_fragments(len(fragments), len(parameters))
-            for parameter, (offset, fragment) in zip(parameters, fragments, strict=True):
+            check_fragments([fragment for _, fragment in fragments], parameters)
+            for parameter, (offset, fragment) in zip(parameters, fragments, strict=False):
                 size = min(fragment.numel(), optimizer.partition_size[group] - offset)
                 is_whole = size == fragment.numel()
                 yield parameter, offset, fragment if is_whole else fragment.view(-1).narrow(0, 0, size)
