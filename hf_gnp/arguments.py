@@ -1,7 +1,5 @@
 """The `gnp_*` arguments, as a dataclass to mix into any `TrainingArguments`."""
 
-import copyreg
-import functools
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -129,6 +127,16 @@ class GNPArguments:
     def __post_init__(self):
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
+        self.check_gnp_values()
+
+    def check_gnp_values(self) -> None:
+        """
+        Fold `gnp_lambda` into `gnp_alpha`, and check all gnp arguments. Called when the arguments are made and at the
+        beginning of each `train`, as a notebook or a hyperparameter search sets them in between.
+
+        Raises:
+            ValueError: naming the argument.
+        """
         self._check_strength()
         self._check_schedule()
         self._check_perturbation()
@@ -136,7 +144,7 @@ class GNPArguments:
     def _check_strength(self) -> None:
         self.gnp_r = _number("gnp_r", self.gnp_r)
         if self.gnp_lambda is not None:
-            if self.gnp_alpha is not None:
+            if self.gnp_alpha not in (None, vars(self).get("_gnp_checked_alpha")):
                 raise ValueError("gnp_alpha and gnp_lambda (= gnp_alpha * gnp_r) say the same: give one of the two.")
             gnp_lambda = _number("gnp_lambda", self.gnp_lambda)
             if gnp_lambda > self.gnp_r:
@@ -152,6 +160,7 @@ class GNPArguments:
             raise ValueError(f"gnp_alpha is the share of the second gradient, at most 1, but it is {self.gnp_alpha}.")
         if self.gnp_r == 0 and self.gnp_alpha > 0:
             raise ValueError("gnp_r is 0, which moves nothing: set gnp_r > 0, or gnp_alpha=0 for plain training.")
+        self._gnp_checked_alpha = self.gnp_alpha  # one that differs later was set by the user
 
     def _check_schedule(self) -> None:
         if self.gnp_warmup_type not in WARMUP_TYPES:
@@ -228,29 +237,15 @@ def _boolean(name: str, value: Any) -> bool:
     raise ValueError(f"{name} must be true or false, but it is {value!r}.")
 
 
-def with_gnp_arguments(args: TrainingArguments) -> TrainingArguments:
-    """
-    `args` itself if it has the `gnp_*` arguments; else a twin that has them, at their defaults.
-
-    Every attribute of `args` is kept as it is (tokens, the DeepSpeed and accelerator configuration, devices already
-    set up), so `__post_init__` is not run again.
-    """
-    if isinstance(args, GNPArguments):
-        return args
-    twin = _new_twin(type(args))
-    twin.__dict__.update(vars(GNPArguments()) | vars(args))
-    return twin
+def gnp_arguments_of(args: TrainingArguments) -> GNPArguments:
+    """`args` itself if it has the `gnp_*` arguments; else the defaults, to be kept beside it."""
+    return args if isinstance(args, GNPArguments) else GNPArguments()
 
 
-@functools.cache
-def _twin_class(base: type[TrainingArguments]) -> type[TrainingArguments]:
-    if base is TrainingArguments:
-        return GNPTrainingArguments
-    twin_class = dataclass(type(f"GNP{base.__name__}", (GNPArguments, base), {"__doc__": base.__doc__}))
-    # The class exists in this process only: a pickle (training_args.bin) holds its base and makes it again.
-    copyreg.pickle(twin_class, lambda twin: (_new_twin, (base,), twin.__dict__))
-    return twin_class
-
-
-def _new_twin(base: type[TrainingArguments]) -> TrainingArguments:
-    return object.__new__(_twin_class(base))
+def take_over(gnp_args: GNPArguments, args: TrainingArguments | dict[str, Any]) -> None:
+    """Take the gnp values that were set on plain `TrainingArguments`, or that a trial has, and check them all."""
+    if args is not gnp_args:
+        values = args if isinstance(args, dict) else vars(args)
+        for name in {f.name for f in fields(GNPArguments)} & values.keys():
+            setattr(gnp_args, name, values[name])
+    gnp_args.check_gnp_values()

@@ -2,14 +2,13 @@
 
 import copy
 import json
-import logging
 import os
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerState
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -19,13 +18,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import load_state_dict
-from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 
-logger = logging.getLogger(__name__)
-
 TAG = "gradient-norm-penalty"
+# Where trainer_state.json has the gnp values, among the states of callbacks.
+STATE_KEY = "GNPStateCallback"
 # Before the names of a model that was compiled before `Trainer` got it.
 COMPILED = "_orig_mod."
 
@@ -122,25 +120,21 @@ def _weight_transforms(model: PreTrainedModel) -> list[WeightTransform]:
     return [*copy.deepcopy(own), *transforms]
 
 
-class GNPStateCallback(TrainerCallback, ExportableState):
-    """Writes the gnp values into each checkpoint's trainer_state.json, and warns when a run resumes with others."""
+def remember_values(state: TrainerState, values: dict[str, Any]) -> str | None:
+    """
+    Put the gnp values into `state`, with which each checkpoint's trainer_state.json is written.
 
-    def __init__(self, **values: Any):
-        self.values = values
-
-    def state(self) -> dict:
-        return {"args": self.values, "attributes": {}}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.values = args.gnp_values()
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("args")
-        if saved and saved != self.values:
-            changed = {name for name in saved | self.values if saved.get(name) != self.values.get(name)}
-            logger.warning(
-                "The checkpoint was trained with other gnp arguments: "
-                + ", ".join(f"{n}={saved.get(n)} (now {self.values.get(n)})" for n in sorted(changed))
-            )
-        state.stateful_callbacks[type(self).__name__] = self.state()
+    Returns:
+        A warning, if the checkpoint from which the state was loaded has others.
+    """
+    saved = state.stateful_callbacks.get(STATE_KEY, {}).get("args")
+    state.stateful_callbacks[STATE_KEY] = {"args": values, "attributes": {}}
+    if not saved or saved == values:
+        return None
+    changed = sorted(name for name in saved | values if saved.get(name) != values.get(name))
+    return "The checkpoint was trained with other gnp arguments: " + ", ".join(
+        f"{name}={saved.get(name)} (now {values.get(name)})" for name in changed
+    )
 
 
 def add_to_model_card(path: str, values: dict[str, Any]) -> None:

@@ -37,10 +37,12 @@ class Schedule:
     seed: int = 0
 
     @classmethod
-    def from_args(cls, args: Any, total_steps: int) -> "Schedule":
+    def from_args(cls, args: Any, total_steps: int, training_args: Any = None) -> "Schedule":
+        """`training_args` have the learning-rate warm-up and the seed, if `args` have the gnp arguments alone."""
+        training_args = args if training_args is None else training_args
         warmup = args.gnp_warmup_steps
         if warmup is None:
-            warmup_steps = args.get_warmup_steps(total_steps)
+            warmup_steps = training_args.get_warmup_steps(total_steps)
         else:
             warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps)
         return cls(
@@ -53,7 +55,7 @@ class Schedule:
             end=args.gnp_end,
             interval=args.gnp_interval,
             probability=args.gnp_probability,
-            seed=args.seed,
+            seed=training_args.seed,
         )
 
     def at(self, step: int) -> Penalty | None:

@@ -1,5 +1,6 @@
 """`GNPTrainer`: transformers' `Trainer` with a penalised step."""
 
+import contextlib
 import functools
 import inspect
 import os
@@ -12,15 +13,13 @@ from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .arguments import with_gnp_arguments
-from .checkpoint import GNPStateCallback, add_to_model_card, load_renamed
+from .arguments import gnp_arguments_of, take_over
+from .checkpoint import add_to_model_card, load_renamed, remember_values
 from .direction import Perturbation
-from .engines import Engine, make_engine, refuse_unsupported
-from .metrics import StepMetrics
-from .replay.buffers import RunningBuffers
-from .replay.randomness import random_devices
-from .replay.window import Window
-from .schedule import Penalty, Schedule
+from .engines import refuse_unsupported
+from .replay.window import MicroBatch
+from .schedule import Schedule
+from .step import PenalisedSteps, never_reached, replayed_step
 
 
 logger = logging.get_logger(__name__)
@@ -29,6 +28,17 @@ logger = logging.get_logger(__name__)
 FIDELITY_FLOOR = 0.9
 # By class name: they divide by a running estimate of the gradient's size.
 ADAPTIVE_OPTIMIZERS = "ada|lamb|rmsprop|prodigy|apollo|sophia"
+
+
+def _take_signature_of_base(cls: type, mixin: type) -> None:
+    """Scripts ask `inspect.signature` which arguments a trainer takes."""
+    base = next(base for base in cls.__mro__ if base is not mixin and "__init__" in vars(base))
+
+    @functools.wraps(base.__init__)
+    def __init__(self, *args, **kwargs):
+        super(cls, self).__init__(*args, **kwargs)
+
+    cls.__init__ = __init__
 
 
 class GNPMixin:
@@ -52,15 +62,58 @@ class GNPMixin:
         NotImplementedError: at construction, for an engine on which the penalty would not be right.
     """
 
+    _gnp_run: PenalisedSteps | None = None
+    _gnp_is_trainers_log = False
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(GNPMixin):
+            raise TypeError(
+                f"{cls.__name__} would train without the penalty: GNPMixin comes before the trainer, as in "
+                f"class {cls.__name__}(GNPMixin, {cls.__bases__[0].__name__})."
+            )
+        if GNPMixin in cls.__bases__ and "__init__" not in vars(cls):
+            _take_signature_of_base(cls, GNPMixin)
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.args = with_gnp_arguments(self.args)
-        perturbation = Perturbation.from_args(self.args, self.model)
-        if self.args.gnp_alpha > 0:
+        self.gnp_args = gnp_arguments_of(self.args)
+        self._gnp_check()
+        Perturbation.from_args(self.gnp_args, self.model)
+
+    def _gnp_check(self) -> None:
+        """Refuse gnp arguments out of range, and what the penalty cannot run with."""
+        take_over(self.gnp_args, self.args)
+        if self.gnp_args.gnp_alpha > 0:
             optimizer_cls = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else None
+            perturbation = Perturbation.from_args(self.gnp_args, self.model)
             refuse_unsupported(self.accelerator, self.args, self.optimizer or optimizer_cls, self.model, perturbation)
-        self.add_callback(GNPStateCallback(**self.args.gnp_values()))
-        self._gnp_run: _Run | None = None
+
+    @functools.wraps(Trainer.train)
+    def train(self, *args, **kwargs):
+        if self._gnp_run is not None:  # the last run ended while weights were moved
+            self._gnp_run.abandon()
+            if self._gnp_run.is_perturbed:
+                raise RuntimeError("Weights are still moved by a second pass that failed: load a checkpoint first.")
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._gnp_end_run()
+
+    def _gnp_end_run(self) -> None:
+        """Afterwards nothing of the run holds the model, unless its weights are moved."""
+        if self._gnp_run is not None:
+            self._gnp_run.close()
+            if not self._gnp_run.is_perturbed:
+                self._gnp_run = None
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # Trainer calls this at the beginning of each run, after which its arguments are settled.
+        super()._hp_search_setup(trial)
+        if trial is not None and self.gnp_args is not self.args:
+            take_over(self.gnp_args, dict(getattr(trial, "params", trial)))
+        self._gnp_end_run()
+        self._gnp_check()
 
     def training_step(
         self,
@@ -73,47 +126,32 @@ class GNPMixin:
 
         Args and return value are those of [`~transformers.Trainer.training_step`]; the loss is the clean one.
         """
-        run = self._gnp_current_run(model)
-        run.begin_step(self.state.global_step)
-        if run.penalty is None:
+        if self.gnp_args.gnp_alpha == 0:
             return super().training_step(model, inputs, num_items_in_batch)
-
-        engine, window = run.engine, run.window
-        if not window.micro_batches:
-            run.buffers.start()
-        micro_batch = window.record(inputs, num_items_in_batch, self.current_gradient_accumulation_steps)
-        with engine.first_pass():
-            micro_batch.loss = loss = super().training_step(model, inputs, num_items_in_batch)
-        if not self.accelerator.sync_gradients:
-            return loss
-
-        norms = engine.gradient_norms()
-        if engine.wants_second_pass():  # else the norm is 0 or not finite, and the step goes on as a plain one
-            perturbed_loss = self._gnp_second_pass(model, run)
-            run.metrics.add(norms.gradient, window.loss(), perturbed_loss)
-        engine.finish()
-        window.clear()
+        run = self._gnp_current_run(model)
+        try:
+            run.begin_micro_batch(self.state.global_step, inputs)
+            with run.first_pass():
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            run.window.micro_batches[-1].loss = loss
+            if self.accelerator.sync_gradients:
+                noise_seed = run.schedule.noise_seed(self.state.global_step)
+                run.end_window(functools.partial(self._gnp_run_again, model), noise_seed, self._gnp_logs_this_step())
+        except BaseException:
+            run.abandon()
+            raise
         return loss
 
-    def _gnp_second_pass(self, model: nn.Module, run: "_Run") -> torch.Tensor:
-        """Replay the window at the perturbed weights, mix the gradients, and return the perturbed loss."""
-        engine, penalty = run.engine, run.penalty
-        noise_seed = run.schedule.noise_seed(self.state.global_step)
-        perturbed_loss = 0.0
-        with (
-            engine.perturbed(penalty.r, penalty.alpha, noise_seed, self._gnp_logs_this_step()) as fidelity,
-            run.buffers.replay(),
-            run.window.replay() as micro_batches,
-        ):
-            for micro_batch, is_last in micro_batches:
-                self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
-                with engine.micro_batch(is_last):
-                    perturbed_loss += super().training_step(model, micro_batch.inputs, micro_batch.num_items_in_batch)
-                self.current_flos += float(self.floating_point_ops(micro_batch.inputs))
-        engine.mix(penalty.alpha)
-        if fidelity is not None:
-            run.metrics.fidelity = fidelity.to(self.accelerator.device)
-        return perturbed_loss
+    def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """
+        A micro-batch's second pass, through `Trainer.training_step`: what a subclass does around it happened once.
+        """
+        self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
+        flos = float(self.floating_point_ops(micro_batch.inputs))
+        with replayed_step(self), getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()):
+            loss = Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
+        self._gnp_second_flos += flos
+        return loss
 
     def _gnp_logs_this_step(self) -> bool:
         """Whether `Trainer` will log when this step ends, as far as its arguments tell."""
@@ -127,27 +165,54 @@ class GNPMixin:
             interval = max(1, round(state.max_steps / state.num_train_epochs))
         return (state.global_step + 1) % interval == 0
 
-    def _gnp_current_run(self, model: nn.Module) -> "_Run":
+    def _gnp_current_run(self, model: nn.Module) -> PenalisedSteps:
         """What belongs to this run of `train`: `Trainer` makes a new state, and may wrap the model anew, for each."""
         run = self._gnp_run
         if run is None or run.state is not self.state or run.model is not model:
-            self._gnp_run = _Run(self, model)
-        return self._gnp_run
+            schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args)
+            self._gnp_run = run = PenalisedSteps(self, model, schedule)
+            self._gnp_second_flos, self._gnp_warned = 0.0, set()
+            warning = remember_values(self.state, self.gnp_args.gnp_values())
+            if warning is not None:
+                logger.warning(warning)
+            if _is_known_to_harm(self):
+                logger.warning(
+                    "An adaptive optimizer with a learning-rate warm-up and no warm-up of the penalty: there the "
+                    "penalty is known to harm (arXiv 2406.09723). Set gnp_warmup_type, to 'zero' for vision "
+                    "transformers."
+                )
+        return run
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None):
         # Trainer calls this between clipping and the optimizer step, on every engine, and the norm is global.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.gnp_args.gnp_alpha == 0:
+            return grad_norm
         run = self._gnp_run
-        if run is not None and run.penalty is not None and run.engine.drop_nonfinite_gradient(grad_norm):
+        if run is None or run.step != self.state.global_step:
+            raise NotImplementedError(never_reached(self))
+        self.current_flos += self._gnp_second_flos
+        self._gnp_second_flos = 0.0
+        if run.engine.drop_nonfinite_gradient(grad_norm):
             logger.warning(f"Step {self.state.global_step}: the gradient is not finite; the weights stay as they are.")
         return grad_norm
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        self._gnp_is_trainers_log = self.control.should_log
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._gnp_is_trainers_log = False
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and self._gnp_run is not None:
-            gnp_logs = self._gnp_run.metrics.drain(self.accelerator)
-            logs.update(gnp_logs)
-            if gnp_logs.get("gnp_fidelity", 1.0) < FIDELITY_FLOOR:
-                self._gnp_run.warn_once(
+        # Only in Trainer's own call do all ranks meet: a user's compute_loss may log on the main process alone.
+        if self._gnp_is_trainers_log and {"loss", "learning_rate"} <= logs.keys():
+            self._gnp_is_trainers_log = False
+            if self._gnp_run is not None:
+                logs.update(self._gnp_run.metrics.drain(self.accelerator))
+            if logs.get("gnp_fidelity", 1.0) < FIDELITY_FLOOR and "fidelity" not in self._gnp_warned:
+                self._gnp_warned.add("fidelity")
+                logger.warning(
                     f"Less than {FIDELITY_FLOOR:.0%} of the perturbation survives rounding to the weights' dtype "
                     "(gnp_fidelity): raise gnp_r, set gnp_stochastic_rounding, or use fp32 weights and bf16=True."
                 )
@@ -162,7 +227,7 @@ class GNPMixin:
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_to_model_card(os.path.join(self.args.output_dir, "README.md"), self.args.gnp_values())
+            add_to_model_card(os.path.join(self.args.output_dir, "README.md"), self.gnp_args.gnp_values())
 
     def _load_from_checkpoint(self, *args, **kwargs) -> None:
         # Passed on as it came: sentence-transformers' trainers take the folder alone.
@@ -177,7 +242,7 @@ class GNPMixin:
     def _gnp_loads_renamed(self, folder: str, model: nn.Module | None = None) -> bool:
         """Load a checkpoint that stock `Trainer` would load only in part; False if there is nothing to do."""
         # DeepSpeed and FSDP keep checkpoints of their own, under the model's names.
-        if _gnp_is_off(self) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.gnp_args.gnp_alpha == 0 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False
         result = load_renamed(self.model if model is None else model, folder)
         if result is not None:
@@ -199,64 +264,12 @@ class GNPTrainer(GNPMixin, Trainer):
     )
 
 
-class _Run:
-    """What lives as long as one run of the training loop: it begins with a new state, and perhaps a new wrapping."""
-
-    def __init__(self, trainer: GNPMixin, model: nn.Module):
-        self.state, self.model, self.accelerator = trainer.state, model, trainer.accelerator
-        # Anew: `model_init` has made another model since, and FSDP2 has replaced the parameters.
-        self.perturbation = Perturbation.from_args(trainer.args, trainer.model)
-        self.schedule = Schedule.from_args(trainer.args, trainer.state.max_steps)
-        self.window = Window(random_devices(model, trainer.args.n_gpu), copy_inputs=_loss_is_user_code(trainer))
-        self.buffers = RunningBuffers(model)
-        self.metrics = StepMetrics()
-        self.step: int | None = None
-        self.penalty: Penalty | None = None
-        self._warnings: set[str] = set()
-        if _is_known_to_harm(trainer):
-            self.warn_once(
-                "An adaptive optimizer with a learning-rate warm-up and no warm-up of the penalty: there the penalty "
-                "is known to harm (arXiv 2406.09723). Set gnp_warmup_type, to 'zero' for vision transformers."
-            )
-
-    def warn_once(self, message: str) -> None:
-        if message not in self._warnings:
-            self._warnings.add(message)
-            logger.warning(message)
-
-    def begin_step(self, step: int) -> None:
-        """Called for each micro-batch of the step."""
-        if step != self.step:
-            self.step, self.penalty = step, self.schedule.at(step)
-            if self.schedule.alpha > 0:
-                self.metrics.begin(self.penalty)
-
-    @functools.cached_property
-    def engine(self) -> Engine:
-        """Made for the first penalised step: plain training asks nothing of the engine."""
-        return make_engine(self.accelerator, self.model, self.perturbation)
-
-    @property
-    def is_perturbed(self) -> bool:
-        return "engine" in vars(self) and self.engine.is_perturbed
-
-
-def _gnp_is_off(trainer: GNPMixin) -> bool:
-    return trainer.args.gnp_alpha == 0
-
-
 def _is_known_to_harm(trainer: GNPMixin) -> bool:
-    args = trainer.args
-    has_warmup = args.get_warmup_steps(trainer.state.max_steps) > 0
+    args = trainer.gnp_args
+    has_warmup = trainer.args.get_warmup_steps(trainer.state.max_steps) > 0
     if args.gnp_alpha == 0 or args.gnp_warmup_type != "none" or not has_warmup or trainer.optimizer is None:
         return False
     optimizer = trainer.optimizer
     while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
         optimizer = optimizer.optimizer
     return re.search(ADAPTIVE_OPTIMIZERS, type(optimizer).__name__, re.IGNORECASE) is not None
-
-
-def _loss_is_user_code(trainer: Trainer) -> bool:
-    """Whether inputs pass through a loss that is not transformers' own and may change them in place."""
-    is_overridden = not type(trainer).compute_loss.__module__.startswith("transformers.")
-    return is_overridden or trainer.compute_loss_func is not None

@@ -11,6 +11,7 @@ import pytest
 import reference
 import torch
 from tiny import collate, flat_weights, make_data, make_model, relative_distance
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_gnp import GNPTrainer, GNPTrainingArguments
@@ -118,6 +119,19 @@ def record_forwards(model: torch.nn.Module, record: Callable[[torch.nn.Module], 
     records: list[Any] = []
     model.register_forward_pre_hook(lambda module, _: records.append(record(module)) if module.training else None)
     return records
+
+
+def without_probe(records: list[Any], micro_batches: int) -> list[Any]:
+    """Records of all forwards, but that of the probe, which follows the first pass of a run's first penalised step."""
+    return [*records[:micro_batches], *records[micro_batches + 1 :]]
+
+
+def probe_flops(kind: str) -> int:
+    """Those of one forward of a micro-batch."""
+    model, inputs = make_model(kind), collate(make_data(kind)[:MICRO_BATCH])
+    with FlopCounterMode(display=False) as counter:
+        model.train()(**inputs)
+    return counter.get_total_flops()
 
 
 def logs_of(trainer: Trainer, *names: str) -> dict[str, list[float]]:

@@ -1,12 +1,12 @@
-"""What the penalty costs: twice the FLOPs of plain training, and one copy of the trainable weights."""
+"""What the penalty costs: twice the FLOPs of plain training, a forward more in a run, and a copy of the weights."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from runs import CHECKPOINTING, make_trainer, record_forwards
-from tiny import KINDS, make_model
+from runs import CHECKPOINTING, MICRO_BATCH, make_trainer, probe_flops, record_forwards, without_probe
+from tiny import KINDS, collate, make_data, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +34,7 @@ def test_costs_twice_the_flops(tmp_path, kind, accumulation, checkpointing):
     plain_flops, plain_forwards = flops_and_forwards(tmp_path, kind, Trainer, **settings)
     flops, forwards = flops_and_forwards(tmp_path, kind, GNPTrainer, **settings)
     assert plain_flops > 0
-    assert (flops, forwards) == (2 * plain_flops, 2 * plain_forwards)
+    assert (flops, forwards) == (2 * plain_flops + probe_flops(kind), 2 * plain_forwards + 1)
     assert plain_forwards == STEPS * accumulation
 
 
@@ -138,7 +138,8 @@ def live_in_last_step(tmp_path, kind: str, frozen: int, accumulation: int, alpha
     live = Live(trainer.model)
     trainer.add_callback(live)
     trainer.train()
-    return live.forwards[-len(live.forwards) // 3 :], live.steps[-1]
+    forwards = live.forwards if alpha == 0 else without_probe(live.forwards, accumulation)
+    return forwards[-(len(forwards) // 3) :], live.steps[-1]
 
 
 @pytest.mark.parametrize("frozen", [0, 9])
@@ -149,8 +150,10 @@ def test_second_pass_holds_one_copy_of_the_trainable_weights(tmp_path, kind, alp
     forwards, step = live_in_last_step(tmp_path, kind, frozen, accumulation, alpha)
     plain_forwards, plain_step = live_in_last_step(tmp_path, kind, frozen, accumulation, alpha=0.0)
     copy = sum(p.nbytes for p in list(make_model(kind).parameters())[frozen:])
-    # A state of the CPU's generator for each micro-batch and for the end of the window; a few scalar losses.
-    slack = (accumulation + 1) * torch.get_rng_state().nbytes + 256
+    inputs = sum(value.nbytes for value in collate(make_data(kind)[: accumulation * MICRO_BATCH]).values())
+    # A copy of the window's inputs, a state of the CPU's generator for each micro-batch and for the end of the window,
+    # a few scalar losses.
+    slack = inputs + (accumulation + 1) * torch.get_rng_state().nbytes + 512
     assert (len(forwards), len(plain_forwards)) == (2 * accumulation, accumulation)
     assert 0 <= max(forwards[:accumulation]) - max(plain_forwards) <= slack
     assert copy <= max(forwards[accumulation:]) - max(plain_forwards) <= copy + slack

@@ -1,5 +1,7 @@
 """The engines under the trainer: who owns the shards, and how ranks agree. The one place that chooses."""
 
+from typing import Any
+
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -15,9 +17,14 @@ from .support import refuse_unsupported
 __all__ = ["Engine", "make_engine", "refuse_unsupported"]
 
 
-def make_engine(accelerator: Accelerator, model: nn.Module, perturbation: Perturbation) -> Engine:
+def make_engine(
+    accelerator: Accelerator, model: nn.Module, perturbation: Perturbation, optimizer: Any = None
+) -> Engine:
     """
     The engine for a model that `accelerator` has prepared.
+
+    Args:
+        optimizer: The prepared optimizer, whose parameters beyond the model's get a mixed gradient too.
 
     Raises:
         ValueError: for stochastic rounding of weights that are not 16-bit.
@@ -32,7 +39,7 @@ def make_engine(accelerator: Accelerator, model: nn.Module, perturbation: Pertur
 
         return make_deepspeed_engine(accelerator, perturbation)
     if kind in (DistributedType.NO, DistributedType.FSDP) or kind.value.startswith("MULTI_"):
-        return NativeEngine(accelerator, perturbation, model)
+        return NativeEngine(accelerator, perturbation, model, optimizer)
     raise NotImplementedError(
         f"The gradient-norm penalty does not run under {kind}. "
         "Use one process, DDP, FSDP2 or DeepSpeed ZeRO, or set gnp_alpha=0 for plain training."

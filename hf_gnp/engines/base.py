@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -61,11 +61,16 @@ class Engine(ABC):
     """
 
     has_master = True  # whether 16-bit forward weights have an fp32 master
+    sets_gradients_aside = False  # whether `take_gradient` works in the middle of a window
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
         self.accelerator = accelerator
         self.perturbation = perturbation
         self._norms = GradientNorms(0.0, 0.0)
+
+    def begin_window(self, perturbation: Perturbation) -> None:
+        """A window begins: parameters may have been frozen or unfrozen since the last one."""
+        self.perturbation = perturbation
 
     # What each engine says of itself.
 
@@ -157,22 +162,46 @@ class Engine(ABC):
     ) -> Iterator[torch.Tensor | None]:
         """
         The weights moved to θ + r g₁/‖g₁‖ on all ranks, and the gradient ready for g₂. Afterwards, at the latest when
-        `finish` steps, the weights are θ bit for bit. If the second pass raised, they are at once, and no gradient
-        is left.
+        `finish` steps, the weights are θ bit for bit. Whoever catches what the second pass raises calls `abandon`.
 
         Args:
             noise_seed: For stochastic rounding; equal on all ranks.
             measure: Whether to yield this rank's (⟨θ̃-θ, e⟩, ‖e‖²), of the move e and what rounding left of it.
         """
-        try:
-            yield self.perturb(r, alpha, noise_seed, measure)
-        except BaseException:
+        yield self.perturb(r, alpha, noise_seed, measure)
+        self.end_perturbation()
+
+    def abandon(self) -> None:
+        """
+        After a failure anywhere in a step: θ is put back and the gradient is dropped. Putting back is tried again if
+        it was itself interrupted; the interruption is raised when the weights are clean.
+        """
+        interruption = None
+        for _ in range(3):
             try:
                 self.restore()
-            finally:
                 self.discard_gradient()
-            raise
-        self.end_perturbation()
+                break
+            except BaseException as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
+
+    def take_gradient(self) -> Any:
+        """Set the gradient that is there aside, and return it for `add_gradient`; None if there is none."""
+        return None
+
+    def add_gradient(self, gradient: Any) -> None:
+        """Add a gradient that `take_gradient` returned."""
+        assert gradient is None
+
+    def gradient_marks(self) -> Any:
+        """Something that changes when anybody adds to the gradient; None where that cannot be seen."""
+        return None
+
+    def probed(self) -> AbstractContextManager:
+        """Around a forward without backward."""
+        return torch.no_grad()
 
     @torch.no_grad()
     def perturb(self, r: float, alpha: float, noise_seed: int | None, measure: bool) -> torch.Tensor | None:

@@ -25,20 +25,35 @@ class NativeEngine(Engine):
     Engine over `param.grad`.
 
     The second pass accumulates into the scaled first gradient, so there is no second gradient buffer; what is held
-    is one copy of the weights that are moved (of this rank's shard under FSDP2).
+    is one copy of the weights that are moved (of this rank's shard under FSDP2). Gradients of 16 bit, in which a small
+    α g₂ would drown, and those that a communication hook of DDP compresses are kept aside instead.
+
+    Parameters that the optimizer has and the model has not, those of a loss, get the mixed gradient and are not moved:
+    DDP and FSDP2 do not reduce their gradients, so there is no one direction to move them along.
     """
 
     has_master = False
+    sets_gradients_aside = True
 
-    def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module):
+    def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module, optimizer: Any = None):
         super().__init__(accelerator, perturbation)
-        self.model = model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.is_sharded = any(isinstance(p, DTensor) for p in self.parameters)
+        self.model, self._optimizer = model, optimizer
         self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self.begin_window(perturbation)
         self._moved: list[torch.Tensor] = []
         self._backup: list[torch.Tensor] = []
+        self._first_gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._axes: dict[Any, tuple[torch.Tensor, ...]] = {}
+
+    def begin_window(self, perturbation: Perturbation) -> None:
+        super().begin_window(perturbation)
+        self.publish()  # after an evaluation FSDP2's root stays gathered, and has other parameters
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.is_sharded = any(isinstance(p, DTensor) for p in self.parameters)
+        in_model = {id(p) for p in self.model.parameters()}
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        in_optimizer = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._outside = [p for p in in_optimizer if id(p) not in in_model]
 
     @torch.no_grad()
     def shards(self) -> list[Shard]:
@@ -89,13 +104,21 @@ class NativeEngine(Engine):
 
     def keep_weights(self, shards: list[Shard]) -> None:
         self._backup = [shard.weight.clone() for shard in shards]
-        self._moved = [shard.weight for shard in shards]
+        self._moved = [shard.weight for shard in shards]  # only now: `restore` needs both
 
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
-        if alpha < 1:
-            penalty.scale_([shard.gradient for shard in shards], scale * (1 - alpha) / alpha)
-        else:
+        if alpha == 1:
             self.discard_gradient()
+        elif self._keeps_aside(shards):
+            if scale != 1:
+                penalty.scale_([_local(p.grad) for p in self._with_any_gradient()], scale)
+            self._first_gradients = self.take_gradient()
+        else:
+            penalty.scale_([_local(p.grad) for p in self._with_any_gradient()], scale * (1 - alpha) / alpha)
+
+    def _keeps_aside(self, shards: list[Shard]) -> bool:
+        is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
+        return is_low or has_communication_hook(self.model)
 
     def publish(self) -> None:
         # Parameters that FSDP2 kept gathered (reshard_after_backward=False) would not notice a changed shard.
@@ -104,18 +127,59 @@ class NativeEngine(Engine):
 
     @torch.no_grad()
     def restore(self) -> None:
-        penalty.copy_(self._moved, self._backup)
-        self._moved, self._backup = [], []
+        if self._moved:
+            penalty.copy_(self._moved, self._backup)
+            self._moved, self._backup = [], []
         self.publish()
 
     @torch.no_grad()
     def mix(self, alpha: float) -> None:
-        if alpha < 1:
-            penalty.scale_([_local(p.grad) for p in self._with_gradient()], alpha)
+        if alpha == 1:
+            return
+        if not self._first_gradients:
+            penalty.scale_([_local(p.grad) for p in self._with_any_gradient()], alpha)
+            return
+        first = {id(p): g for p, g in self._first_gradients}
+        both = [p for p in self._with_any_gradient() if id(p) in first]
+        second_only = [p for p in self._with_any_gradient() if id(p) not in first]
+        penalty.lerp_([_local(p.grad) for p in both], [_local(first[id(p)]) for p in both], 1 - alpha)
+        penalty.scale_([_local(p.grad) for p in second_only], alpha)
+        for parameter, gradient in self._first_gradients:
+            if parameter.grad is None:
+                parameter.grad = gradient.mul_(1 - alpha)
+        self._first_gradients = []
 
     def discard_gradient(self) -> None:
-        for parameter in self.parameters:
+        self._first_gradients = []
+        for parameter in (*self.parameters, *self._outside):
             parameter.grad = None
+
+    def take_gradient(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        # A view into a bucket of DDP is written over by the next backward.
+        is_view = getattr(self.model, "gradient_as_bucket_view", False)
+        taken = [(p, p.grad.clone() if is_view else p.grad) for p in self._with_any_gradient()]
+        for parameter, _ in taken:
+            parameter.grad = None
+        return taken
+
+    @torch.no_grad()
+    def add_gradient(self, gradient: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+        for parameter, other in gradient:
+            parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
+
+    def gradient_marks(self) -> list[tuple[int, int]]:
+        gradients = [p.grad for p in (*self.parameters, *self._outside)]
+        return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
+
+    @contextlib.contextmanager
+    def probed(self) -> Iterator[None]:
+        if self.is_sharded:
+            with torch.no_grad():
+                yield
+            self.publish()
+        else:  # with a graph, so that the same kernels run as in the first pass
+            with self.accelerator.no_sync(self.model):
+                yield
 
     def finish(self) -> None:
         pass
@@ -141,6 +205,12 @@ class NativeEngine(Engine):
             _shard_gradient_as_weight(parameter)
         return with_gradient
 
+    def _with_any_gradient(self) -> list[nn.Parameter]:
+        parameters = [p for p in (*self.parameters, *self._outside) if p.grad is not None]
+        for parameter in parameters:
+            _shard_gradient_as_weight(parameter)
+        return parameters
+
     def _reduces(self, is_last: bool) -> bool:
         return is_last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
 
@@ -148,6 +218,11 @@ class NativeEngine(Engine):
         if self._fsdp_modules and not self.accelerator.is_fsdp2:
             return _defer_reduction(self.model)
         return self.accelerator.no_sync(self.model)
+
+
+def has_communication_hook(model: nn.Module) -> bool:
+    # Private: DDP has no public way to ask.
+    return bool(getattr(model, "_comm_hooks", None))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

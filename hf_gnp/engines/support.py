@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -69,6 +69,9 @@ def _unsupported_engine(accelerator: Accelerator) -> str | None:
         return "Megatron-LM: use FSDP2 or DeepSpeed ZeRO"
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         return "FSDP version 1: set fsdp_version to 2"
+    hook = getattr(getattr(accelerator, "ddp_handler", None), "comm_hook", DDPCommunicationHookType.NO)
+    if "power_sgd" in DDPCommunicationHookType(hook).value:
+        return "PowerSGD, which carries an error from one gradient to the next: use the fp16 or bf16 hook, or none"
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         return "context or sequence parallelism, which shards the inputs in place: use FSDP2 or ZeRO-3 alone"

@@ -1,75 +1,166 @@
-"""Buffers that a forward moves: put back for the second pass, and after it."""
+"""
+The tensors that a forward moves without a gradient: buffers, and frozen parameters such as a momentum teacher's.
+
+Neither names nor version counters tell which: `batch_norm` and `.data` write without a new version. So in the first
+`LEARNING` windows of a run they are copied before the first pass, the smallest first, as many as fit into `BUDGET`, or
+into the size of the trainable weights (which a teacher has) if that is more, and compared after it. From then on
+copies are made of those that were seen to move, and of the statistics of normalisation layers, which move when their
+layer is set to training. The others, quantised base weights among them, are watched: one that is replaced, gets a new
+version, or changes in a sample of its elements is copied from the next window on.
+"""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
-class Buffer(NamedTuple):
-    """A buffer of a module: the tensor, and a copy of what it held. Both are None for a buffer that is None."""
-
-    module: nn.Module
-    name: str
-    tensor: torch.Tensor | None
-    value: torch.Tensor | None
-
-    @classmethod
-    def now(cls, module: nn.Module, name: str) -> "Buffer":
-        tensor = getattr(module, name)
-        return cls(module, name, tensor, None if tensor is None else tensor.clone())
-
-    def put_back(self) -> None:
-        if self.tensor is not None:
-            self.tensor.copy_(self.value)
-        if getattr(self.module, self.name) is not self.tensor:  # a forward replaced it
-            setattr(self.module, self.name, self.tensor)
-
-    def differs(self) -> torch.Tensor | bool:
-        now = getattr(self.module, self.name)
-        if now is None or self.value is None or now.shape != self.value.shape:
-            return now is not self.value
-        return (now != self.value).any()
+BUDGET = 2**26  # bytes
+LEARNING = 2  # windows: a teacher that starts as a copy of the weights does not move in the first
+SAMPLE = 256  # elements at most
 
 
-class RunningBuffers:
-    """
-    The buffers that a training forward moves: BatchNorm's statistics, power-iteration vectors, usage counters. Neither
-    names nor version counters tell which, so all are copied before the first pass, and compared after it.
-    """
+class _Watched(NamedTuple):
+    """Where a tensor is (None for a parameter, whose module keeps it), and how it looked when the window began."""
 
-    def __init__(self, model: nn.Module):
-        self._places = [(module, name) for module in model.modules() for name in module._buffers]
-        self._start: list[Buffer] = []
+    key: int
+    tensor: torch.Tensor
+    storage: int
+    version: int
+    copy: torch.Tensor | None
+    sample: torch.Tensor | None
 
-    def start(self) -> None:
-        """Before the first pass."""
-        self._start = [Buffer.now(module, name) for module, name in self._places]
+    def has_moved(self) -> torch.Tensor | bool:
+        if self.copy is not None:
+            return (_bytes(_local(self.tensor)) != _bytes(self.copy)).any()
+        if (_storage(self.tensor), _version(self.tensor)) != (self.storage, self.version):
+            return True
+        return self.sample is not None and (_bytes(_sample(self.tensor)) != _bytes(self.sample)).any()
+
+
+class RunningTensors:
+    """The buffers and frozen parameters of some modules: put back for the second pass, and after it."""
+
+    def __init__(self):
+        self._modules: list[nn.Module] = []
+        self._moving: set[int] = set()  # ids of tensors that were seen to move
+        self._windows = 0
+        self._watched: list[_Watched] = []
+        self._start: list[dict[str, torch.Tensor | None]] = []
+
+    @torch.no_grad()
+    def start(self, modules: Iterable[nn.Module]) -> None:
+        """Before the first pass of a window."""
+        self._modules = list(modules)
+        self._start = [dict(module._buffers) for module in self._modules]
+        found: dict[int, torch.Tensor] = {}
+        trainable, statistics = 0, set()
+        for module in self._modules:
+            for tensor in (*module._buffers.values(), *module._parameters.values()):
+                if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                    trainable += _size(tensor)
+                elif tensor is not None and not hasattr(tensor, "ds_id"):
+                    found[id(tensor)] = tensor
+            if isinstance(module, _NormBase):
+                statistics |= {id(buffer) for buffer in module._buffers.values()}
+        left = max(BUDGET, trainable) if self._windows < LEARNING else -1
+        self._windows += 1
+        self._watched = []
+        for key, tensor in sorted(found.items(), key=lambda item: _size(item[1])):
+            left -= _size(tensor)
+            copy = sample = None
+            if _is_dense(tensor):
+                if left >= 0 or key in self._moving or key in statistics:
+                    copy = _local(tensor).clone()
+                else:
+                    sample = _sample(tensor)
+            self._watched.append(_Watched(key, tensor, _storage(tensor), _version(tensor), copy, sample))
+
+    def drop(self) -> None:
+        """The window is over: keep what was learnt, and no tensor."""
+        self._modules, self._watched, self._start = [], [], []
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """After the first pass: see what it moved."""
+        moved = _which([watched.has_moved() for watched in self._watched])
+        self._watched = [watched for watched, has_moved in zip(self._watched, moved, strict=True) if has_moved]
+        self._moving |= {watched.key for watched in self._watched}
 
     @contextlib.contextmanager
-    def replay(self) -> Iterator[None]:
-        """Around the second pass: it starts from the buffers that the first pass started from, and moves none."""
-        self._start = _moved(self._start)
-        end = [Buffer.now(buffer.module, buffer.name) for buffer in self._start]
+    def kept(self) -> Iterator[None]:
+        """On leaving, everything is as the first pass left it."""
+        end = [dict(module._buffers) for module in self._modules]
+        values = [(_local(w.tensor), _local(w.tensor).clone()) for w in self._watched if _is_dense(w.tensor)]
+        rebound = [
+            (tensor, tensor.clone())
+            for now, start in zip(end, self._start, strict=True)
+            for name, tensor in now.items()
+            if tensor is not None and start.get(name) is not tensor and _is_dense(tensor)
+        ]
         try:
-            _put_back(self._start)
             yield
         finally:
-            _put_back(end)
-            self._start = []
+            self._put_back(end, [*values, *rebound])
+
+    def rewind(self) -> None:
+        """Everything is as the first pass found it."""
+        self._put_back(self._start, [(_local(w.tensor), w.copy) for w in self._watched if w.copy is not None])
+
+    @torch.no_grad()
+    def _put_back(self, buffers: list[dict], values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for module, names in zip(self._modules, buffers, strict=True):
+            now = module._buffers
+            if list(now) != list(names) or any(now[name] is not tensor for name, tensor in names.items()):
+                now.clear()
+                now.update(names)
+        for tensor, value in values:
+            tensor.copy_(value)
 
 
-@torch.no_grad()
-def _put_back(buffers: list[Buffer]) -> None:
-    for buffer in buffers:
-        buffer.put_back()
+def _which(flags: list[torch.Tensor | bool]) -> list[bool]:
+    """The flags on the host, read from the device at once."""
+    tensors = [flag for flag in flags if isinstance(flag, torch.Tensor)]
+    read = iter(torch.stack([flag.to(tensors[0].device) for flag in tensors]).tolist() if tensors else [])
+    return [next(read) if isinstance(flag, torch.Tensor) else flag for flag in flags]
 
 
-def _moved(buffers: list[Buffer]) -> list[Buffer]:
-    if not buffers:
-        return []
-    device = next((b.value.device for b in buffers if b.value is not None), None)
-    differ = torch.stack([torch.as_tensor(buffer.differs(), device=device) for buffer in buffers]).tolist()
-    return [buffer for buffer, differs in zip(buffers, differ, strict=True) if differs]
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements can be copied and compared as bytes: not sparse, nested, quantised or lazy ones."""
+    local = _local(tensor)
+    if type(local) not in (torch.Tensor, nn.Parameter, nn.Buffer) or local.layout != torch.strided:
+        return False
+    if local.is_quantized or local.is_nested or local.is_inference() or local.device.type == "meta":
+        return False
+    # An expanded tensor has one element in several places: nothing can be written to it in place.
+    return all(stride > 0 or size == 1 for stride, size in zip(local.stride(), local.shape, strict=True))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Elements that lie evenly in it, copied."""
+    flat = _local(tensor).detach().flatten()  # a view of what is contiguous, as large tensors are
+    size = min(max(1, len(flat) // 4096), SAMPLE)
+    return flat[:: max(1, len(flat) // size)].clone(memory_format=torch.contiguous_format)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return _local(tensor).numel() * tensor.element_size() if _is_dense(tensor) else 0
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return _local(tensor).data_ptr() if _is_dense(tensor) else 0
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return tensor._version if _is_dense(tensor) else 0

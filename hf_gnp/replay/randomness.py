@@ -1,6 +1,7 @@
 """The random generators that a forward may draw from."""
 
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -33,9 +34,12 @@ def _index(device: torch.device) -> tuple:
     return () if device.type == "mps" else (device,)  # the one device type with a single generator
 
 
-def random_devices(model: nn.Module, n_gpu: int = 1) -> list[torch.device]:
-    """The accelerators that draw random numbers in a forward of `model`: those of its parameters."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+def random_devices(model: nn.Module, devices: Iterable[torch.device], n_gpu: int = 1) -> list[torch.device]:
+    """
+    The accelerators that draw random numbers in a forward of `model`: those of its parameters, and `devices`, on which
+    it computes where its parameters are offloaded.
+    """
+    found = {p.device for p in model.parameters()} | set(devices)
     if n_gpu > 1:  # DataParallel runs replicas on every visible device
-        devices |= {torch.device("cuda", index) for index in range(n_gpu)}
-    return sorted(devices, key=str)
+        found |= {torch.device("cuda", index) for index in range(n_gpu)}
+    return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)

@@ -1,48 +1,57 @@
-"""The window of one optimizer step: its micro-batches, to be run again exactly as they ran the first time."""
+"""The window of one perturbation: its micro-batches as prepared, to be run again exactly as the first time."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .randomness import RandomState
+from .buffers import RunningTensors
+from .randomness import RandomState, random_devices
+from .side_effects import PythonState, find_modules, find_owners
 
 
 @dataclass
 class MicroBatch:
-    """One call of `training_step`: its arguments, and what stood around it."""
+    """One call of `compute_loss` by `Trainer.training_step`: its arguments, copied, and what stood around it."""
 
     inputs: Any
     num_items_in_batch: torch.Tensor | int | None
     accumulation_steps: int | None
     random_state: RandomState
-    versions: list[int]
-    loss: torch.Tensor | None = None
+    python_state: PythonState
+    forward_loss: torch.Tensor | None = None  # what compute_loss returned
+    loss: torch.Tensor | None = None  # what training_step returned
 
 
 class Window:
     """
-    The micro-batches since the last optimizer step.
+    The micro-batches since the last penalised step, and the state that their passes move.
 
-    A micro-batch is held by reference; its containers are new, so keys that a first pass adds or pops do not show.
-    Where `copy_inputs` is set its tensors are copied too, which a loss that changes its inputs in place needs;
-    elsewhere such a change is noticed by the tensors' version counters, and refused.
+    Inputs are copied before the first pass, which may write into them: some stock models clamp theirs in place.
+
+    Args:
+        trainer: Whose attributes, modules and generators are put back after a second pass.
     """
 
-    def __init__(self, devices: list[torch.device], copy_inputs: bool = False):
-        self.devices = devices
-        self.copy_inputs = copy_inputs
+    def __init__(self, trainer: Any, model: torch.nn.Module):
+        self._trainer = trainer
+        self.devices = random_devices(model, [trainer.accelerator.device], trainer.args.n_gpu)
         self.micro_batches: list[MicroBatch] = []
+        self.tensors = RunningTensors()
+        self._owners: list[Any] = []
 
     def record(
         self, inputs: Any, num_items_in_batch: torch.Tensor | int | None, accumulation_steps: int | None
     ) -> MicroBatch:
         """Remember a micro-batch, before its first pass."""
-        inputs = map_tensors(torch.clone if self.copy_inputs else lambda tensor: tensor, inputs)
-        state = RandomState(self.devices)
-        micro_batch = MicroBatch(inputs, num_items_in_batch, accumulation_steps, state, _versions(inputs))
+        if not self.micro_batches:
+            self._owners = find_owners(self._trainer)
+            self.tensors.start(find_modules(self._trainer))
+        state = RandomState(self.devices), PythonState(self._owners)
+        micro_batch = MicroBatch(copied(inputs), num_items_in_batch, accumulation_steps, *state)
         self.micro_batches.append(micro_batch)
         return micro_batch
 
@@ -51,45 +60,53 @@ class Window:
         return sum(micro_batch.loss for micro_batch in self.micro_batches)
 
     @contextlib.contextmanager
-    def replay(self) -> Iterator[Iterator[tuple[MicroBatch, bool]]]:
-        """
-        The micro-batches again, each with whether it is the last, each under the random state that it had. On leaving,
-        the generators stand where the first pass left them.
-        """
-        end = RandomState(self.devices)
+    def kept(self) -> Iterator[None]:
+        """Around passes of which only the gradient stays: on leaving, all state is as the first pass left it."""
+        self.tensors.end()
+        random_state, python_state = RandomState(self.devices), PythonState(self._owners)
         try:
-            yield self._replayed()
+            with self.tensors.kept():
+                yield
         finally:
-            end.restore()
+            random_state.restore()
+            python_state.put_back()
 
-    def _replayed(self) -> Iterator[tuple[MicroBatch, bool]]:
-        for index, micro_batch in enumerate(self.micro_batches):
-            if _versions(micro_batch.inputs) != micro_batch.versions:
-                raise RuntimeError(
-                    "The first pass changed its inputs in place, so the second pass of the gradient-norm penalty "
-                    "would not see the same ones: clone them in the model or the data collator before changing them."
-                )
+    def replayed(self) -> Iterator[tuple[MicroBatch, bool]]:
+        """The micro-batches again, each with whether it is the last, each in the state that it had."""
+        self.tensors.rewind()
+        for index, micro_batch in enumerate(tuple(self.micro_batches)):
             micro_batch.random_state.restore()
+            micro_batch.python_state.put_back()
             yield micro_batch, index == len(self.micro_batches) - 1
 
     def clear(self) -> None:
         self.micro_batches.clear()
+        self.tensors.drop()
+        self._owners = []
+
+
+def copied(inputs: Any) -> Any:
+    """`inputs` with new containers and new tensors; one that stands in two places does so again."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return copies[id(tensor)]
+
+    return map_tensors(copy_tensor, inputs)
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
-    """`data` in new containers, those that `Trainer._prepare_input` descends into, with `function` of its tensors."""
+    """`data` in new containers, with `function` of its tensors."""
+    if isinstance(data, MutableMapping):
+        result = copy.copy(data)
+        for key, value in data.items():
+            result[key] = map_tensors(function, value)
+        return result
     if isinstance(data, Mapping):
         return type(data)({key: map_tensors(function, value) for key, value in data.items()})
     if isinstance(data, tuple | list):
-        return type(data)(map_tensors(function, value) for value in data)
+        values = [map_tensors(function, value) for value in data]
+        return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
     return function(data) if isinstance(data, torch.Tensor) else data
-
-
-def _versions(inputs: Any) -> list[int]:
-    versions: list[int] = []
-    map_tensors(lambda tensor: versions.append(_version(tensor)), inputs)
-    return versions
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

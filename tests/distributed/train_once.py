@@ -21,13 +21,15 @@ from runs import logs_of
 def main(case_file: str, output: str) -> None:
     trainer = make_trainer(json.loads(Path(case_file).read_text()), Path(output), "run")
     held = record_held_bytes(trainer)
+    engines: set[str] = set()
+    trainer.model.register_forward_pre_hook(lambda *_: engines.add(type(trainer._gnp_run.engine).__name__))
     trainer.train()
     held_by_rank: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(held_by_rank, max(held))
     result = {
         "weights": full_weights(trainer.model),
         "logs": logs_of(trainer, "loss", "gnp_grad_norm", "gnp_perturbed_loss"),
-        "engine": type(trainer._gnp_run.engine).__name__,
+        "engine": "/".join(engines),
         "held_bytes": held_by_rank,
     }
     save_and_end(result, Path(output) / "result.pt")

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,16 +81,16 @@ class FaultyLoss:
 
     faults: dict[str, str]
     compares_ranks = False
+    seen: SimpleNamespace  # out of reach of the replay, which puts a trainer's own counters back
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        key = (id(self.state), self.state.global_step)
-        self.calls = getattr(self, "calls", {key: 0})
-        self.calls[key] = self.calls.get(key, 0) + 1
-        call = f"{self.state.global_step}.{self.calls[key]}"
-        if self.calls[key] == 1:
-            self.start_of_step = full_weights(self.model)
-        if self.calls[key] == 2 and self.compares_ranks:
-            self.second_call = flat_weights(self.model)
+        key, seen = (id(self.state), self.state.global_step), self.seen
+        seen.calls[key] = seen.calls.get(key, 0) + 1
+        call = f"{self.state.global_step}.{seen.calls[key]}"
+        if seen.calls[key] == 1:
+            seen.start_of_step = full_weights(self.model)
+        if seen.calls[key] == 2 and self.compares_ranks:
+            seen.second_call = flat_weights(self.model)
         fault = self.faults.get(call) or self.faults.get(f"{call}@{dist.get_rank()}")
         if fault == "raise":
             raise RuntimeError(f"injected at {call}")
@@ -155,7 +156,7 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
     data = make_data(case["kind"], case.get("size", 48))
     trainer = classes[not stock](model=model, args=training_args, train_dataset=data, data_collator=collate)
     if "faults" in case:
-        trainer.faults = case["faults"]
+        trainer.faults, trainer.seen = case["faults"], SimpleNamespace(calls={})
         trainer.compares_ranks = case.get("compare_ranks", False)
     if case.get("count"):
         trainer.add_callback(CountCollectives())
@@ -180,7 +181,7 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
             raise
         result["raised"] = str(error)
     if "faults" in case:
-        result["start_of_step"] = trainer.start_of_step
+        result["start_of_step"] = trainer.seen.start_of_step
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "grad_norm", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_fidelity")
     result["logs"] = logs_of(trainer, *[n for n in names if logged and n in logged[0]])
@@ -188,9 +189,9 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     result["masters"] = full_weights(trainer.model, masters=True)
     result["loss_scale"] = loss_scale(trainer)
     if case.get("compare_ranks"):
-        others = trainer.second_call.clone()
+        others = trainer.seen.second_call.clone()
         dist.broadcast(others, src=0)
-        agree = torch.tensor(torch.equal(others, trainer.second_call))
+        agree = torch.tensor(torch.equal(others, trainer.seen.second_call))
         dist.all_reduce(agree, op=dist.ReduceOp.MIN)
         result["ranks_agree"] = bool(agree)
     if case.get("count"):
@@ -244,6 +245,7 @@ def main(cases_file: str, output: str) -> None:
         try:
             results[name] = run_case(case, Path(output), name)
         except Exception:
+            traceback.print_exc()  # the other rank may wait for this one in a collective until the launch is ended
             results[name] = {"error": traceback.format_exc()}
         reset(environment)
     save_and_end(results, Path(output) / "results.pt")

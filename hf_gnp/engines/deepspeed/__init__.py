@@ -1,5 +1,7 @@
 """Which engine knows the DeepSpeed optimizer at hand."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 
@@ -24,9 +26,11 @@ def make_deepspeed_engine(accelerator: Accelerator, perturbation: Perturbation) 
     The engine for the DeepSpeed optimizer that `accelerator` has prepared.
 
     Raises:
-        NotImplementedError: for an optimizer wrapper that is not known here.
+        NotImplementedError: for an optimizer wrapper that is not known here, or parameters that it has and the model
+            has not.
     """
     check_engine(accelerator)
+    _refuse_parameters_outside(accelerator.deepspeed_engine_wrapped.engine)
     optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer:
         return Zero12Engine(accelerator, perturbation)
@@ -40,3 +44,15 @@ def make_deepspeed_engine(accelerator: Accelerator, perturbation: Perturbation) 
         f"The gradient-norm penalty does not know DeepSpeed's {type(optimizer).__name__}: "
         "use ZeRO stage 1, 2 or 3, or set gnp_alpha=0 for plain training."
     )
+
+
+def _refuse_parameters_outside(engine: Any) -> None:
+    optimizer, in_model = engine.optimizer, {id(parameter) for parameter in engine.module.parameters()}
+    # Before DeepSpeed puts its flat partitions in their place.
+    names = [name for name in ("bit16_groups", "fp16_groups", "bf16_groups") if hasattr(optimizer, name)]
+    groups = getattr(optimizer, names[0]) if names else [group["params"] for group in optimizer.param_groups]
+    if any(id(parameter) not in in_model for group in groups for parameter in group):
+        raise NotImplementedError(
+            "Under DeepSpeed, the gradient-norm penalty does not run with parameters that the optimizer has and the "
+            "model has not (a loss's own): make them part of the model, use DDP or FSDP2, or set gnp_alpha=0."
+        )

@@ -1,0 +1,318 @@
+"""Subclasses that do something around the step: call it twice, call backward themselves, swallow what it raises."""
+
+import pytest
+import torch
+from runs import assert_identical, assert_matches_reference, make_trainer, reference_run, run, snapshot, windows
+from tiny import Net, collate, make_data
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_gnp import GNPTrainer
+
+
+NO_MOVE = 1e-30
+BOTH = (Trainer, GNPTrainer)
+
+
+class Gradients(TrainerCallback):
+    """The gradient of each step, by parameter name."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def gradients(tmp_path, cls, **kwargs) -> list[dict[str, torch.Tensor]]:
+    seen = Gradients()
+    settings = {"model": Net(nn.Tanh), "max_steps": 2, "max_grad_norm": 0, "callbacks": [seen], **kwargs}
+    make_trainer(tmp_path, "net", cls, **settings).train()
+    return seen.steps
+
+
+def calling_backward(cls, before: bool, through_accelerator: bool):
+    """A regulariser with a backward of its own, before or after that of the loss."""
+
+    class Regularised(cls):
+        def training_step(self, *args, **kwargs):
+            if before:
+                self.regularise()
+            loss = super().training_step(*args, **kwargs)
+            if not before:
+                self.regularise()
+            return loss
+
+        def regularise(self):
+            penalty = sum(p.square().sum() for p in self.model.parameters())
+            self.accelerator.backward(penalty) if through_accelerator else penalty.backward()
+
+    return Regularised
+
+
+# --- More than one backward for a step ---
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize(("accumulation", "through_accelerator"), [(1, True), (1, False), (3, True)])
+def test_backward_of_the_users_own_before_the_step_is_added_once(tmp_path, through_accelerator, accumulation, alpha):
+    """What is there when a window begins is not g₁, and what accelerate's backward adds in its middle is not."""
+    settings = {"gradient_accumulation_steps": accumulation}
+    plain, gnp = (calling_backward(cls, True, through_accelerator) for cls in BOTH)
+    expected = gradients(tmp_path, plain, **settings)
+    result = gradients(tmp_path, gnp, gnp_alpha=alpha, gnp_r=NO_MOVE, **settings)
+    for step, step_expected in zip(result, expected, strict=True):
+        for name, gradient in step_expected.items():
+            # The parts are added in another order.
+            assert torch.allclose(step[name], gradient, rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+def test_backward_of_the_users_own_after_the_step_is_added_once(tmp_path, alpha):
+    plain, gnp = (calling_backward(cls, False, True) for cls in BOTH)
+    expected = gradients(tmp_path, plain, max_steps=1)
+    result = gradients(tmp_path, gnp, gnp_alpha=alpha, gnp_r=NO_MOVE, max_steps=1)
+    for name, gradient in expected[0].items():
+        assert torch.allclose(result[0][name], gradient, rtol=1e-5, atol=1e-7), name
+
+
+def test_backward_that_cannot_be_told_from_the_losses_is_refused(tmp_path):
+    cls = calling_backward(GNPTrainer, True, False)
+    trainer = make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), gradient_accumulation_steps=3)
+    start = snapshot(trainer.model)
+    with pytest.raises(RuntimeError, match=r"between the micro-batches.*accelerator\.backward.*gnp_alpha=0"):
+        trainer.train()
+    assert_identical(snapshot(trainer.model), start)
+
+
+def adversarial(cls):
+    """Fast gradient method: the step again at embeddings that moved, whose gradient is added (Miyato et al. 2017)."""
+
+    class Adversarial(cls):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            first = self.model.layers[0].weight
+            kept, shift = first.detach().clone(), 0.1 * first.grad / first.grad.norm()
+            with torch.no_grad():
+                first.add_(shift)
+            super().training_step(*args, **kwargs)
+            with torch.no_grad():
+                first.copy_(kept)
+            return loss
+
+    return Adversarial
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+def test_a_step_that_is_made_twice_adds_two_mixed_gradients(tmp_path, alpha):
+    settings = {"max_steps": 1}
+    expected = gradients(tmp_path, adversarial(Trainer), **settings)
+    result = gradients(tmp_path, adversarial(GNPTrainer), gnp_alpha=alpha, gnp_r=NO_MOVE, **settings)
+    for name, gradient in expected[0].items():
+        assert torch.allclose(result[0][name], gradient, rtol=1e-5, atol=1e-7), name
+
+
+def test_a_step_that_is_made_twice_within_a_window_is_refused(tmp_path):
+    """What the subclass changed between the two calls would be gone in the second pass."""
+    trainer = make_trainer(tmp_path, "net", adversarial(GNPTrainer), model=Net(nn.Tanh), gradient_accumulation_steps=2)
+    with pytest.raises(NotImplementedError, match=r"Adversarial calls training_step twice.*gnp_alpha=0"):
+        trainer.train()
+
+
+# --- Steps that Trainer never sees ---
+
+
+class OwnStep(GNPTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnLoss(GNPTrainer):
+    """Reaches `super()` at the second step only, as a trainer may that warms something up."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step > 0:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return OwnStep.training_step(self, model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0, 0.5])
+@pytest.mark.parametrize("cls", [OwnStep, OwnLoss])
+def test_a_step_that_never_reaches_trainers_is_refused_by_name(tmp_path, cls, max_grad_norm):
+    trainer = make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), max_grad_norm=max_grad_norm)
+    start = snapshot(trainer.model)
+    with pytest.raises(NotImplementedError, match=rf"{cls.__name__}\.training_step never reaches.*gnp_alpha=0"):
+        trainer.train()
+    assert_identical(snapshot(trainer.model), start)
+    make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), gnp_alpha=0.0, max_steps=1).train()
+
+
+# --- Exceptions that the subclass swallows ---
+
+
+class Skipping(GNPTrainer):
+    """Skips a batch that runs out of memory, as people do."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            return torch.zeros(())
+
+
+FORWARDS: list[float] = []  # the first number of what each forward saw
+
+
+class Failing(Net):
+    """Runs out of memory in its n-th forward."""
+
+    fail_at = 0
+
+    def forward(self, x, labels):
+        FORWARDS.append(x[0, 0].item())
+        if len(FORWARDS) == self.fail_at:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(x, labels)
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("pass_", [0, 1])
+def test_a_batch_that_is_skipped_leaves_no_trace(tmp_path, pass_, accumulation, alpha):
+    """Weights are those of the reference without that window, and no forward runs on its batches again."""
+    FORWARDS.clear()
+    model = Failing(nn.Tanh)
+    first_step = 2 * accumulation + 1  # and the probe
+    model.fail_at = first_step + pass_ * accumulation + accumulation  # the last micro-batch of either pass
+    settings = {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha, "max_steps": 4}
+    trainer = make_trainer(tmp_path, "net", Skipping, model=model, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    batches = [[b["x"][0, 0].item() for b in window] for window in windows("net", accumulation)[:4]]
+    after = FORWARDS[model.fail_at :]
+    assert after == [x for window in batches[2:] for x in 2 * window]
+    steps = windows("net", accumulation)[:4]
+    start, end, _ = reference_run("net", accumulation, alpha=alpha, model=Net(nn.Tanh), steps=[steps[0], *steps[2:]])
+    distance = torch.cat([p.detach().double().flatten() for p in model.parameters()]) - end
+    assert distance.norm() < 1e-4 * (end - start).norm()  # WEIGHTS_TOLERANCE of runs.py
+
+
+# --- What belongs to the step ---
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+def test_layers_unfrozen_during_training_are_moved_and_mixed(tmp_path, alpha):
+    class Unfreeze(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.layers[0].requires_grad_(state.global_step >= 2)
+
+    trainer = make_trainer(
+        tmp_path, "net", model=Net(nn.Tanh), max_steps=4, gnp_alpha=alpha, callbacks=[Unfreeze()], max_grad_norm=0.5
+    )
+    trainer.train()
+
+    model, steps = Net(nn.Tanh), windows("net", 1)[:4]
+    model.layers[0].requires_grad_(False)
+    reference_run("net", 1, alpha=alpha, model=model, steps=steps[:2])
+    model.layers[0].requires_grad_(True)
+    start, end, _ = reference_run("net", 1, alpha=alpha, model=model, steps=steps[2:])
+    result = torch.cat([p.detach().double().flatten() for p in trainer.model.parameters()])
+    assert (result - end).norm() < 1e-4 * (end - start).norm()
+
+
+def test_target_modules_are_looked_up_anew(tmp_path):
+    """A callback replaces the head: the new one is what moves."""
+    moved = []
+
+    class NewHead(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == 1:
+                model.layers[-1].weight = nn.Parameter(model.layers[-1].weight.detach() + 0.0)
+                optimizer.param_groups[0]["params"].append(model.layers[-1].weight)
+
+    model = Net(nn.Tanh)
+    names = ["layers.2"]
+    trainer = make_trainer(
+        tmp_path, "net", model=model, max_steps=2, gnp_target_modules=names, callbacks=[NewHead()], gnp_r=0.3
+    )
+    model.register_forward_pre_hook(lambda *_: moved.append(snapshot(model)))
+    trainer.train()
+    first, second = moved[-2:]
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed == {"layers.2.weight", "layers.2.bias"}
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_parameters_of_the_loss_get_the_mixed_gradient_and_are_not_moved(tmp_path, accumulation, alpha):
+    """ArcFace centres, uncertainty weights: in the optimizer, not in the model."""
+    data, seen = make_data("net"), []
+
+    def make_loss():
+        torch.manual_seed(3)
+        return nn.Linear(3, 3)
+
+    def loss_of(model, centres, batch):
+        return nn.functional.cross_entropy(centres(model.layers(batch["x"])), batch["labels"])
+
+    class WithCentres(GNPTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.append(self.centres.weight.detach().clone())
+            return loss_of(model, self.centres, inputs)
+
+    model, centres = Net(nn.Tanh), make_loss()
+    got = Gradients()
+    optimizer = torch.optim.SGD([*model.parameters(), *centres.parameters()], lr=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    settings = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0, "gnp_alpha": alpha, "gnp_r": 0.1}
+    trainer = make_trainer(
+        tmp_path, "net", WithCentres, model=model, optimizers=(optimizer, scheduler), max_steps=1, **settings
+    )
+    trainer.centres = centres
+    trainer.add_callback(got)
+    kept = {}
+
+    class KeepsCentres(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            kept.update({name: p.grad.clone() for name, p in centres.named_parameters()})
+
+    trainer.add_callback(KeepsCentres())
+    trainer.train()
+    assert all(torch.equal(weight, seen[0]) for weight in seen)
+
+    reference, centres = Net(nn.Tanh), make_loss()
+    batches = [collate(data[i : i + 4]) for i in range(0, 4 * accumulation, 4)]
+
+    def differentiate():
+        loss = sum(loss_of(reference, centres, batch) for batch in batches) / accumulation
+        return torch.autograd.grad(loss, [*reference.parameters(), *centres.parameters()])
+
+    g1 = differentiate()
+    inside = len(list(reference.parameters()))
+    norm = torch.cat([g.flatten() for g in g1[:inside]]).norm()
+    with torch.no_grad():
+        for parameter, gradient in zip(reference.parameters(), g1, strict=False):
+            parameter.add_(0.1 * gradient / norm)
+    g2 = differentiate()
+    expected = [(1 - alpha) * a + alpha * b for a, b in zip(g1, g2, strict=True)]
+    result = [*got.steps[0].values(), *kept.values()]
+    for value, right in zip(result, expected, strict=True):
+        assert torch.allclose(value, right, rtol=1e-4, atol=1e-6)
+
+
+def test_run_matches_the_reference_after_all_this(tmp_path):
+    """A subclass that counts and times around the step, which happens once, is the plain penalised run."""
+
+    class Timed(GNPTrainer):
+        steps = 0
+
+        def training_step(self, *args, **kwargs):
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+    trainer = make_trainer(tmp_path, "vit", Timed, gradient_accumulation_steps=2)
+    result = run(trainer)
+    assert trainer.steps == 2 * len(result["logs"])
+    assert_matches_reference(trainer, reference_run("vit", 2))
