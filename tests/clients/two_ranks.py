@@ -1,0 +1,66 @@
+"""
+Trains clients on every rank of one launch, plainly and with the penalty off or moving nothing; rank 0 saves all.
+
+    torchrun --nproc_per_node 2 two_ranks.py output_folder
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+# First: it puts the tests' other folders on the path.
+from worker import ENGINES, deepspeed_config, full_weights, reset, save_and_end  # isort: skip
+from builders import llama, make_client
+
+
+CLIENTS_ON_RANKS = ("sft-completion-only", "dpo")
+ENGINES_OF_CLIENTS = ("ddp", "zero2")
+PENALTIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "alpha0": {"gnp_alpha": 0.0},
+    "unmoved": {"gnp_alpha": 1.0, "gnp_r": 1e-30},
+}
+
+
+def run(client: str, engine: str, penalty: str, folder: Path) -> dict[str, Any]:
+    args: dict[str, Any] = {"ddp_backend": "gloo", "bf16": False, **PENALTIES[penalty]}
+    if ENGINES[engine]:
+        args["deepspeed"] = deepspeed_config("fp32", ENGINES[engine])
+    trainer = make_client(client, folder, **args)
+    trainer.train()
+    return {
+        "weights": full_weights(trainer.model),
+        "masters": full_weights(trainer.model, masters=True),
+        "history": trainer.state.log_history,
+    }
+
+
+def main(output: str) -> None:
+    folder = Path(output)
+    dist.init_process_group("gloo")
+    environment = dict(os.environ)
+    if dist.get_rank() == 0:
+        llama(folder)  # saves it, which other ranks never do, and they load it
+    dist.barrier()
+    results = {}
+    for client in CLIENTS_ON_RANKS:
+        for engine in ENGINES_OF_CLIENTS:
+            for penalty in PENALTIES:
+                try:
+                    results[f"{client}-{engine}-{penalty}"] = run(client, engine, penalty, folder)
+                except Exception:
+                    traceback.print_exc()  # of the other rank, nothing is saved
+                    results[f"{client}-{engine}-{penalty}"] = {"error": traceback.format_exc()}
+                reset(environment)
+    save_and_end(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
