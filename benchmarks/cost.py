@@ -39,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 LAP = 10  # the longest interval: so many steps hold the same share of penalised ones for each
+BEFORE = 3 * LAP  # to warm up, to count FLOPs, to profile
 
 
 def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[Step]]:
@@ -58,6 +59,8 @@ def compare(names: Sequence[str], settings: Settings, time_passes: bool = False)
     contenders = {name: make_contender(name, settings, **kwargs) for name in names}
     results: dict[str, dict[str, Any]] = {}
     for name, contender in contenders.items():
+        for _ in range(LAP):  # a run probes its first penalised step
+            contender.step()
         flops = 0
         for _ in range(LAP):
             counter = FlopCounterMode(display=False)
@@ -73,11 +76,11 @@ def compare(names: Sequence[str], settings: Settings, time_passes: bool = False)
             "peak": max(profile.peak for profile in profiles),
             "profile": {o: sum(profile.seconds.get(o, 0.0) for profile in profiles) / LAP for o in operations},
         }
-    steps = alternate(contenders, settings.steps - 2 * LAP)
+    steps = alternate(contenders, settings.steps - BEFORE)
     for name, contender in contenders.items():
         results[name]["steps"] = steps[name]
         if contender.passes is not None:
-            results[name]["passes"] = contender.passes[2 * LAP :]
+            results[name]["passes"] = contender.passes[BEFORE:]
         contender.close()
     return results
 
@@ -95,7 +98,7 @@ def make_settings(args: argparse.Namespace, case: Case, accumulation: int, folde
         make_model=make_model,
         batch=batch,
         device=args.device,
-        steps=2 * LAP + args.steps,
+        steps=BEFORE + args.steps,
         output_dir=folder,
         bf16=args.bf16,
         accumulation=accumulation,

@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 
 
 DEFAULT_ALPHA = 0.8
-WARMUP_TYPES = ("none", "r", "lambda", "zero")
+WARMUP_TYPES = ("auto", "none", "r", "lambda", "zero")
+SCOPES = ("step", "micro_batch", "rank", "rank_micro_batch")
 
 
 @dataclass
@@ -33,9 +34,11 @@ class GNPArguments:
             α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM).
         gnp_lambda (`float`, *optional*):
             λ = α r, the coefficient of the penalty, instead of `gnp_alpha`; it is folded into `gnp_alpha`.
-        gnp_warmup_type (`str`, *optional*, defaults to `"none"`):
+        gnp_warmup_type (`str`, *optional*, defaults to `"auto"`):
             How the penalty starts: `"r"` raises r linearly at fixed α, `"lambda"` raises α linearly at fixed r,
-            `"zero"` has no penalty during the warm-up (arXiv 2406.09723).
+            `"zero"` has no penalty during the warm-up, `"none"` the full penalty from the first step. `"auto"` is
+            `"zero"` with an adaptive optimizer and a learning-rate warm-up, where an early penalty harms (arXiv
+            2406.09723), and else `"none"`.
         gnp_warmup_steps (`float`, *optional*):
             The length of that warm-up: steps, or a fraction of the run if below 1. Default: the learning-rate warm-up.
         gnp_start (`float`, *optional*, defaults to 0.0):
@@ -47,9 +50,11 @@ class GNPArguments:
         gnp_probability (`float`, *optional*, defaults to 1.0):
             p, penalise a step with this probability, drawn from `seed` and the step: equal on all ranks, unchanged by
             resuming. Costs 1 + p on average.
-        gnp_sync_perturbation (`bool`, *optional*, defaults to `True`):
-            Whether all ranks move along the gradient of the global batch. If not, each moves along its own
-            (m-sharpness), and the first pass communicates no gradient. One process and DDP only.
+        gnp_scope (`str`, *optional*, defaults to `"step"`):
+            The examples that share one perturbation (m of m-sharpness, arXiv 2206.06232; the gain grows as it falls):
+            `"step"`, the whole global batch; `"micro_batch"`, each micro-batch of all ranks; `"rank"`, all
+            micro-batches of each rank; `"rank_micro_batch"`, each micro-batch of each rank. The last two on one
+            process and DDP only.
         gnp_normalize_gradient (`bool`, *optional*, defaults to `False`):
             Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default.
         gnp_adaptive (`bool`, *optional*, defaults to `False`):
@@ -85,9 +90,10 @@ class GNPArguments:
         metadata={"help": "λ = α r: the coefficient of the gradient-norm penalty, to be given instead of gnp_alpha."},
     )
     gnp_warmup_type: str = field(
-        default="none",
+        default="auto",
         metadata={
-            "help": "How the penalty starts: r or lambda (α) rises linearly, or there is none (zero) in the warm-up.",
+            "help": "How the penalty starts: r or lambda (α) rises linearly, none in the warm-up (zero), all at once "
+            "(none); auto: zero with an adaptive optimizer and a learning-rate warm-up, else none.",
             "choices": list(WARMUP_TYPES),
         },
     )
@@ -103,9 +109,12 @@ class GNPArguments:
     gnp_probability: float = field(
         default=1.0, metadata={"help": "p: penalise a step with this probability, at a cost of 1 + p on average."}
     )
-    gnp_sync_perturbation: bool = field(
-        default=True,
-        metadata={"help": "Move all ranks along the global gradient; else each along its own (one process, DDP)."},
+    gnp_scope: str = field(
+        default="step",
+        metadata={
+            "help": "The examples that share one perturbation; fewer are stronger. rank scopes: one process and DDP.",
+            "choices": list(SCOPES),
+        },
     )
     gnp_normalize_gradient: bool = field(
         default=False, metadata={"help": "Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default."}
@@ -167,9 +176,9 @@ class GNPArguments:
             raise ValueError(f"gnp_warmup_type must be one of {WARMUP_TYPES}, but it is {self.gnp_warmup_type!r}.")
         if self.gnp_warmup_steps is not None:
             self.gnp_warmup_steps = _number("gnp_warmup_steps", self.gnp_warmup_steps)
-            if self.gnp_warmup_type == "none":
+            if self.gnp_warmup_type in ("auto", "none"):
                 raise ValueError("gnp_warmup_steps needs a gnp_warmup_type: r, lambda or zero.")
-        elif self.gnp_warmup_type != "none" and not getattr(self, "warmup_steps", True):
+        elif self.gnp_warmup_type not in ("auto", "none") and not getattr(self, "warmup_steps", True):
             raise ValueError(
                 f"gnp_warmup_type={self.gnp_warmup_type} without a learning-rate warm-up (warmup_steps) to follow: "
                 "set gnp_warmup_steps."
@@ -194,7 +203,9 @@ class GNPArguments:
             raise ValueError("gnp_interval and gnp_probability both thin out penalised steps: give one of the two.")
 
     def _check_perturbation(self) -> None:
-        for name in ("gnp_sync_perturbation", "gnp_normalize_gradient", "gnp_adaptive"):
+        if self.gnp_scope not in SCOPES:
+            raise ValueError(f"gnp_scope must be one of {SCOPES}, but it is {self.gnp_scope!r}.")
+        for name in ("gnp_normalize_gradient", "gnp_adaptive"):
             setattr(self, name, _boolean(name, getattr(self, name)))
         if self.gnp_stochastic_rounding != "auto":
             self.gnp_stochastic_rounding = _boolean("gnp_stochastic_rounding", self.gnp_stochastic_rounding)

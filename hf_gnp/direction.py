@@ -16,7 +16,7 @@ class Perturbation:
         targets: The ids of the parameters that are moved; None for all.
         adaptive: Move by r θ²g₁/‖θ ⊙ g₁‖ (ASAM).
         normalize_gradient: Mix (1-α) g₁/‖g₁‖ + α g₂.
-        sync: One direction for all ranks; else each rank moves along its own gradient.
+        scope: The examples that share one direction, of `SCOPES`.
         stochastic_rounding: Whether a move of 16-bit weights is rounded stochastically; "auto": where they have no
             fp32 master.
     """
@@ -24,7 +24,7 @@ class Perturbation:
     targets: frozenset[int] | None = None
     adaptive: bool = False
     normalize_gradient: bool = False
-    sync: bool = True
+    scope: str = "step"
     stochastic_rounding: bool | str = "auto"
 
     @classmethod
@@ -33,9 +33,19 @@ class Perturbation:
             targets=find_targets(model, args.gnp_target_modules),
             adaptive=args.gnp_adaptive,
             normalize_gradient=args.gnp_normalize_gradient,
-            sync=args.gnp_sync_perturbation,
+            scope=args.gnp_scope,
             stochastic_rounding=args.gnp_stochastic_rounding,
         )
+
+    @property
+    def is_per_rank(self) -> bool:
+        """Whether each rank moves along its own gradient."""
+        return self.scope in ("rank", "rank_micro_batch")
+
+    @property
+    def is_per_micro_batch(self) -> bool:
+        """Whether each micro-batch has a direction, and a second pass, of its own."""
+        return self.scope in ("micro_batch", "rank_micro_batch")
 
     @property
     def is_plain(self) -> bool:

@@ -15,6 +15,7 @@ class StepMetrics:
     def reset(self) -> None:
         self.steps, self.penalised_steps, self.grad_norms = 0, 0, 0.0
         self.penalty: Penalty | None = None
+        self._is_counted = False
         self.losses: torch.Tensor | None = None
         self.fidelity: torch.Tensor | None = None
 
@@ -22,10 +23,12 @@ class StepMetrics:
         """A step begins, with the penalty that the schedule has for it."""
         self.steps += 1
         self.penalty = penalty
+        self._is_counted = False
 
     def add(self, grad_norm: float, clean_loss: torch.Tensor, perturbed_loss: torch.Tensor) -> None:
         """
-        A step was penalised.
+        A step was penalised, or one of its micro-batches that have a direction each: those of a step are summed. The
+        loss of a micro-batch is its share of the step's, so the sums are means over micro-batches.
 
         Args:
             grad_norm: ‖g₁‖.
@@ -35,7 +38,8 @@ class StepMetrics:
         losses = torch.stack([perturbed_loss, perturbed_loss - clean_loss]).float()
         self.losses = losses if self.losses is None else self.losses + losses
         self.grad_norms += grad_norm
-        self.penalised_steps += 1
+        self.penalised_steps += not self._is_counted
+        self._is_counted = True
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """What to log: the penalty of the last step, and means over penalised steps and over ranks. A collective."""

@@ -162,6 +162,12 @@ def copy_(tensors: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> N
         torch._foreach_copy_(tensors, sources)
 
 
+def add_(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+    """`tensors += others`, in place."""
+    if tensors:
+        torch._foreach_add_(tensors, others)
+
+
 def lerp_(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor], weight: float) -> None:
     """`tensors = (1 - weight) * tensors + weight * others`, in place, rounded once."""
     if tensors:

@@ -37,19 +37,29 @@ class Schedule:
     seed: int = 0
 
     @classmethod
-    def from_args(cls, args: Any, total_steps: int, training_args: Any = None) -> "Schedule":
-        """`training_args` have the learning-rate warm-up and the seed, if `args` have the gnp arguments alone."""
+    def from_args(
+        cls, args: Any, total_steps: int, training_args: Any = None, is_adaptive: bool = False
+    ) -> "Schedule":
+        """
+        Args:
+            args: Those of the penalty.
+            training_args: They have the learning-rate warm-up and the seed; None if `args` has them too.
+            is_adaptive: Whether the optimizer divides by an estimate of the gradient's size, for the "auto" warm-up.
+        """
         training_args = args if training_args is None else training_args
         warmup = args.gnp_warmup_steps
         if warmup is None:
             warmup_steps = training_args.get_warmup_steps(total_steps)
         else:
             warmup_steps = int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps)
+        warmup_type = args.gnp_warmup_type
+        if warmup_type == "auto":  # arXiv 2406.09723
+            warmup_type = "zero" if is_adaptive and warmup_steps > 0 else "none"
         return cls(
             r=args.gnp_r,
             alpha=args.gnp_alpha,
             total_steps=total_steps,
-            warmup_type=args.gnp_warmup_type,
+            warmup_type=warmup_type,
             warmup_steps=warmup_steps,
             start=args.gnp_start,
             end=args.gnp_end,

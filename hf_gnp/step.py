@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ class PenalisedSteps:
             self.step, self.penalty = step, self.schedule.at(step)
             self.metrics.begin(self.penalty)
         if not self.window.micro_batches:
-            self.engine.begin_window(Perturbation.from_args(self.trainer.gnp_args, self.trainer.model))
+            perturbation = Perturbation.from_args(self.trainer.gnp_args, self.trainer.model)
+            # A step without penalty communicates as a plain one.
+            self.engine.begin_window(perturbation if self.penalty else replace(perturbation, scope="step"))
             self.close()
             self._hooks.enter_context(replaced(self.trainer.accelerator, backward=self._backward))
             self._set_foreign_gradient_aside()
@@ -117,7 +120,8 @@ class PenalisedSteps:
             self._marks = self.engine.gradient_marks()
 
     def _set_foreign_gradient_aside(self) -> None:
-        # Not of this window's loss: of a regulariser with a backward of its own, or of an earlier call for this step.
+        # Not of this window's loss: of an earlier micro-batch with a direction of its own, of an earlier call for this
+        # step, or of a regulariser with a backward of its own.
         gradient = self.engine.take_gradient()
         if gradient:
             self._foreign.append(gradient)
@@ -132,8 +136,16 @@ class PenalisedSteps:
 
     # The end of the window.
 
+    @property
+    def is_end_of_window(self) -> bool:
+        """Whether a second pass follows now: on the last micro-batch of a step, or on each."""
+        return self.trainer.accelerator.sync_gradients or self.engine.perturbation.is_per_micro_batch
+
     def end_window(self, run_pass: RunPass, noise_seed: int, measure: bool) -> None:
-        """The second pass, if there is a penalty and a direction; then the step of engines that step in backward."""
+        """
+        The second pass, if there is a penalty and a direction. If the step ends too, that of engines that step in
+        backward; else the gradient is held for the rest of the step.
+        """
         engine, penalty = self.engine, self.penalty
         self._hooks.close()
         with DeferredSignals():
@@ -147,7 +159,10 @@ class PenalisedSteps:
                     self.metrics.add(norms.gradient, self.window.loss(), perturbed_loss)
             for gradient in self._foreign:
                 engine.add_gradient(gradient)
-            engine.finish()
+            if self.trainer.accelerator.sync_gradients:
+                engine.finish()
+            else:
+                engine.hold()
         self.close()
 
     def _second_pass(self, run_pass: RunPass, penalty: Penalty, noise_seed: int, measure: bool) -> torch.Tensor:

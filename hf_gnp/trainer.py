@@ -134,7 +134,7 @@ class GNPMixin:
             with run.first_pass():
                 loss = super().training_step(model, inputs, num_items_in_batch)
             run.window.micro_batches[-1].loss = loss
-            if self.accelerator.sync_gradients:
+            if run.is_end_of_window:
                 noise_seed = run.schedule.noise_seed(self.state.global_step)
                 run.end_window(functools.partial(self._gnp_run_again, model), noise_seed, self._gnp_logs_this_step())
         except BaseException:
@@ -169,17 +169,19 @@ class GNPMixin:
         """What belongs to this run of `train`: `Trainer` makes a new state, and may wrap the model anew, for each."""
         run = self._gnp_run
         if run is None or run.state is not self.state or run.model is not model:
-            schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args)
+            is_adaptive = _is_adaptive(self.optimizer)
+            schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, is_adaptive)
             self._gnp_run = run = PenalisedSteps(self, model, schedule)
             self._gnp_second_flos, self._gnp_warned = 0.0, set()
             warning = remember_values(self.state, self.gnp_args.gnp_values())
             if warning is not None:
                 logger.warning(warning)
-            if _is_known_to_harm(self):
+            if self.gnp_args.gnp_warmup_type == "auto":
+                logger.info(f"gnp_warmup_type=auto: {schedule.warmup_type}, for {schedule.warmup_steps} steps.")
+            elif schedule.warmup_type == "none" and is_adaptive and schedule.warmup_steps > 0:
                 logger.warning(
                     "An adaptive optimizer with a learning-rate warm-up and no warm-up of the penalty: there the "
-                    "penalty is known to harm (arXiv 2406.09723). Set gnp_warmup_type, to 'zero' for vision "
-                    "transformers."
+                    "penalty is known to harm (arXiv 2406.09723). Leave gnp_warmup_type at 'auto'."
                 )
         return run
 
@@ -264,12 +266,7 @@ class GNPTrainer(GNPMixin, Trainer):
     )
 
 
-def _is_known_to_harm(trainer: GNPMixin) -> bool:
-    args = trainer.gnp_args
-    has_warmup = trainer.args.get_warmup_steps(trainer.state.max_steps) > 0
-    if args.gnp_alpha == 0 or args.gnp_warmup_type != "none" or not has_warmup or trainer.optimizer is None:
-        return False
-    optimizer = trainer.optimizer
+def _is_adaptive(optimizer: Any) -> bool:
     while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
         optimizer = optimizer.optimizer
     return re.search(ADAPTIVE_OPTIMIZERS, type(optimizer).__name__, re.IGNORECASE) is not None

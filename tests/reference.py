@@ -49,33 +49,41 @@ def train(
     max_norm: float | None = None,
     direction: Callable[[Tensors, Tensors], Tensors] = along_the_gradient,
     mix: Callable[[Tensors, Tensors, float], Tensors] = paper_mix,
+    groups: Callable[[Any], Sequence[Any]] = lambda batch: [batch],
 ) -> list[dict[str, float]]:
     """
     Step once on each batch, with the r and α that `penalty` has for the step. Return the clean loss, ‖g₁‖ and the
-    perturbed loss of each step.
+    perturbed loss of each step. `groups` are the parts of a batch with a perturbation each, whose losses and mixed
+    gradients add up to those of the step (Foret et al. 2021, section 4.1: m-sharpness); ‖g₁‖ is summed over them.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     logs = []
     for step, batch in enumerate(batches):
         r, alpha = penalty(step)
-        loss = loss_function(model, batch)
-        g1 = gradient(model, loss)
-        start = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            for p, d in zip(parameters, direction(start, g1), strict=True):
-                p += r * d  # climb
-        perturbed_loss = loss_function(model, batch)
-        g2 = gradient(model, perturbed_loss)
-        mixed = mix(g1, g2, alpha) if alpha > 0 else g1
-        with torch.no_grad():
-            for p, origin, g in zip(parameters, start, mixed, strict=True):
-                p.copy_(origin)
-                p.grad = g
+        log = {"loss": 0.0, "gnp_grad_norm": 0.0, "gnp_perturbed_loss": 0.0}
+        total = [torch.zeros_like(p) for p in parameters]
+        for group in groups(batch):
+            loss = loss_function(model, group)
+            g1 = gradient(model, loss)
+            start = [p.detach().clone() for p in parameters]
+            with torch.no_grad():
+                for p, d in zip(parameters, direction(start, g1), strict=True):
+                    p += r * d  # climb
+            perturbed_loss = loss_function(model, group)
+            g2 = gradient(model, perturbed_loss)
+            mixed = mix(g1, g2, alpha) if alpha > 0 else g1
+            with torch.no_grad():
+                for p, origin, g, sum_of_g in zip(parameters, start, mixed, total, strict=True):
+                    p.copy_(origin)
+                    sum_of_g += g
+            log["loss"] += loss.item()
+            log["gnp_grad_norm"] += norm(g1).item()
+            log["gnp_perturbed_loss"] += perturbed_loss.item()
+        for p, g in zip(parameters, total, strict=True):
+            p.grad = g
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         optimizer.step()
         optimizer.zero_grad()
-        logs.append(
-            {"loss": loss.item(), "gnp_grad_norm": norm(g1).item(), "gnp_perturbed_loss": perturbed_loss.item()}
-        )
+        logs.append(log)
     return logs

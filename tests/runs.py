@@ -4,7 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -146,19 +146,48 @@ def windows(kind: str, micro_batches: int, data=None) -> list[list[dict[str, tor
     return [batches[i : i + micro_batches] for i in range(0, len(batches), micro_batches)]
 
 
-def window_loss(model: torch.nn.Module, window: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+def window_loss(
+    model: torch.nn.Module,
+    part: Sequence[dict[str, torch.Tensor]],
+    window: Sequence[dict[str, torch.Tensor]] | None = None,
+) -> torch.Tensor:
     """
     The loss that `Trainer` differentiates in one step: for a Llama or a ViT the mean over all labels of the window,
     for a plain network the mean over micro-batches. A BERT classifier takes `num_items_in_batch` without using it, so
     stock `Trainer` leaves the sum over micro-batches undivided; the penalty is on what `Trainer` differentiates.
+    Of a part of a window, its share of that.
     """
+    window = part if window is None else window
     kind = model.config.model_type if hasattr(model, "config") else "net"
     if kind in ("llama", "vit"):
         labels = [batch["labels"][:, 1:] if kind == "llama" else batch["labels"] for batch in window]
         items = sum((batch_labels != -100).sum() for batch_labels in labels)
-        return sum(model(**batch, num_items_in_batch=items).loss for batch in window)
-    losses = sum(model(**batch)["loss"] for batch in window)
+        return sum(model(**batch, num_items_in_batch=items).loss for batch in part)
+    losses = sum(model(**batch)["loss"] for batch in part)
     return losses if kind == "bert" else losses / len(window)
+
+
+class Part(NamedTuple):
+    """Some micro-batches of a window, which share a perturbation: their loss is their share of the window's."""
+
+    micro_batches: Sequence[dict[str, torch.Tensor]]
+    window: Sequence[dict[str, torch.Tensor]]
+
+
+SCOPES: dict[str, Callable[[list, int], list[list]]] = {
+    "step": lambda window, ranks: [window],
+    "micro_batch": lambda window, ranks: [window[i : i + ranks] for i in range(0, len(window), ranks)],
+    "rank": lambda window, ranks: [window[rank::ranks] for rank in range(ranks)],
+    "rank_micro_batch": lambda window, ranks: [[micro_batch] for micro_batch in window],
+}
+
+
+def by_scope(scope: str, ranks: int = 1) -> dict[str, Any]:
+    """For `reference_run`: the parts of a window, and their loss."""
+    return {
+        "groups": lambda window: [Part(part, window) for part in SCOPES[scope](window, ranks)],
+        "loss": lambda model, part: window_loss(model, part.micro_batches, part.window),
+    }
 
 
 def reference_run(

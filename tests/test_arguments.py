@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
 from runs import make_args, make_trainer
 from tiny import make_model
 from transformers import HfArgumentParser, TrainingArguments
@@ -162,6 +162,8 @@ def refuse(args: TrainingArguments, **accelerator) -> None:
         ({"distributed_type": DistributedType.XLA}, "XLA"),
         ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM"),
         ({"distributed_type": DistributedType.FSDP}, "FSDP version 1"),
+        ({"ddp_handler": DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.POWER_SGD)}, "PowerSGD"),
+        ({"ddp_handler": DistributedDataParallelKwargs(comm_hook="batched_power_sgd")}, "PowerSGD"),
         ({"parallelism_config": SimpleNamespace(cp_enabled=True, sp_enabled=False)}, "context .*parallelism"),
         ({"parallelism_config": SimpleNamespace(cp_enabled=False, sp_enabled=True)}, "sequence parallelism"),
     ],
@@ -176,6 +178,7 @@ def test_engine_is_refused(tmp_path, accelerator, message):
     [
         {},
         {"distributed_type": DistributedType.MULTI_GPU},
+        {"ddp_handler": DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16)},
         {"distributed_type": DistributedType.FSDP, "is_fsdp2": True},
         {"parallelism_config": SimpleNamespace(cp_enabled=False, sp_enabled=False)},
     ],

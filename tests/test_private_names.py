@@ -101,6 +101,9 @@ def test_a_name_that_a_module_lacks():
         private.look_up("deepspeed", "deepspeed.gone", "name")
 
 
+PUBLIC = {"param_groups", "state"}  # torch's own
+
+
 def test_every_attribute_of_a_deepspeed_optimizer_that_is_used_is_in_the_list():
     folder = Path(engines.__file__).parent / "deepspeed"
     listed = {name for names in deepspeed_private.OPTIMIZER_NAMES.values() for name in names}
@@ -116,4 +119,4 @@ def test_every_attribute_of_a_deepspeed_optimizer_that_is_used_is_in_the_list():
             if isinstance(node, ast.Dict):  # the class variables `names`
                 used |= {v.value for v in node.values if isinstance(v, ast.Constant) and isinstance(v.value, str)}
     assert "check_grad_overflow" in used  # else the scan finds nothing
-    assert used <= listed
+    assert used - PUBLIC <= listed

@@ -127,11 +127,12 @@ def test_schedules_resume_exactly(tmp_path, arguments):
 @pytest.mark.parametrize(
     "settings, warns",
     [
-        ({"optim": "adamw_torch", "warmup_steps": 3}, True),
+        ({"optim": "adamw_torch", "warmup_steps": 3, "gnp_warmup_type": "none"}, True),
+        ({"optim": "adamw_torch", "warmup_steps": 3}, False),
         ({"optim": "adamw_torch", "warmup_steps": 3, "gnp_warmup_type": "zero"}, False),
         ({"optim": "adamw_torch", "warmup_steps": 0}, False),
-        ({"optim": "sgd", "warmup_steps": 3}, False),
-        ({"optim": "adamw_torch", "warmup_steps": 3, "gnp_alpha": 0.0}, False),
+        ({"optim": "sgd", "warmup_steps": 3, "gnp_warmup_type": "none"}, False),
+        ({"optim": "adamw_torch", "warmup_steps": 3, "gnp_warmup_type": "none", "gnp_alpha": 0.0}, False),
     ],
 )
 def test_warns_where_the_penalty_is_known_to_harm(tmp_path, caplog, settings, warns):
@@ -140,6 +141,28 @@ def test_warns_where_the_penalty_is_known_to_harm(tmp_path, caplog, settings, wa
     with caplog.at_level(logging.WARNING, logger="hf_gnp"):
         trainer.train()
     assert [("gnp_warmup_type" in record.getMessage()) for record in caplog.records].count(True) == warns
+
+
+@pytest.mark.parametrize(
+    "settings, chosen",
+    [
+        ({"optim": "adamw_torch", "warmup_steps": 3}, "zero"),
+        ({"optim": "adamw_torch", "warmup_steps": 0.5}, "zero"),
+        ({"optim": "adafactor", "warmup_steps": 3}, "zero"),
+        ({"optim": "adamw_torch", "warmup_steps": 0}, "none"),
+        ({"optim": "sgd", "warmup_steps": 3}, "none"),
+    ],
+)
+def test_automatic_warmup_is_the_one_that_does_not_harm(tmp_path, caplog, settings, chosen):
+    """Bit for bit as the choice written out, and one line says which it is."""
+    settings = {"lr_scheduler_type": "linear", "max_steps": 5, **settings}
+    with caplog.at_level(logging.INFO, logger="hf_gnp"):
+        auto = run(make_trainer(tmp_path, "bert", **settings))
+    lines = [record.getMessage() for record in caplog.records if "gnp_warmup_type=auto" in record.getMessage()]
+    assert len(lines) == 1
+    assert f"gnp_warmup_type=auto: {chosen}" in lines[0]
+    assert_identical(auto, run(make_trainer(tmp_path, "bert", gnp_warmup_type=chosen, **settings)))
+    assert [log["gnp_on"] for log in auto["logs"]] == ([0, 0, 0, 1, 1] if chosen == "zero" else [1] * 5)
 
 
 def test_schedule_is_the_same_function_on_every_rank():

@@ -51,6 +51,7 @@ class Engine(ABC):
     """
     One penalised step:
 
+        engine.begin_window(perturbation)
         with engine.first_pass(): ...               # each micro-batch: backward, and no optimizer step
         norms = engine.gradient_norms()
         with engine.perturbed(r, alpha):            # the weights are θ + r g₁/‖g₁‖
@@ -187,13 +188,17 @@ class Engine(ABC):
         if interruption is not None:
             raise interruption
 
+    @abstractmethod
     def take_gradient(self) -> Any:
-        """Set the gradient that is there aside, and return it for `add_gradient`; None if there is none."""
-        return None
+        """Set the gradient that is there aside, and return it for `add_gradient`; None or empty if there is none."""
 
+    @abstractmethod
     def add_gradient(self, gradient: Any) -> None:
         """Add a gradient that `take_gradient` returned."""
-        assert gradient is None
+
+    @abstractmethod
+    def hold(self) -> None:
+        """A micro-batch with a direction of its own has ended: its gradient stays, and the weights are θ."""
 
     def gradient_marks(self) -> Any:
         """Something that changes when anybody adds to the gradient; None where that cannot be seen."""

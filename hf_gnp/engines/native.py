@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from hf_gnp.rounding import Place
 
 from .base import Engine, Shard, number_parameters
 from .private import set_sync_gradients
+
+
+BUCKET = 25 * 2**20  # bytes, as DDP's
 
 
 class NativeEngine(Engine):
@@ -87,20 +90,23 @@ class NativeEngine(Engine):
         return bool(self._moved)
 
     def first_pass(self):
-        return contextlib.nullcontext() if self.perturbation.sync else self.accelerator.no_sync(self.model)
+        if self.perturbation.is_per_rank:
+            return self.accelerator.no_sync(self.model)
+        return self._sync() if self.perturbation.is_per_micro_batch else contextlib.nullcontext()
 
     def wants_second_pass(self) -> bool:
-        # Without `sync` the norms differ by rank, and all ranks have to take part in reducing the second gradient.
-        return not self.perturbation.sync or super().wants_second_pass()
+        # The norms of ranks differ if each has its own, and a model may synchronise in its forward.
+        return self.perturbation.is_per_rank or super().wants_second_pass()
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
+        sync_gradients = self.accelerator.sync_gradients
         set_sync_gradients(self.accelerator, is_last)
         try:
-            with contextlib.nullcontext() if self._reduces(is_last) else self._no_sync():
+            with self._sync() if self._reduces(is_last) else self._no_sync():
                 yield
         finally:
-            set_sync_gradients(self.accelerator, True)
+            set_sync_gradients(self.accelerator, sync_gradients)
 
     def keep_weights(self, shards: list[Shard]) -> None:
         self._backup = [shard.weight.clone() for shard in shards]
@@ -181,8 +187,28 @@ class NativeEngine(Engine):
             with self.accelerator.no_sync(self.model):
                 yield
 
+    def hold(self) -> None:
+        pass  # in `param.grad`
+
+    @torch.no_grad()
     def finish(self) -> None:
-        pass
+        """Where each rank moves along its own gradient no pass reduces: the mean over ranks is taken here, once."""
+        if not (self.perturbation.is_per_rank and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        parameters = self.parameters
+        if getattr(self.model, "find_unused_parameters", False):
+            used = torch.tensor([p.grad is not None for p in parameters], device=self.accelerator.device).float()
+            dist.all_reduce(used)
+            parameters = [p for p, count in zip(parameters, used.tolist(), strict=True) if count > 0]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for gradients in _buckets([p.grad for p in parameters]):
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            penalty.copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> bool:
         if self.accelerator.scaler is not None or grad_norm is None or math.isfinite(grad_norm):
@@ -212,12 +238,42 @@ class NativeEngine(Engine):
         return parameters
 
     def _reduces(self, is_last: bool) -> bool:
+        if self.perturbation.is_per_rank:
+            return False
         return is_last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+
+    @contextlib.contextmanager
+    def _sync(self) -> Iterator[None]:
+        """Gradients are reduced, also within the `no_sync` that `Trainer` puts around all but the last micro-batch."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(True)
+        with_flag = [self.model] if hasattr(self.model, "require_backward_grad_sync") else []
+        before = [module.require_backward_grad_sync for module in with_flag]
+        for module in with_flag:
+            module.require_backward_grad_sync = True
+        try:
+            yield
+        finally:
+            for module, value in zip(with_flag, before, strict=True):
+                module.require_backward_grad_sync = value
 
     def _no_sync(self):
         if self._fsdp_modules and not self.accelerator.is_fsdp2:
             return _defer_reduction(self.model)
         return self.accelerator.no_sync(self.model)
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Tensors of one dtype that are reduced together, as many as fit into `BUCKET` or one."""
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        bucket, size = [], 0
+        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
+            if bucket and size + tensor.nbytes > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += tensor.nbytes
+        yield bucket
 
 
 def has_communication_hook(model: nn.Module) -> bool:

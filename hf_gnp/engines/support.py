@@ -81,10 +81,11 @@ def _unsupported_engine(accelerator: Accelerator) -> str | None:
 def _refuse_perturbation(accelerator: Accelerator, perturbation: Perturbation, model: nn.Module) -> None:
     is_deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
     is_sharded = accelerator.is_fsdp2 or getattr(model, "is_distributed_loading_by_transformers", False)
-    if not perturbation.sync and (is_deepspeed or is_sharded):
+    if perturbation.is_per_rank and (is_deepspeed or is_sharded):
         raise ValueError(
-            "gnp_sync_perturbation=False moves each rank along its own gradient, of which a sharded engine has only a "
-            "part: use DDP or one process, or leave it at True."
+            f"gnp_scope={perturbation.scope} moves each rank along its own gradient, of which a sharded engine "
+            f"({'DeepSpeed' if is_deepspeed else 'FSDP2'}) has only a part: use DDP or one process, or "
+            "gnp_scope=micro_batch."
         )
     if not is_deepspeed:  # which has yet to cast the weights
         perturbation.check_rounding(model)

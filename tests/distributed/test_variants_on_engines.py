@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from cases import ENGINES, RANKS, assert_matches_reference, gnp, reference_of, result_of, run_cases
-from runs import BASE, WEIGHTS_TOLERANCE, window_loss, windows
+from cases import ENGINES, RANKS, assert_matches_reference, gnp, reference_of, result_of, run_cases, untied
+from runs import WEIGHTS_TOLERANCE, by_scope, reference_run, windows
 from tiny import flat_weights, make_model, relative_distance
 
 
@@ -45,21 +45,47 @@ PURE_BF16 = {
     for engine in ("ddp", "fsdp2")
     for rounding in ("auto", "false")
 }
-UNSYNCED = {
-    "unsynced": {
-        "engine": "ddp",
+SCOPED = {
+    f"{scope}-{engine}-{kind}-alpha{alpha}": {
+        "engine": engine,
+        "kind": untied(kind, engine),
+        "args": gnp(alpha, gnp_scope=scope, gradient_accumulation_steps=accumulation),
+    }
+    for scope, engines in {"micro_batch": ENGINES, "rank": ("ddp",), "rank_micro_batch": ("ddp",)}.items()
+    for engine in engines
+    for kind, alpha, accumulation in (("vit", 0.8, 2), ("vit", 1.0, 4), ("llama", 0.8, 4))
+}
+SCOPED_LOW = {
+    f"micro_batch-{engine}-{precision}-{where}": {
+        "engine": engine,
         "kind": "vit",
-        "count": True,
-        "args": gnp(gnp_sync_perturbation=False, logging_steps=1000),
-    },
-    "unsynced-logged": {"engine": "ddp", "kind": "vit", "args": gnp(gnp_sync_perturbation=False)},
-    "unsynced-accumulated": {"engine": "ddp", "kind": "vit", "args": gnp(gnp_sync_perturbation=False, **ACCUMULATION)},
-    "stock": {"engine": "ddp", "kind": "vit", "stock": True, "count": True, "args": {"logging_steps": 1000}},
-    "unsynced-nan": {
+        "precision": precision,
+        "faults": faults,
+        "args": gnp(learning_rate=0.1, gnp_scope="micro_batch", max_steps=4, **ACCUMULATION),
+    }
+    for precision, engines in {
+        "fp16": ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"),
+        "bf16": ("zero1", "zero2", "zero3"),
+    }.items()
+    for engine in engines
+    for where, faults in {"clean": {}, "overflow": {"2.1": "1e38" if precision == "fp16" else "nan"}}.items()
+}
+COUNTED = {
+    f"count-{name}": {"engine": "ddp", "kind": "vit", "count": True, "stock": name == "stock", "args": args}
+    for name, args in {
+        "stock": {"logging_steps": 1000, **ACCUMULATION},
+        **{
+            scope: gnp(gnp_scope=scope, logging_steps=1000, **ACCUMULATION)
+            for scope in ("step", "micro_batch", "rank", "rank_micro_batch")
+        },
+    }.items()
+}
+OTHERS = {
+    "rank-nan": {
         "engine": "ddp",
         "kind": "vit",
         "faults": {"2.1@1": "nan"},
-        "args": gnp(gnp_sync_perturbation=False, max_steps=3),
+        "args": gnp(gnp_scope="rank", max_steps=3),
     },
     "rounded-on-replicas": {
         "engine": "ddp",
@@ -69,14 +95,16 @@ UNSYNCED = {
         "compare_ranks": True,
         "args": gnp(gnp_r=1e-3, max_steps=3),
     },
-    "unsynced-zero2": {"engine": "zero2", "kind": "vit", "args": gnp(gnp_sync_perturbation=False)},
+    "rank-zero2": {"engine": "zero2", "kind": "vit", "args": gnp(gnp_scope="rank")},
+    "rank_micro_batch-fsdp2": {"engine": "fsdp2", "kind": "vit", "args": gnp(gnp_scope="rank_micro_batch")},
     "rounding-fp32-zero2": {"engine": "zero2", "kind": "vit", "args": gnp(gnp_stochastic_rounding=True)},
 }
+CASES = VARIED | ROUNDED | PURE_BF16 | SCOPED | SCOPED_LOW | COUNTED | OTHERS
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory) -> dict[str, Any]:
-    return run_cases(VARIED | ROUNDED | PURE_BF16 | UNSYNCED, tmp_path_factory.mktemp("variants"))
+    return run_cases(CASES, tmp_path_factory.mktemp("variants"))
 
 
 def along_the_norm_layers(parameters, g1):
@@ -97,55 +125,53 @@ def test_variant_matches_its_formula(results, name):
     assert_matches_reference(result_of(results, name), VARIED[name], **FORMULAS[name.split("-")[0]])
 
 
-def unsynced_reference(accumulation: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each rank climbs along its own gradient; the mixed gradients are averaged over ranks, then clipped."""
-    model = make_model("vit")
-    start = flat_weights(model)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=BASE["learning_rate"])
-    for window in windows("vit", RANKS * accumulation):
-        mixed = []
-        for rank in range(RANKS):
-            # The loss of a rank is its part of the mean over all labels, times the ranks that DDP divides by.
-            own = window[rank::RANKS]
-            g1 = reference.gradient(model, window_loss(model, own))
-            origin = [p.detach().clone() for p in parameters]
-            with torch.no_grad():
-                for p, d in zip(parameters, reference.along_the_gradient(parameters, g1), strict=True):
-                    p += 0.05 * d
-            g2 = reference.gradient(model, window_loss(model, own))
-            with torch.no_grad():
-                for p, value in zip(parameters, origin, strict=True):
-                    p.copy_(value)
-            mixed.append(reference.paper_mix(g1, g2, 0.8))
-        for p, *gradients in zip(parameters, *mixed, strict=True):
-            p.grad = sum(gradients) / RANKS
-        torch.nn.utils.clip_grad_norm_(parameters, BASE["max_grad_norm"])
-        optimizer.step()
-        optimizer.zero_grad()
-    return start, flat_weights(model)
+@pytest.mark.parametrize("name", SCOPED)
+def test_scope_matches_its_formula(results, name):
+    """Each group of micro-batches climbs along its own gradient, and the mixed gradients are added, then clipped."""
+    scope = SCOPED[name]["args"]["gnp_scope"]
+    assert_matches_reference(result_of(results, name), SCOPED[name], **by_scope(scope, RANKS))
+    start, expected, _ = reference_of(SCOPED[name], **by_scope(scope, RANKS))
+    _, by_step, _ = reference_of(SCOPED[name])
+    assert relative_distance(by_step, expected, start) > 10 * WEIGHTS_TOLERANCE  # else the test would not tell
 
 
-@pytest.mark.parametrize("name, accumulation", [("unsynced-logged", 1), ("unsynced-accumulated", 2)])
-def test_unsynced_perturbation_is_along_each_ranks_own_gradient(results, name, accumulation):
-    start, expected = unsynced_reference(accumulation)
-    assert relative_distance(result_of(results, name)["weights"], expected, start) < WEIGHTS_TOLERANCE
-    _, synced, _ = reference_of({"kind": "vit", "args": gnp(gradient_accumulation_steps=accumulation)})
-    assert relative_distance(synced, expected, start) > 10 * WEIGHTS_TOLERANCE  # else the test would not tell
+@pytest.mark.parametrize("name", [name for name in SCOPED_LOW if name.endswith("clean")])
+def test_scope_in_low_precision_is_near_its_formula(results, name):
+    result, overflowed = (result_of(results, name.replace("clean", where)) for where in ("clean", "overflow"))
+    steps = 2 * windows("vit", 2 * RANKS)  # two epochs
+    start, expected, _ = reference_run(
+        "vit", 2, RANKS, steps=steps[:4], optimizer=sgd_at(0.1), **by_scope("micro_batch", RANKS)
+    )
+    # Each of two passes rounds a gradient to 8 bits (bf16), and takes ten operations that do.
+    assert relative_distance(result["masters"], expected, start) < 20 * 2.0**-8
+    # Of a micro-batch that overflows, the whole step is skipped, and the others are made.
+    steps = [window for step, window in enumerate(steps[:4]) if step != 2]
+    start, expected, _ = reference_run(
+        "vit", 2, RANKS, steps=steps, optimizer=sgd_at(0.1), **by_scope("micro_batch", RANKS)
+    )
+    assert relative_distance(overflowed["masters"], expected, start) < 20 * 2.0**-8
 
 
-def test_unsynced_perturbation_communicates_as_much_as_plain_training(results):
-    plain, unsynced = (result_of(results, name)["collectives"] for name in ("stock", "unsynced"))
-    assert unsynced == plain
+def sgd_at(learning_rate: float):
+    return lambda parameters, lr: torch.optim.SGD(parameters, learning_rate)
 
 
-def test_unsynced_ranks_stay_together_when_one_has_no_direction(results):
-    result = result_of(results, "unsynced-nan")
+def test_what_scopes_communicate(results):
+    counts = {name: result_of(results, name)["collectives"] for name in COUNTED}
+    plain = counts["count-stock"]
+    for scope, factor in {"step": 2, "micro_batch": 2 * 2, "rank": 1, "rank_micro_batch": 1}.items():
+        expected = {**plain, "allreduce": factor * plain["allreduce"]}
+        assert counts[f"count-{scope}"] == expected, scope
+
+
+def test_ranks_stay_together_when_one_has_no_direction(results):
+    result = result_of(results, "rank-nan")
     assert torch.equal(result["weights"], result["start_of_step"])
 
 
 def test_refused_where_an_engine_cannot_follow(results):
-    assert "ValueError: gnp_sync_perturbation=False" in results["unsynced-zero2"]["error"]
+    assert "ValueError: gnp_scope=rank " in results["rank-zero2"]["error"]
+    assert "ValueError: gnp_scope=rank_micro_batch " in results["rank_micro_batch-fsdp2"]["error"]
     assert "ValueError: gnp_stochastic_rounding=True" in results["rounding-fp32-zero2"]["error"]
 
 

@@ -25,18 +25,18 @@ from . import private
 class _BackwardOnly:
     """Stands where accelerate keeps its DeepSpeedEngineWrapper, whose `backward` would also step."""
 
-    def __init__(self, engine: Any):
-        self.engine = engine
+    def __init__(self, engine: Any, always_reduces: bool):
+        self.engine, self.always_reduces = engine, always_reduces
 
     def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
-        self.engine.set_gradient_accumulation_boundary(sync_gradients)
+        self.engine.set_gradient_accumulation_boundary(sync_gradients or self.always_reduces)
         self.engine.backward(loss, **kwargs)
 
 
 @contextlib.contextmanager
-def _backward_only(accelerator: Accelerator) -> Iterator[None]:
+def _backward_only(accelerator: Accelerator, always_reduces: bool = False) -> Iterator[None]:
     wrapped = accelerator.deepspeed_engine_wrapped
-    accelerator.deepspeed_engine_wrapped = _BackwardOnly(wrapped.engine)
+    accelerator.deepspeed_engine_wrapped = _BackwardOnly(wrapped.engine, always_reduces)
     try:
         yield
     finally:
@@ -48,18 +48,20 @@ class DeepSpeedSteps:
 
     accelerator: Accelerator
     engine: Any
+    perturbation: Perturbation
 
     def first_pass(self):
-        return _backward_only(self.accelerator)
+        return _backward_only(self.accelerator, always_reduces=self.perturbation.is_per_micro_batch)
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
+        sync_gradients = self.accelerator.sync_gradients
         set_sync_gradients(self.accelerator, is_last)
         try:
             with _backward_only(self.accelerator):
                 yield
         finally:
-            set_sync_gradients(self.accelerator, True)
+            set_sync_gradients(self.accelerator, sync_gradients)
 
     def finish(self) -> None:
         self.engine.step()
@@ -77,6 +79,7 @@ class ShardedEngine(DeepSpeedSteps, Engine):
         self.optimizer = self.engine.optimizer
         private.check_optimizer(self.optimizer)
         self._first_gradients: list[torch.Tensor] = []
+        self._holds = False  # the gradient of earlier micro-batches of the step
 
     @abstractmethod
     def reset_gradients(self) -> None:
@@ -112,5 +115,29 @@ class ShardedEngine(DeepSpeedSteps, Engine):
                 norms[param_id] = shard.gradient.norm()
 
     def discard_gradient(self) -> None:
-        self._first_gradients = []
+        self._first_gradients, self._holds = [], False
         self.reset_gradients()
+
+    def hold(self) -> None:
+        self._holds = True
+
+    def take_gradient(self) -> list[torch.Tensor]:
+        if not self._holds:
+            return []
+        self._holds = False
+        taken = [gradient.clone() for gradient in self.gradients()]
+        self.reset_gradients()
+        return taken
+
+    @torch.no_grad()
+    def add_gradient(self, gradient: list[torch.Tensor]) -> None:
+        if not gradient:
+            return
+        penalty.add_(self.gradients(), gradient)
+        self._update_offloaded_norms()
+        if hasattr(self.optimizer, "local_overflow") and not penalty.local_sq_norm(gradient).isfinite():
+            self.optimizer.local_overflow = True  # which DeepSpeed notes as gradients arrive
+
+    def gradients(self) -> list[torch.Tensor]:
+        """This rank's shards of the gradient, after a pass that reduced it."""
+        return [shard.gradient for shard in self.shards()]

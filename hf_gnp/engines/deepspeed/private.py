@@ -76,6 +76,7 @@ OFFLOAD_NAMES = {
         "_wait_for_offload_copies",
         "get_param_id",
         "grad_position",
+        "local_overflow",
         "norm_for_param_grads",
         "reset_cpu_buffers",
     ),

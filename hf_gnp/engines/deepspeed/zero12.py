@@ -72,7 +72,13 @@ class _ReplicatedEngine(ShardedEngine):
         self._is_perturbed = True  # the masters keep them
 
     def end_perturbation(self) -> None:
-        pass  # `finish` publishes new weights
+        pass  # `finish` publishes new weights, or `hold` those of the masters
+
+    def hold(self) -> None:
+        super().hold()
+        if self._is_perturbed:
+            self.optimizer.update_lp_params()
+            self._is_perturbed = False
 
     def finish(self) -> None:
         super().finish()
@@ -206,3 +212,6 @@ class Bf16Zero1Engine(_ReplicatedEngine):
 
     def reset_gradients(self) -> None:
         self.optimizer.clear_hp_grads()
+
+    def gradients(self) -> list[torch.Tensor]:
+        return self.optimizer.fp32_groups_gradients_flat  # whole on every rank
