@@ -162,7 +162,7 @@ class PenalisedSteps:
             if self.trainer.accelerator.sync_gradients:
                 engine.finish()
             else:
-                engine.hold()
+                engine.hold_gradient()
         self.close()
 
     def _second_pass(self, run_pass: RunPass, penalty: Penalty, noise_seed: int, measure: bool) -> torch.Tensor:

@@ -197,7 +197,7 @@ class Engine(ABC):
         """Add a gradient that `take_gradient` returned."""
 
     @abstractmethod
-    def hold(self) -> None:
+    def hold_gradient(self) -> None:
         """A micro-batch with a direction of its own has ended: its gradient stays, and the weights are θ."""
 
     def gradient_marks(self) -> Any:

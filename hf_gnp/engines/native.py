@@ -187,7 +187,7 @@ class NativeEngine(Engine):
             with self.accelerator.no_sync(self.model):
                 yield
 
-    def hold(self) -> None:
+    def hold_gradient(self) -> None:
         pass  # in `param.grad`
 
     @torch.no_grad()

@@ -118,7 +118,7 @@ class ShardedEngine(DeepSpeedSteps, Engine):
         self._first_gradients, self._holds = [], False
         self.reset_gradients()
 
-    def hold(self) -> None:
+    def hold_gradient(self) -> None:
         self._holds = True
 
     def take_gradient(self) -> list[torch.Tensor]:

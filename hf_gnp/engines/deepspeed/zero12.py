@@ -72,10 +72,10 @@ class _ReplicatedEngine(ShardedEngine):
         self._is_perturbed = True  # the masters keep them
 
     def end_perturbation(self) -> None:
-        pass  # `finish` publishes new weights, or `hold` those of the masters
+        pass  # `finish` publishes new weights, or `hold_gradient` those of the masters
 
-    def hold(self) -> None:
-        super().hold()
+    def hold_gradient(self) -> None:
+        super().hold_gradient()
         if self._is_perturbed:
             self.optimizer.update_lp_params()
             self._is_perturbed = False
