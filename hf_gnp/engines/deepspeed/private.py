@@ -38,6 +38,7 @@ OPTIMIZER_NAMES = {
         *_REPLICATED_NAMES,
         "all_grad_tensors",
         "averaged_gradients",
+        "bit16_groups",
         "bit16_groups_flat",
         "check_grad_overflow",
         "cpu_offload",
