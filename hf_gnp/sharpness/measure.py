@@ -97,7 +97,9 @@ def measure_sharpness(
             result |= {"product_error": hessian.error, "products": hessian.products}
         result |= _ascents(loss, result["loss"], gradient, pairs, radii, probes, seed)
     if log:
+        should_log = trainer.control.should_log
         trainer.log(as_logs(result))
+        trainer.control.should_log = should_log  # else, in a callback, the step's own log is taken for done
     return result
 
 
