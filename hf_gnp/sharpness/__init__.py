@@ -2,6 +2,7 @@
 
 from .callback import SharpnessCallback
 from .measure import measure_sharpness
+from .surface import plot_loss_surface
 
 
-__all__ = ["SharpnessCallback", "measure_sharpness"]
+__all__ = ["SharpnessCallback", "measure_sharpness", "plot_loss_surface"]

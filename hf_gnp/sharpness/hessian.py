@@ -79,7 +79,7 @@ class DifferenceHessian(Hessian):
 
     def _choose_step(self, direction: torch.Tensor) -> tuple[float, float]:
         vectors = self.loss.vectors
-        step = FIRST_STEP * _round_off(self.loss) ** (1 / 3) * max(vectors.norm(vectors.theta()), 1e-3)
+        step = FIRST_STEP * _round_off(self.loss) ** (1 / 3) * max(vectors.norm(self.loss.origin()), 1e-3)
         last, best = self._product(direction, step), (step, math.inf)
         for _ in range(STEPS):
             step *= NEXT_STEP

@@ -33,15 +33,28 @@ class SampleLoss:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.progress = tqdm(desc="Sharpness", unit=" passes", leave=False, disable=not _shows_progress(trainer))
         self._engine, self._state = engine, UntouchedState(trainer, model)
+        self._origin: torch.Tensor | None = None
 
     def begin(self) -> None:
         """Weights may be moved until `end`."""
         self._state.begin()
         self.vectors = ShardVectors(self._engine.hold_weights(), self._engine)
 
+    def set_origin(self, origin: torch.Tensor | None) -> None:
+        """Measure around θ + origin instead of θ: around another checkpoint."""
+        self._origin = origin
+        self.move()
+
+    def origin(self) -> torch.Tensor:
+        """The weights that are measured around, as a vector."""
+        origin = self.vectors.theta()
+        return origin if self._origin is None else origin.add_(self._origin)
+
     @torch.no_grad()
     def move(self, vector: torch.Tensor | None = None, scale: float = 1.0) -> None:
         """The weights become θ + scale v, rounded once to their dtype, on all ranks; θ without a vector."""
+        if self._origin is not None:
+            vector, scale = self._origin if vector is None else torch.add(self._origin, vector, alpha=scale), 1.0
         weights, thetas = ([getattr(shard, name) for shard in self.vectors.held] for name in ("weight", "theta"))
         if vector is None:
             penalty.copy_(weights, thetas)
