@@ -15,7 +15,7 @@ from hf_gnp.engines import Engine, make_engine
 from hf_gnp.interrupts import DeferredSignals
 from hf_gnp.replay.window import copied
 
-from .prepared import UntouchedState, prepared_model, refuse_unsupported
+from .prepared import UntouchedState, kept_generators, prepared_model, refuse_unsupported
 from .sample import WeightedBatch, draw_sample
 from .vectors import ShardVectors, precise
 
@@ -28,8 +28,10 @@ class SampleLoss:
     so that nothing but one micro-batch's gradient is in the dtype of 16-bit weights.
     """
 
-    def __init__(self, trainer: Any, model: nn.Module, engine: Engine, batches: list[WeightedBatch], seed: int):
-        self.trainer, self.model, self.batches, self._seed = trainer, model, batches, seed
+    def __init__(
+        self, trainer: Any, model: nn.Module, engine: Engine, batches: list[WeightedBatch], samples: int, seed: int
+    ):
+        self.trainer, self.model, self.batches, self.samples, self._seed = trainer, model, batches, samples, seed
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.progress = tqdm(desc="Sharpness", unit=" passes", leave=False, disable=not _shows_progress(trainer))
         self._engine, self._state = engine, UntouchedState(trainer, model)
@@ -124,10 +126,10 @@ class SampleLoss:
 def sample_loss(trainer: Any, dataset: Any, samples: int, seed: int) -> Iterator[SampleLoss]:
     """The loss of a sample, for the time in which weights may be moved."""
     refuse_unsupported(trainer)
-    with prepared_model(trainer) as model:
-        batches = draw_sample(trainer, dataset, samples, seed)
+    with prepared_model(trainer) as model, kept_generators(trainer, model):
+        batches, size = draw_sample(trainer, dataset, samples, seed)
         engine = make_engine(trainer.accelerator, model, Perturbation(), trainer.optimizer)
-        loss, gradient = SampleLoss(trainer, model, engine, batches, seed), engine.take_gradient()
+        loss, gradient = SampleLoss(trainer, model, engine, batches, size, seed), engine.take_gradient()
         try:
             loss.begin()
             yield loss

@@ -81,7 +81,7 @@ def measure_sharpness(
     radii = [float(r) for r in (radii if isinstance(radii, Sequence) else [radii])]
     _check(k=k, radii=radii, samples=samples, probes=probes, tolerance=tolerance, max_products=max_products)
     with sample_loss(trainer, dataset, samples, seed) as loss:
-        result: dict[str, Any] = {"samples": samples, "radii": radii}
+        result: dict[str, Any] = {"samples": loss.samples, "radii": radii}
         gradient = loss.vectors.zeros()
         result["loss"] = loss.add_gradient_(gradient)
         result["grad_norm"] = loss.vectors.norm(gradient)

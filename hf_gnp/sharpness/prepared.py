@@ -77,6 +77,16 @@ def _too_early(engine: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def kept_generators(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """On leaving, random generators stand where they stood: a collator may draw from them, too."""
+    state = RandomState(random_devices(model, [trainer.accelerator.device], trainer.args.n_gpu))
+    try:
+        yield
+    finally:
+        state.restore()
+
+
 class UntouchedState:
     """All that a forward in evaluation mode may move beside a gradient: put back after each pass, and at the end."""
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Subset
+from transformers import set_seed
 
 
 class WeightedBatch(NamedTuple):
@@ -20,10 +21,10 @@ class WeightedBatch(NamedTuple):
     number: int
 
 
-def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> list[WeightedBatch]:
+def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> tuple[list[WeightedBatch], int]:
     """
-    This rank's micro-batches of a sample. All ranks get the same number of them, for each is a collective: the
-    last ones may count 0.
+    This rank's micro-batches of a sample, and the size of the whole sample. All ranks get the same number of them, for
+    each is a collective: the last ones may count 0. Random transforms draw by the seed and the micro-batch.
 
     Args:
         dataset: What `Trainer.evaluate` takes: a dataset, the name of one of several, or None for `eval_dataset`. The
@@ -36,12 +37,17 @@ def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> list[Weight
     chosen = _choose(_resolve(trainer, dataset), size, seed)
     # Not the evaluation data loader, which is kept for later evaluations. It has the trainer's collator and columns.
     loader = trainer.get_test_dataloader(chosen)
-    rank, ranks, per_batch = trainer.accelerator.process_index, trainer.accelerator.num_processes, _batch_size(trainer)
+    rank, ranks, per_batch = (
+        trainer.accelerator.process_index,
+        trainer.accelerator.num_processes,
+        trainer.args.per_device_eval_batch_size,
+    )
     batches = -(-len(chosen) // per_batch)
     own = []
     for number in range(rank, -(-batches // ranks) * ranks, ranks):
         first = number * per_batch if number < batches else 0
         rows = range(first, min(first + per_batch, len(chosen)))
+        set_seed(seed + number)
         inputs = loader.collate_fn([loader.dataset[row] for row in rows])
         own.append((number, inputs, count_items(trainer, inputs)))
     counts = torch.tensor([sum(items for number, _, items in own if number < batches)], dtype=torch.long)
@@ -50,12 +56,13 @@ def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> list[Weight
         raise ValueError("No sample has a label that counts (other than -100): there is no loss to measure.")
     # In the place of one without labels, whose mean is NaN, stands another that counts 0.
     filled = next((item for item in own if item[2] > 0), own[0])
-    return [
+    drawn = [
         WeightedBatch(inputs, items, items / total if number < batches else 0.0, number)
         if items > 0
         else WeightedBatch(filled[1], filled[2], 0.0, number)
         for number, inputs, items in own
     ]
+    return drawn, len(chosen)
 
 
 def _resolve(trainer: Any, dataset: Any) -> Any:
@@ -77,10 +84,6 @@ def _choose(dataset: Any, size: int, seed: int) -> Any:
         return dataset
     rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:size]).tolist()
     return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
-
-
-def _batch_size(trainer: Any) -> int:
-    return trainer.args.per_device_eval_batch_size
 
 
 def count_items(trainer: Any, inputs: Any) -> int:

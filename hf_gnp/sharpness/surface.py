@@ -95,7 +95,7 @@ def plot_loss_surface(
                     vectors = [filter_normalized_(loss.vectors.random(seed, 3, i), loss) for i in range(dimensions)]
                 slices.append({"checkpoint": name, "losses": losses_along(loss, vectors, axes).tolist()} | found)
     result = {
-        "caption": _caption(trainer, directions, dimensions, samples, seed, slices),
+        "caption": _caption(trainer, directions, dimensions, loss.samples, seed, slices),
         "directions": directions,
         "unit": UNITS[directions],
         "axes": [axis.tolist() for axis in axes],
@@ -152,7 +152,7 @@ def _caption(
         "eigenvectors": f"the eigenvector{'s' if dimensions > 1 else ''} of the largest eigenvalues of the Hessian",
         "line": f"the line between two checkpoints, ‖Δθ‖ = {slices[0].get('distance', 0):.3g} apart",
     }
-    return f"Loss of {type(trainer.model).__name__}, mean over {samples} samples at most, along {kinds[directions]}"
+    return f"Loss of {type(trainer.model).__name__}, mean over {samples} samples, along {kinds[directions]}"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
