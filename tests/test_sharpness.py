@@ -192,6 +192,20 @@ def test_a_sample_is_drawn_by_the_seed(tmp_path):
     assert results[0]["loss"] == pytest.approx(Exact(model, [data[row] for row in rows]).loss, rel=1e-5)
 
 
+def test_random_transforms_draw_by_the_seed_and_leave_the_generators(tmp_path):
+    def noisy(samples):
+        batch = collate(samples)
+        return {**batch, "x": batch["x"] + torch.randn_like(batch["x"]) * random.random() * np.random.rand()}
+
+    trainer = trainer_of(tmp_path, Net(nn.Tanh), per_device_eval_batch_size=5)
+    trainer.data_collator = noisy
+    before = generators()
+    first = trainer.measure_sharpness(k=0, probes=0)
+    assert_identical(generators(), before)
+    torch.manual_seed(7)
+    assert trainer.measure_sharpness(k=0, probes=0) == first
+
+
 class Interrupted(Exception):
     pass
 

@@ -19,6 +19,9 @@ SAMPLES, BATCH = 13, 3
 OPTIONS = {"k": 1, "samples": SAMPLES, "probes": 2, "radii": [0.05, 0.2], "max_products": 12}
 # Products are differences of gradients in fp32, and off by up to 1e-3 (`product_error`).
 TOLERANCE = 2e-3
+# A share of its standard error. Positive and negative curvatures along random directions cancel, and the rounding of
+# gradients does not: seen is 1e-2.
+TRACE = 3e-2
 # Rises are differences of losses of size 4, in fp32, and squares of products' errors.
 RISE = 2e-5
 
@@ -67,8 +70,8 @@ def measured_on_one_process(folder, case, weights):
 def assert_same(result, expected, tolerance=TOLERANCE, rise=RISE):
     for name in ("loss", "grad_norm"):
         assert result[name] == pytest.approx(expected[name], rel=max(1e-5, tolerance / 100)), name
-    for name in ("top_eigenvalues", "trace"):
-        assert result[name] == pytest.approx(expected[name], rel=tolerance), name
+    assert result["top_eigenvalues"] == pytest.approx(expected["top_eigenvalues"], rel=tolerance)
+    assert abs(result["trace"] - expected["trace"]) < TRACE * expected["trace_standard_error"]
     for name in ("ascent", "ascent_top_eigenvector", "ascent_random"):
         assert result[name] == pytest.approx(expected[name], rel=tolerance, abs=rise), name
 

@@ -111,6 +111,12 @@ def check_optimizer(optimizer: Any) -> None:
             require("deepspeed", parameter, PARAMETER_NAMES, "a parameter's")
 
 
+def fragment_of(parameter: Any) -> Any | None:
+    """Which part of a parameter lies where in this rank's partition under ZeRO-1 and 2; None where no part does."""
+    require("deepspeed", parameter, ["_hp_mapping"], "a parameter's")
+    return parameter._hp_mapping
+
+
 def check_fragments(fragments: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
     """
     Raise where the gradient's fragments are not those of the parameters, of which the first and the last may be cut:

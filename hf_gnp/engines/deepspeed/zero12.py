@@ -17,7 +17,7 @@ from hf_gnp.engines.base import HeldShard, Shard, number_parameters
 from hf_gnp.rounding import Place
 
 from .base import ShardedEngine
-from .private import INITIAL_MICRO_STEP_ID, all_gather_dp_groups, check_fragments
+from .private import INITIAL_MICRO_STEP_ID, all_gather_dp_groups, check_fragments, fragment_of
 
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class _ReplicatedEngine(ShardedEngine):
         held, numbers = [], number_parameters(self.engine.module)
         for (weight, master), parameters in zip(self.partitions(), self._lists("parameters"), strict=True):
             for parameter in parameters:
-                if (mapping := parameter._hp_mapping) is not None:  # it has a part in this rank's partition
+                if (mapping := fragment_of(parameter)) is not None:
                     part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
                     parts = (flat.narrow(0, part.start, part.numel) for flat in (weight, master))
                     place = Place.run(numbers[id(parameter)], whole.start, whole.numel)
