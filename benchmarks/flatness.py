@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from transformers import set_seed
 
-from hf_gnp import GNPTrainer, GNPTrainingArguments
+from hf_gnp import GNPTrainer, GNPTrainingArguments, plot_loss_surface
 
 
 METHODS = {
@@ -72,33 +72,39 @@ def load_data(train_size: int, seed: int) -> tuple[list[dict[str, torch.Tensor]]
     return rows[:train_size], rows[train_size:]
 
 
-def run(method: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train once, and measure."""
+def trained(method: str, seed: int, settings: dict[str, Any], folder: str) -> GNPTrainer:
+    """A trainer that has trained once."""
     train_data, test_data = load_data(settings["train_size"], seed)
     set_seed(seed)
     model = Network(settings["width"])
     names = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate")
+    args = GNPTrainingArguments(
+        output_dir=folder,
+        seed=seed,
+        lr_scheduler_type=settings["lr_scheduler_type"],
+        max_grad_norm=0.0,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **{name: settings[name] for name in names},
+        **METHODS[method],
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate, momentum=settings["momentum"])
+    trainer = GNPTrainer(model, args, train_dataset=train_data, eval_dataset=test_data, optimizers=(optimizer, None))
+    trainer.train()
+    return trainer
+
+
+def run(method: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train once, and measure."""
     with tempfile.TemporaryDirectory() as folder:
-        args = GNPTrainingArguments(
-            output_dir=folder,
-            seed=seed,
-            lr_scheduler_type=settings["lr_scheduler_type"],
-            max_grad_norm=0.0,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            **{name: settings[name] for name in names},
-            **METHODS[method],
-        )
-        optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate, momentum=settings["momentum"])
-        trainer = GNPTrainer(
-            model, args, train_dataset=train_data, eval_dataset=test_data, optimizers=(optimizer, None)
-        )
-        trainer.train()
-        sharpness = trainer.measure_sharpness(train_data, samples=len(train_data), max_products=200, log=False)
+        trainer = trained(method, seed, settings, folder)
+        # Exactly: differences would see the kinks of ReLU that their step crosses.
+        options = {"method": "exact", "samples": settings["train_size"], "max_products": 200, "log": False}
+        sharpness = trainer.measure_sharpness(trainer.train_dataset, **options)
         test_loss = trainer.evaluate()["eval_loss"]
     return {
         "method": method,
@@ -112,6 +118,17 @@ def run(method: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         "train_loss": sharpness["loss"],
         "test_loss": test_loss,
     }
+
+
+def draw(path: Path, seed: int, settings: dict[str, Any]) -> None:
+    """The training loss around the ends of plain training and of the penalty, along their eigenvectors."""
+    with tempfile.TemporaryDirectory() as folder:
+        ends = [str(Path(folder) / method) for method in ("plain", "penalty")]
+        for end in ends:
+            trainer = trained(Path(end).name, seed, settings, folder)
+            trainer.save_model(end)
+        options = {"dataset": trainer.train_dataset, "samples": settings["train_size"], "points": 25, "distance": 2.0}
+        plot_loss_surface(trainer, path, ends, directions="eigenvectors", dimensions=2, **options)
 
 
 def table(runs: dict[str, dict[int, dict[str, Any]]], seeds: list[int]) -> str:
@@ -136,7 +153,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="How many, from 0. Default: 5.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs/figures/flatness.json")
+    parser.add_argument("--picture", type=Path, help="Draw the loss around the ends of seed 0, and nothing else.")
     args = parser.parse_args()
+    if args.picture is not None:
+        draw(args.picture, 0, SETTINGS)
+        return
     store, seeds = Store(args.output), list(range(args.seeds))
     for seed in seeds:
         for method in METHODS:

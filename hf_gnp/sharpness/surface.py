@@ -16,9 +16,9 @@ from .slices import filter_normalized_, losses_along, name_of, to_checkpoint
 
 DIRECTIONS = ("filters", "eigenvectors", "line")
 UNITS = {
-    "filters": "filter norms along a random direction",
-    "eigenvectors": "‖Δθ‖ along eigenvector",
-    "line": "share of the way",
+    "filters": ("filter norms along a random direction", "filter norms along another"),
+    "eigenvectors": ("‖Δθ‖ along eigenvector 1", "‖Δθ‖ along eigenvector 2"),
+    "line": ("share of the way",),
 }
 
 
@@ -57,7 +57,7 @@ def plot_loss_surface(
         tolerance, max_products: For eigenvectors, as there.
 
     Returns:
-        What the JSON has: caption, unit of the axes, axes, and for each checkpoint its name and losses, and the
+        What the JSON has: caption, axes and their units, and for each checkpoint its name and losses, and the
         eigenvalues of the directions.
 
     Raises:
@@ -97,7 +97,7 @@ def plot_loss_surface(
     result = {
         "caption": _caption(trainer, directions, dimensions, loss.samples, seed, slices),
         "directions": directions,
-        "unit": UNITS[directions],
+        "units": list(UNITS[directions][:dimensions]),
         "axes": [axis.tolist() for axis in axes],
         "slices": slices,
     }
@@ -161,13 +161,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("Pictures need matplotlib: pip install 'hf_gnp[sharpness]'.") from None
-    slices, axes = result["slices"], result["axes"]
+    slices, axes, units = result["slices"], result["axes"], result["units"]
     if len(axes) == 1:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         (panel,) = figure.subplots(1, 1, squeeze=False)[0]
         for item in slices:
             panel.plot(axes[0], item["losses"], marker=".", label=_label(item))
-        panel.set(xlabel=f"x, {result['unit']}", ylabel="loss")
+        panel.set(xlabel=f"x, {units[0]}", ylabel="loss")
         panel.legend()
     else:
         figure = Figure(figsize=(1 + 5 * len(slices), 4.8), layout="constrained")
@@ -179,11 +179,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for panel, item, grid in zip(panels, slices, losses, strict=True):
             # The first axis is x: contourf wants it last.
             filled = panel.contourf(*axes, grid.T, levels=levels, cmap="viridis")
-            panel.contour(*axes, grid.T, levels=levels[::3], colors="white", linewidths=0.4)
+            panel.contour(*axes, grid.T, levels=levels[::2], colors="white", linewidths=0.4)
             panel.plot(0, 0, marker="+", color="red", markersize=10)
-            panel.set(xlabel=f"x, {result['unit']}", ylabel=f"y, {result['unit']}", title=_label(item))
+            panel.set(xlabel=f"x, {units[0]}", ylabel=f"y, {units[1]}", title=_label(item))
+            panel.locator_params(nbins=5)
             panel.set_aspect("equal")
-        figure.colorbar(filled, ax=list(panels), label="loss")
+        figure.colorbar(filled, ax=list(panels), label="loss", format="%.3g")
     figure.suptitle(result["caption"], fontsize=9, wrap=True)
     figure.savefig(path, dpi=120)
 
