@@ -93,6 +93,7 @@ def make_trainer(args: argparse.Namespace, checkpoint: str) -> Any:
         report_to=[],
         bf16=args.bf16,
         use_cpu=args.use_cpu,
+        ddp_backend="gloo" if args.use_cpu else None,
         remove_unused_columns=False,
     )
     model = load_model(checkpoint)  # after the arguments, which say whether it is sharded as it is loaded
