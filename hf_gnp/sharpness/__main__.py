@@ -11,6 +11,7 @@ table with a row for each, and writes sharpness.json, surface.png and, for two o
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 def make_trainer(args: argparse.Namespace, checkpoint: str) -> Any:
     from hf_gnp import GNPTrainer, GNPTrainingArguments
 
+    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     training_args = GNPTrainingArguments(
         output_dir=args.output_dir,
         per_device_train_batch_size=1,
@@ -93,7 +95,7 @@ def make_trainer(args: argparse.Namespace, checkpoint: str) -> Any:
         report_to=[],
         bf16=args.bf16,
         use_cpu=args.use_cpu,
-        ddp_backend="gloo" if args.use_cpu else None,
+        ddp_backend="gloo" if args.use_cpu and is_launched else None,
         remove_unused_columns=False,
     )
     model = load_model(checkpoint)  # after the arguments, which say whether it is sharded as it is loaded
