@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import Store, mean_and_error, p_value, pair
+from results import Store, mean_and_error, p_value
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch import nn
@@ -139,11 +139,12 @@ def table(runs: dict[str, dict[int, dict[str, Any]]], seeds: list[int]) -> str:
         cells = [label]
         for method, by_seed in runs.items():
             values = np.array([by_seed[seed][measure] for seed in seeds])
-            cell = pair(mean_and_error(values.tolist()), 1, 4)
+            mean, error = mean_and_error(values.tolist())
+            cell = f"{mean:.3g} ± {error:.2g}"
             if method != "plain":
                 p = float(stats.ttest_rel(values, plain).pvalue)
                 lower = int((values < plain).sum())
-                cell += f"; {(values - plain).mean():+.4f} (p {p_value(p)}; lower in {lower} of {len(seeds)})"
+                cell += f"; Δ {(values - plain).mean():+.2g} (p {p_value(p)}; lower in {lower} of {len(seeds)})"
             cells.append(cell)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
