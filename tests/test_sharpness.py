@@ -1,6 +1,7 @@
 """Sharpness on one process, against Hessians in float64 that are formed here, without the library's products."""
 
 import copy
+import gc
 import random
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer
 
 from hf_gnp import SharpnessCallback
+from hf_gnp.sharpness.loss import SampleLoss
 
 
 # What is asked of eigenvalues and trace.
@@ -140,6 +142,23 @@ def test_batch_norm_uses_its_statistics_and_does_not_move_them(tmp_path):
     assert_identical(snapshot(model), before)
     assert model.training
     assert_matches(result, Exact(model, make_data("net", size=SAMPLES)), 1)
+
+
+@pytest.mark.parametrize("basis", [3, 8])
+def test_few_vectors_are_held(tmp_path, monkeypatch, basis):
+    """θ's copy, the gradient, the basis, and four more: what docs/sharpness.md says a model needs."""
+    model, held = Net(nn.Tanh), []
+    size = sum(p.numel() for p in model.parameters())
+    add_gradient = SampleLoss.add_gradient_
+
+    def counted(self, *args):
+        gc.collect()
+        held.append(sum(isinstance(o, torch.Tensor) and o.shape == (size,) for o in gc.get_objects()))
+        return add_gradient(self, *args)
+
+    monkeypatch.setattr(SampleLoss, "add_gradient_", counted)
+    trainer_of(tmp_path, model).measure_sharpness(basis=basis, tolerance=1e-6)
+    assert basis < max(held) <= 1 + basis + 4
 
 
 class Quadratic(nn.Module):

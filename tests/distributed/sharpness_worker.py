@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from worker import full_weights, make_trainer, reset, save_and_end
 
-from hf_gnp import SharpnessCallback
+from hf_gnp import SharpnessCallback, plot_loss_surface
 
 
 class Interrupted(Exception):
@@ -34,11 +34,18 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     trainer.eval_dataset = trainer.train_dataset
     if case["engine"] == "ddp":
         result["before_training"] = trainer.measure_sharpness(**options)
+    if trainer.is_deepspeed_enabled:
+        try:
+            trainer.measure_sharpness(**options)
+        except RuntimeError as error:
+            result["before_training"] = str(error)
     trainer.add_callback(SharpnessCallback(every=2, **options))
     trainer.train()
     result["weights"] = full_weights(trainer.model)
     result["logged"] = [entry for entry in trainer.state.log_history if "sharpness_loss" in entry]
     result["measured"] = trainer.measure_sharpness(**options)
+    picture = {"points": 3, "distance": 0.1, "samples": options["samples"]}
+    result["picture"] = plot_loss_surface(trainer, folder / f"{name}.png", **picture)["slices"][0]["losses"]
     result["after_measuring"] = full_weights(trainer.model)
     result["interrupted"] = [interrupted(trainer, options, call) for call in case["interrupted_at"]]
     return result

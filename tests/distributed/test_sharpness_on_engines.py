@@ -10,6 +10,8 @@ from launch import free_port, launch
 from runs import make_trainer
 from tiny import make_data, make_model
 
+from hf_gnp import plot_loss_surface
+
 
 WORKER = Path(__file__).parent / "sharpness_worker.py"
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -64,7 +66,11 @@ def measured_on_one_process(folder, case, weights):
         for parameter, part in zip(model.parameters(), weights.split(sizes), strict=True):
             parameter.copy_(part.view_as(parameter))
     trainer = make_trainer(folder, case["kind"], model=model, per_device_eval_batch_size=SAMPLES)
-    return trainer.measure_sharpness(make_data(case["kind"]), **OPTIONS)
+    data = make_data(case["kind"])
+    picture = plot_loss_surface(
+        trainer, folder / "one.png", dataset=data, points=3, distance=0.1, samples=OPTIONS["samples"]
+    )
+    return trainer.measure_sharpness(data, **OPTIONS) | {"picture": picture["slices"][0]["losses"]}
 
 
 def assert_same(result, expected, tolerance=TOLERANCE, rise=RISE):
@@ -95,6 +101,9 @@ def test_two_ranks_measure_what_one_process_does(tmp_path, results, name):
         assert result["measured"]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)
         return
     assert_same(result["measured"], expected)
-    if "before_training" in result:
+    assert result["picture"] == pytest.approx(expected["picture"], rel=1e-5)  # losses, and filters' norms, in fp32
+    if case["engine"].startswith("zero"):
+        assert "during or after training" in result["before_training"]
+    if case["engine"] == "ddp":
         start = make_trainer(tmp_path, case["kind"], per_device_eval_batch_size=SAMPLES)
         assert_same(result["before_training"], start.measure_sharpness(make_data(case["kind"]), **OPTIONS))
