@@ -12,9 +12,11 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from tiny import Net, collate, make_data, make_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from hf_gnp import SharpnessCallback
+from hf_gnp.sharpness import measure_sharpness
 from hf_gnp.sharpness.loss import SampleLoss
 
 
@@ -209,6 +211,19 @@ def test_a_sample_is_drawn_by_the_seed(tmp_path):
     assert results[0]["loss"] != results[2]["loss"]
     rows = np.sort(np.random.default_rng(3).permutation(48)[:SAMPLES])
     assert results[0]["loss"] == pytest.approx(Exact(model, [data[row] for row in rows]).loss, rel=1e-5)
+
+
+def test_stock_trainers_and_iterable_data(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from make_data("net", size=48)
+
+    options = {"k": 1, "probes": 0, "log": False}
+    stock = make_trainer(tmp_path, "net", cls=Trainer, model=Net(nn.Tanh), per_device_eval_batch_size=SAMPLES)
+    first = make_data("net", size=48)[:SAMPLES]
+    expected = trainer_of(tmp_path, Net(nn.Tanh)).measure_sharpness(first, **options)
+    assert measure_sharpness(stock, Stream(), samples=SAMPLES, **options) == expected
+    assert expected["samples"] == SAMPLES
 
 
 def test_random_transforms_draw_by_the_seed_and_leave_the_generators(tmp_path):
