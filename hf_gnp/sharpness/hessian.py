@@ -74,7 +74,6 @@ class DifferenceHessian(Hessian):
         for sign in (1.0, -1.0):
             self.loss.move(vector, sign * step / norm)
             self.loss.add_gradient_(result, sign * norm / (2 * step))
-        self.loss.move()
         return result
 
     def _choose_step(self, direction: torch.Tensor) -> tuple[float, float]:

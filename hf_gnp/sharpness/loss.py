@@ -54,7 +54,10 @@ class SampleLoss:
 
     @torch.no_grad()
     def move(self, vector: torch.Tensor | None = None, scale: float = 1.0) -> None:
-        """The weights become θ + scale v, rounded once to their dtype, on all ranks; θ without a vector."""
+        """
+        The weights become θ + scale v, rounded once to their dtype, on all ranks; θ without a vector. They stay there
+        until the next move: making them seen is a collective under ZeRO-1 and 2.
+        """
         if self._origin is not None:
             vector, scale = self._origin if vector is None else torch.add(self._origin, vector, alpha=scale), 1.0
         weights, thetas = ([getattr(shard, name) for shard in self.vectors.held] for name in ("weight", "theta"))

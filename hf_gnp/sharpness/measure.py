@@ -161,9 +161,7 @@ def _rise(loss: SampleLoss, start: float, direction: torch.Tensor, r: float) -> 
     if norm == 0:
         return 0.0
     loss.move(direction, r / norm)
-    value = loss.value()
-    loss.move()
-    return value - start
+    return loss.value() - start
 
 
 def as_logs(result: dict[str, Any]) -> dict[str, float]:

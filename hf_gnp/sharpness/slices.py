@@ -87,7 +87,6 @@ def losses_along(loss: SampleLoss, directions: Sequence[torch.Tensor], axes: Seq
         point = sum(float(axis[i]) * d for axis, i, d in zip(axes, index, directions, strict=True))
         loss.move(point)
         grid[index] = loss.value()
-    loss.move()
     return grid
 
 
