@@ -19,6 +19,8 @@ from .direction import Perturbation
 from .engines import refuse_unsupported
 from .replay.window import MicroBatch
 from .schedule import Schedule
+from .sharpness import measure_sharpness
+from .sharpness.callback import callbacks_know
 from .step import PenalisedSteps, never_reached, replayed_step
 
 
@@ -96,7 +98,8 @@ class GNPMixin:
             if self._gnp_run.is_perturbed:
                 raise RuntimeError("Weights are still moved by a second pass that failed: load a checkpoint first.")
         try:
-            return super().train(*args, **kwargs)
+            with callbacks_know(self):
+                return super().train(*args, **kwargs)
         finally:
             self._gnp_end_run()
 
@@ -106,6 +109,10 @@ class GNPMixin:
             self._gnp_run.close()
             if not self._gnp_run.is_perturbed:
                 self._gnp_run = None
+
+    @functools.wraps(measure_sharpness)
+    def measure_sharpness(self, *args, **kwargs) -> dict[str, Any]:
+        return measure_sharpness(self, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
         # Trainer calls this at the beginning of each run, after which its arguments are settled.

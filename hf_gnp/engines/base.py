@@ -32,6 +32,19 @@ class Shard(NamedTuple):
     copies: int = 1
 
 
+class HeldShard(NamedTuple):
+    """
+    This rank's part of one trainable parameter, with or without a gradient, while weights may be moved: `weight` is
+    what the forward sees, and `theta`, of the same shape, is θ and stays put. `copies` ranks hold the same part.
+    """
+
+    parameter: nn.Parameter
+    weight: torch.Tensor
+    theta: torch.Tensor
+    place: Place
+    copies: int = 1
+
+
 class GradientNorms(NamedTuple):
     """
     `gradient`: ‖g₁‖. `direction`: the norm by which the move is normalised: ‖g₁‖ again, or that of the gradient of the
@@ -103,6 +116,10 @@ class Engine(ABC):
     @abstractmethod
     def keep_weights(self, shards: list[Shard]) -> None:
         """Keep what `restore` needs, before these shards are moved."""
+
+    @abstractmethod
+    def hold_weights(self) -> list[HeldShard]:
+        """`keep_weights` of all trainable weights, to be moved any number of times until `restore`."""
 
     @abstractmethod
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
@@ -187,6 +204,11 @@ class Engine(ABC):
                 interruption = error
         if interruption is not None:
             raise interruption
+
+    def gradients_of(self, held: Sequence[HeldShard]) -> list[torch.Tensor | None]:
+        """The gradients of held shards after a pass; None where the loss did not reach the parameter."""
+        gradients = {id(shard.parameter): shard.gradient for shard in self.shards()}
+        return [gradients.get(id(shard.parameter)) for shard in held]
 
     @abstractmethod
     def take_gradient(self) -> Any:

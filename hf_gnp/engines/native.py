@@ -16,7 +16,7 @@ from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.rounding import Place
 
-from .base import Engine, Shard, number_parameters
+from .base import Engine, HeldShard, Shard, number_parameters
 from .private import set_sync_gradients
 
 
@@ -111,6 +111,21 @@ class NativeEngine(Engine):
     def keep_weights(self, shards: list[Shard]) -> None:
         self._backup = [shard.weight.clone() for shard in shards]
         self._moved = [shard.weight for shard in shards]  # only now: `restore` needs both
+
+    @torch.no_grad()
+    def hold_weights(self) -> list[HeldShard]:
+        weights, numbers, held = [_local(p) for p in self.parameters], number_parameters(self.model), []
+        self._backup = [weight.clone() for weight in weights]
+        self._moved = weights  # only now: `restore` needs both
+        for parameter, weight, theta in zip(self.parameters, weights, self._backup, strict=True):
+            place = self._place(numbers[id(parameter)], parameter)
+            copies = _copies(parameter) if self.is_sharded else 1
+            held.append(HeldShard(parameter, weight, theta, place, copies))
+        return held
+
+    def gradients_of(self, held: Sequence[HeldShard]) -> list[torch.Tensor | None]:
+        self._with_any_gradient()
+        return [None if shard.parameter.grad is None else _local(shard.parameter.grad) for shard in held]
 
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
         if alpha == 1:

@@ -42,10 +42,15 @@ def refuse_unsupported(
         NotImplementedError: for an engine or a parallelism.
     """
     _refuse_optimizer(args, optimizer)
+    refuse_engine(accelerator, model, "The gradient-norm penalty does not run with {}, or set gnp_alpha=0.")
+    _refuse_perturbation(accelerator, perturbation or Perturbation(), model)
+
+
+def refuse_engine(accelerator: Accelerator, model: nn.Module, sentence: str) -> None:
+    """Raise NotImplementedError where weights cannot be moved: `sentence` with the reason, and what to use instead."""
     for reason in (_unsupported_engine(accelerator), _unsupported_model(model), *_unsupported_deepspeed(accelerator)):
         if reason is not None:
-            raise NotImplementedError(f"The gradient-norm penalty does not run with {reason}, or set gnp_alpha=0.")
-    _refuse_perturbation(accelerator, perturbation or Perturbation(), model)
+            raise NotImplementedError(sentence.format(reason))
 
 
 def _refuse_optimizer(args: TrainingArguments, optimizer: Any) -> None:

@@ -38,6 +38,7 @@ OPTIMIZER_NAMES = {
         *_REPLICATED_NAMES,
         "all_grad_tensors",
         "averaged_gradients",
+        "bit16_groups",
         "bit16_groups_flat",
         "check_grad_overflow",
         "cpu_offload",
@@ -109,6 +110,12 @@ def check_optimizer(optimizer: Any) -> None:
         require("deepspeed", optimizer.parameter_offload, ["partition_all_parameters"], "DeepSpeedZeRoOffload")
         for parameter in [parameter for group in optimizer.fp16_groups for parameter in group][:1]:
             require("deepspeed", parameter, PARAMETER_NAMES, "a parameter's")
+
+
+def fragment_of(parameter: Any) -> Any | None:
+    """Which part of a parameter lies where in this rank's partition under ZeRO-1 and 2; None where no part does."""
+    require("deepspeed", parameter, ["_hp_mapping"], "a parameter's")
+    return parameter._hp_mapping
 
 
 def check_fragments(fragments: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:

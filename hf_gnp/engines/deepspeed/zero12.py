@@ -13,11 +13,11 @@ from torch import nn
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import Shard, number_parameters
+from hf_gnp.engines.base import HeldShard, Shard, number_parameters
 from hf_gnp.rounding import Place
 
 from .base import ShardedEngine
-from .private import INITIAL_MICRO_STEP_ID, all_gather_dp_groups, check_fragments
+from .private import INITIAL_MICRO_STEP_ID, all_gather_dp_groups, check_fragments, fragment_of
 
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,18 @@ class _ReplicatedEngine(ShardedEngine):
     def keep_weights(self, shards: list[Shard]) -> None:
         self._is_perturbed = True  # the masters keep them
 
+    def hold_weights(self) -> list[HeldShard]:
+        self.keep_weights([])
+        held, numbers = [], number_parameters(self.engine.module)
+        for (weight, master), parameters in zip(self.partitions(), self._lists("parameters"), strict=True):
+            for parameter in parameters:
+                if (mapping := fragment_of(parameter)) is not None:
+                    part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    parts = (flat.narrow(0, part.start, part.numel) for flat in (weight, master))
+                    place = Place.run(numbers[id(parameter)], whole.start, whole.numel)
+                    held.append(HeldShard(parameter, *parts, place))
+        return held
+
     def end_perturbation(self) -> None:
         pass  # `finish` publishes new weights, or `hold_gradient` those of the masters
 
@@ -108,6 +120,7 @@ class Zero12Engine(_ReplicatedEngine):
     """ZeRO-1 and 2, with or without optimizer offload."""
 
     names: ClassVar[dict[str, str]] = {
+        "parameters": "bit16_groups",
         "flat_weights": "bit16_groups_flat",
         "weight_partitions": "parallel_partitioned_bit16_groups",
         "masters": "single_partition_of_fp32_groups",
@@ -177,6 +190,7 @@ class Bf16Zero1Engine(_ReplicatedEngine):
     """
 
     names: ClassVar[dict[str, str]] = {
+        "parameters": "bf16_groups",
         "flat_weights": "bf16_groups_flat",
         "weight_partitions": "bf16_partitioned_groups",
         "masters": "fp32_groups_flat_partition",

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import Shard, number_parameters
+from hf_gnp.engines.base import HeldShard, Shard, number_parameters
 from hf_gnp.rounding import Place
 
 from .base import ShardedEngine
@@ -51,6 +51,24 @@ class Zero3Engine(ShardedEngine):
             weight.clone() if weight.data_ptr() == master.data_ptr() else None
             for weight, master in zip(weights, masters, strict=True)
         ]
+
+    def hold_weights(self) -> list[HeldShard]:
+        self.keep_weights([])
+        optimizer, held, numbers = self.optimizer, [], number_parameters(self.engine.module)
+        for i, group in enumerate(optimizer.fp16_groups):
+            theta, offset = self._backup[i], 0
+            if theta is None:
+                theta = optimizer.fp32_partitioned_groups_flat[i].detach()
+            for param in group:
+                size = param.partition_numel()
+                start = size * dist.get_rank(param.ds_process_group)
+                real = min(max(param.ds_numel - start, 0), size)
+                if param.requires_grad and real > 0:
+                    weight = optimizer.fp16_partitioned_groups_flat[i].narrow(0, offset, real)
+                    place = Place.run(numbers[id(param)], start, real)
+                    held.append(HeldShard(param, weight, theta.narrow(0, offset, real), place))
+                offset += size
+        return held
 
     @torch.no_grad()
     def restore(self) -> None:

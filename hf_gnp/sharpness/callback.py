@@ -1,0 +1,53 @@
+"""Sharpness as a curve of the run."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class SharpnessCallback(TrainerCallback):
+    """
+    Measures the sharpness during training, and logs it as any metric: `sharpness_top_eigenvalue_1`, and so on.
+
+    Args:
+        every: After how many optimizer steps; at the end of training too.
+        options: Arguments of `measure_sharpness`.
+
+    Example:
+
+    ```python
+    >>> callbacks = [SharpnessCallback(every=100)]
+    >>> trainer = GNPTrainer(model, args, train_dataset=train, eval_dataset=test, callbacks=callbacks)
+    ```
+    """
+
+    def __init__(self, every: int = 100, **options: Any):
+        if every < 1:
+            raise ValueError(f"every is a number of steps, at least 1, but it is {every!r}.")
+        self.every, self.options = every, options
+        self._trainer: Any = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            if self._trainer is None:
+                raise RuntimeError(
+                    "SharpnessCallback needs a trainer with GNPMixin: use GNPTrainer (gnp_alpha=0 too)."
+                )
+            self._trainer.measure_sharpness(**self.options)
+
+
+@contextlib.contextmanager
+def callbacks_know(trainer: Any) -> Iterator[None]:
+    """Transformers gives callbacks the model, and not the trainer whose loss is to be measured."""
+    known = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SharpnessCallback)]
+    for callback in known:
+        callback._trainer = trainer
+    try:
+        yield
+    finally:
+        for callback in known:
+            callback._trainer = None
