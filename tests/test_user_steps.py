@@ -149,6 +149,24 @@ def test_a_step_that_never_reaches_trainers_is_refused_by_name(tmp_path, cls, ma
     make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), gnp_alpha=0.0, max_steps=1).train()
 
 
+class SkippingUnseen(GNPTrainer):
+    """Leaves out a batch without a look at its loss, in one of three steps."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step % 3 == 0:
+            return torch.zeros(())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def test_a_step_that_is_skipped_whole_changes_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, "net", SkippingUnseen, model=Net(nn.Tanh), max_steps=5)
+    trainer.train()
+    steps = [window for step, window in enumerate(windows("net", 1)[:5]) if step % 3]
+    start, end, _ = reference_run("net", 1, model=Net(nn.Tanh), steps=steps)
+    result = torch.cat([p.detach().double().flatten() for p in trainer.model.parameters()])
+    assert (result - end).norm() < 1e-4 * (end - start).norm()
+
+
 # --- Exceptions that the subclass swallows ---
 
 
