@@ -20,7 +20,7 @@ SHARED = ROOT.parent / "shared" / "data"
 def run_script(name: str, output: Path, *flags: str) -> dict[str, float]:
     """The metrics that the script writes."""
     command = [sys.executable, f"examples/{name}.py", "--output_dir", str(output), *FAST, *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
     results = output / "all_results.json"
     return json.loads(results.read_text()) if results.exists() else {"printed": result.stdout}

@@ -26,7 +26,7 @@ def run_cases(cases: dict[str, Any], folder: Path, ranks: int = RANKS, **environ
         cases_file = folder / "cases.json"
         cases_file.write_text(json.dumps({name: cases[name] for name in names}))
         command = ["torchrun", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", str(WORKER)]
-        launch([*command, str(cases_file), str(folder)], timeout=1200, **environment)
+        launch([*command, str(cases_file), str(folder)], timeout=2400, **environment)
         results |= torch.load(folder / "results.pt", weights_only=True)
     return results
 

@@ -31,7 +31,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("meshes")
     (folder / "cases.json").write_text(json.dumps(CASES))
     command = ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", str(WORKER)]
-    launch([*command, str(folder / "cases.json"), str(folder)], timeout=1200)
+    launch([*command, str(folder / "cases.json"), str(folder)], timeout=2400)
     return torch.load(folder / "results.pt", weights_only=True)
 
 

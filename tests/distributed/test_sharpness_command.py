@@ -18,7 +18,7 @@ def test_launched_it_measures_what_one_process_does(tmp_path, config):
     flags = [*checkpoints, "--data", data, *FLAGS, "--no-pictures"]
     launcher = ["accelerate", "launch", "--config_file", f"configs/accelerate/{config}.yaml"]
     launcher += ["--num_processes", "2", "--main_process_port", str(free_port())]
-    launch([*launcher, "-m", "hf_gnp.sharpness", *flags, "--output_dir", str(tmp_path / config)], timeout=600)
+    launch([*launcher, "-m", "hf_gnp.sharpness", *flags, "--output_dir", str(tmp_path / config)], timeout=1200)
     rows = json.loads((tmp_path / config / "sharpness.json").read_text())
     for row, expected in zip(rows, main([*flags, "--output_dir", str(tmp_path / "one")]), strict=True):
         # Means in fp32, in another order; products of them, see test_sharpness_on_engines.py.

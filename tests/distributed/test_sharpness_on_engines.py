@@ -55,7 +55,7 @@ def results(tmp_path_factory):
     cases_file = folder / "cases.json"
     cases_file.write_text(json.dumps(CASES))
     command = ["torchrun", f"--nproc_per_node={RANKS}", f"--master_port={free_port()}", str(WORKER)]
-    launch([*command, str(cases_file), str(folder)], timeout=1200)
+    launch([*command, str(cases_file), str(folder)], timeout=2400)
     return torch.load(folder / "results.pt", weights_only=True)
 
 
