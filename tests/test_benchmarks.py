@@ -17,7 +17,7 @@ from tiny import make_model, save_tokenizer
 datasets = pytest.importorskip("datasets", reason="the benchmarks read parquet with it")
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-TIMEOUT = 300
+TIMEOUT = 1200
 CONTENDERS = ("gnp", "sam", "gnp_interval_2", "loop_sam")
 METHODS = {"cifar10": 5, "sst2": 4}
 WORDS = ("good", "bad", "film", "plot", "a", "the", "fine", "dull")

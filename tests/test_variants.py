@@ -22,7 +22,7 @@ from runs import (
     windows,
 )
 from tiny import KINDS, collate, flat_weights, make_data, make_model, relative_distance
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPTrainer, GNPTrainingArguments
 from hf_gnp.direction import find_targets
@@ -234,6 +234,30 @@ def test_fidelity_is_measured_at_logging_steps_only(tmp_path, monkeypatch):
     trainer.train()
     assert measured == [step % 5 == 4 for step in range(12)]
     assert len(logs_of(trainer, "gnp_fidelity")["gnp_fidelity"]) == 2
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.1])
+def test_16_bit_gradients_are_mixed_after_they_are_summed(tmp_path, alpha):
+    """Of α g₂ accumulated in bf16 onto (1-α) g₁ over 12 micro-batches, little would be left."""
+
+    def gradients(**arguments) -> list[torch.Tensor]:
+        taken = []
+
+        class Take(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                taken.extend(p.grad.clone() for p in model.parameters())
+
+        settings = {"gradient_accumulation_steps": 12, "max_steps": 1, "gnp_r": 0.5, "max_grad_norm": 0}
+        settings["gnp_stochastic_rounding"] = False
+        trainer = make_trainer(tmp_path, "bert", model=bf16("bert"), callbacks=[Take()], **settings, **arguments)
+        trainer.train()
+        return taken
+
+    first, second, mixed = (gradients(gnp_alpha=value) for value in (0.0, 1.0, alpha))
+    for g1, g2, result in zip(first, second, mixed, strict=True):
+        expected = (1 - alpha) * g1.double() + alpha * g2.double()
+        # Rounded once to the 8 bits of bf16.
+        assert ((result.double() - expected).abs() <= 2.0**-8 * expected.abs() + 1e-30).all()
 
 
 # --- all pairs ---

@@ -19,7 +19,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-TIMEOUT = 600  # a launch takes 15 to 30 s on two free cores, nearly all of it imports
+TIMEOUT = 1200  # a launch takes 15 to 30 s on two free cores, nearly all of it imports
 SCRIPT = "examples/vit_finetune.py"
 METRICS = ("loss", "grad_norm", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_sharpness")
 STEPS, GLOBAL_BATCH = 4, 16

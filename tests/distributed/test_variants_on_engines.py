@@ -97,6 +97,12 @@ OTHERS = {
     },
     "rank-zero2": {"engine": "zero2", "kind": "vit", "args": gnp(gnp_scope="rank")},
     "rank_micro_batch-fsdp2": {"engine": "fsdp2", "kind": "vit", "args": gnp(gnp_scope="rank_micro_batch")},
+    "logs-in-loss": {"engine": "ddp", "kind": "vit", "logs_in_loss": True, "args": gnp(**ACCUMULATION)},
+    **{
+        f"hook-{hook}-{alpha}": {"engine": "ddp", "kind": "vit", "comm_hook": hook, "args": gnp(alpha, max_steps=3)}
+        for hook in ("fp16", "bf16")
+        for alpha in (1e-6, 0.8)
+    },
     "rounding-fp32-zero2": {"engine": "zero2", "kind": "vit", "args": gnp(gnp_stochastic_rounding=True)},
 }
 CASES = VARIED | ROUNDED | PURE_BF16 | SCOPED | SCOPED_LOW | COUNTED | OTHERS
@@ -167,6 +173,22 @@ def test_what_scopes_communicate(results):
 def test_ranks_stay_together_when_one_has_no_direction(results):
     result = result_of(results, "rank-nan")
     assert torch.equal(result["weights"], result["start_of_step"])
+
+
+def test_a_loss_that_logs_on_the_main_process_alone_hangs_nobody(results):
+    """Only in `Trainer`'s own log call do all ranks meet."""
+    assert_matches_reference(result_of(results, "logs-in-loss"), OTHERS["logs-in-loss"])
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.8])
+@pytest.mark.parametrize("hook, bits", [("fp16", 11), ("bf16", 8)])
+def test_hooks_that_compress_gradients(results, hook, bits, alpha):
+    """At a small α, (1-α)/α g₁ has no place in fp16, and α g₂ beside it none in either: g₁ is kept aside."""
+    case = OTHERS[f"hook-{hook}-{alpha}"]
+    start, expected, _ = reference_of(case, steps=windows("vit", RANKS)[:3])
+    # Each rank rounds its gradients of two passes once.
+    result = result_of(results, f"hook-{hook}-{alpha}")
+    assert relative_distance(result["weights"], expected, start) < 4 * 2.0**-bits
 
 
 def test_refused_where_an_engine_cannot_follow(results):

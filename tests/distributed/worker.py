@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs
 from meters import CountCollectives
 from runs import logs_of, make_args
 from tiny import collate, flat_weights, make_data, make_model
@@ -100,6 +101,16 @@ class FaultyLoss:
         return loss
 
 
+class LoggingTrainer(GNPTrainer):
+    """Logs parts of its loss on the main process only, as people do, under the names of `Trainer`'s own logs."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.is_world_process_zero():
+            self.log({"loss": loss.item(), "learning_rate": 1.0, "part": 1.0})
+        return loss
+
+
 class FaultyTrainer(FaultyLoss, Trainer):
     pass
 
@@ -153,13 +164,16 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
     if case.get("unused"):
         model.unused = torch.nn.Parameter(torch.ones(7))
     classes = (FaultyTrainer, FaultyGNPTrainer) if "faults" in case else (Trainer, GNPTrainer)
+    cls = LoggingTrainer if case.get("logs_in_loss") else classes[not stock]
     data = make_data(case["kind"], case.get("size", 48))
-    trainer = classes[not stock](model=model, args=training_args, train_dataset=data, data_collator=collate)
+    trainer = cls(model=model, args=training_args, train_dataset=data, data_collator=collate)
     if "faults" in case:
         trainer.faults, trainer.seen = case["faults"], SimpleNamespace(calls={})
         trainer.compares_ranks = case.get("compare_ranks", False)
     if case.get("count"):
         trainer.add_callback(CountCollectives())
+    if "comm_hook" in case:
+        trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(comm_hook=case["comm_hook"])
     if case.get("scaler"):  # accelerate makes none on a CPU
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256)
     return trainer
@@ -182,6 +196,7 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
         result["raised"] = str(error)
     if "faults" in case:
         result["start_of_step"] = trainer.seen.start_of_step
+    trainer.state.log_history = [entry for entry in trainer.state.log_history if "part" not in entry]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "grad_norm", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_fidelity")
     result["logs"] = logs_of(trainer, *[n for n in names if logged and n in logged[0]])
