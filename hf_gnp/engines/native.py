@@ -9,15 +9,18 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.rounding import Place
 
 from .base import Engine, HeldShard, Shard, number_parameters
-from .private import set_sync_gradients
+from .private import require, set_sync_gradients
+from .support import POWER_SGD
 
 
 BUCKET = 25 * 2**20  # bytes, as DDP's
@@ -42,6 +45,7 @@ class NativeEngine(Engine):
         super().__init__(accelerator, perturbation)
         self.model, self._optimizer = model, optimizer
         self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        has_communication_hook(model)  # refuses one
         self.begin_window(perturbation)
         self._moved: list[torch.Tensor] = []
         self._backup: list[torch.Tensor] = []
@@ -292,8 +296,17 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def has_communication_hook(model: nn.Module) -> bool:
+    """
+    Raises:
+        NotImplementedError: for one that carries something from one gradient to the next.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return False
     # Private: DDP has no public way to ask.
-    return bool(getattr(model, "_comm_hooks", None))
+    require("torch", model, ["_comm_hooks"], "DistributedDataParallel")
+    if any(isinstance(state, PowerSGDState) for _, state in model._comm_hooks):
+        raise NotImplementedError(f"The gradient-norm penalty does not run with {POWER_SGD}, or set gnp_alpha=0.")
+    return bool(model._comm_hooks)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.utils import is_sagemaker_mp_enabled
 from hf_gnp.direction import Perturbation
 
 
+POWER_SGD = "PowerSGD, which carries an error from one gradient to the next: use the fp16 or bf16 hook, or none"
 _STEPS_INSIDE_BACKWARD = {
     OptimizerNames.LOMO,
     OptimizerNames.ADALOMO,
@@ -76,7 +77,7 @@ def _unsupported_engine(accelerator: Accelerator) -> str | None:
         return "FSDP version 1: set fsdp_version to 2"
     hook = getattr(getattr(accelerator, "ddp_handler", None), "comm_hook", DDPCommunicationHookType.NO)
     if "power_sgd" in DDPCommunicationHookType(hook).value:
-        return "PowerSGD, which carries an error from one gradient to the next: use the fp16 or bf16 hook, or none"
+        return POWER_SGD
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         return "context or sequence parallelism, which shards the inputs in place: use FSDP2 or ZeRO-3 alone"

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs
 from meters import CountCollectives
 from runs import logs_of, make_args
 from tiny import collate, flat_weights, make_data, make_model
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -111,6 +111,20 @@ class LoggingTrainer(GNPTrainer):
         return loss
 
 
+class HookedTrainer(GNPTrainer):
+    """Registers a communication hook of DDP, as users do: `Trainer` has no argument for it."""
+
+    comm_hook: str | None
+
+    def training_step(self, model, *args, **kwargs):
+        if self.comm_hook == "power_sgd":
+            model.register_comm_hook(powerSGD_hook.PowerSGDState(None), powerSGD_hook.powerSGD_hook)
+        elif self.comm_hook is not None:
+            model.register_comm_hook(None, getattr(default_hooks, f"{self.comm_hook}_compress_hook"))
+        self.comm_hook = None
+        return super().training_step(model, *args, **kwargs)
+
+
 class FaultyTrainer(FaultyLoss, Trainer):
     pass
 
@@ -164,7 +178,7 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
     if case.get("unused"):
         model.unused = torch.nn.Parameter(torch.ones(7))
     classes = (FaultyTrainer, FaultyGNPTrainer) if "faults" in case else (Trainer, GNPTrainer)
-    cls = LoggingTrainer if case.get("logs_in_loss") else classes[not stock]
+    cls = LoggingTrainer if case.get("logs_in_loss") else HookedTrainer if "comm_hook" in case else classes[not stock]
     data = make_data(case["kind"], case.get("size", 48))
     trainer = cls(model=model, args=training_args, train_dataset=data, data_collator=collate)
     if "faults" in case:
@@ -173,7 +187,7 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
     if case.get("count"):
         trainer.add_callback(CountCollectives())
     if "comm_hook" in case:
-        trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(comm_hook=case["comm_hook"])
+        trainer.comm_hook = case["comm_hook"]
     if case.get("scaler"):  # accelerate makes none on a CPU
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256)
     return trainer
