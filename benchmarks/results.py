@@ -32,7 +32,8 @@ class Store:
         with FileLock(self.path.with_suffix(".lock")):
             self.runs = [*self._read(), run]
             new = self.path.with_suffix(".new")
-            new.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n", encoding="utf-8")
+            lines = ",\n".join(json.dumps(run) for run in self.runs)  # one a run
+            new.write_text(f'{{"runs": [\n{lines}\n]}}\n', encoding="utf-8")
             os.replace(new, self.path)
 
     def of(self, settings: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str, dict[int, Run]]:

@@ -104,7 +104,8 @@ def plot_loss_surface(
     if trainer.is_world_process_zero():
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
+        path.with_suffix(".json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
         draw(result, path.with_suffix(".png"))
     return result
 
