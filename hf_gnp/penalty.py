@@ -12,8 +12,8 @@ Reference: Zhao, Zhang and Hu, ICML 2022, arXiv 2202.03599, equations (6) to (9)
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from hf_gnp.rounding import Place, round_stochastically, uniform_noise
 
 # At most so many elements of a list are moved together, where moving them takes memory.
 PART = 2**22
+
+Item = TypeVar("Item")
 
 
 def local_sq_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -43,6 +45,19 @@ def local_sq_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         norms = torch.stack(torch._foreach_norm(group, 2, dtype=dtype))
         total = total + norms.square().sum().to(total.device)
     return total
+
+
+def in_groups(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """The items in order, as many together as have at most `limit` in all; a larger one by itself."""
+    group, size = [], 0
+    for item in items:
+        if group and size + size_of(item) > limit:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += size_of(item)
+    if group:
+        yield group
 
 
 class _Part(NamedTuple):
@@ -88,24 +103,17 @@ def move_(
     if places is None:
         places = [Place.whole(i, weight.shape) for i, weight in enumerate(weights)]
     sums = torch.zeros(2, device=weights[0].device if weights else "cpu") if measure else None
-    for parts in _together([_Part(*parts) for parts in zip(weights, gradients, masters, places, strict=True)]):
+    tensors = [_Part(*parts) for parts in zip(weights, gradients, masters, places, strict=True)]
+    # A group at a time: of all, the moved tensors would be a second copy of the masters.
+    for parts in in_groups((part for tensor in tensors for part in _by_rows(tensor)), _numel, PART):
         measured = _move_parts(parts, scale, adaptive, noise_seed, measure)
         if measure:
             sums = sums + measured.to(sums.device)
     return sums
 
 
-def _together(tensors: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """Parts that are small together: of all, the moved tensors would be a second copy of the masters."""
-    parts, size = [], 0
-    for part in (part for tensor in tensors for part in _by_rows(tensor)):
-        if size and size + part.weight.numel() > PART:
-            yield parts
-            parts, size = [], 0
-        parts.append(part)
-        size += part.weight.numel()
-    if parts:
-        yield parts
+def _numel(part: _Part) -> int:
+    return part.weight.numel()
 
 
 def _by_rows(tensor: _Part) -> Iterator[_Part]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_gnp import engines
-from hf_gnp.engines import private
+from hf_gnp.engines import native, private
 from hf_gnp.engines.deepspeed import private as deepspeed_private
 
 
@@ -41,6 +42,15 @@ def test_accelerate(monkeypatch):
     monkeypatch.delattr(GradientState, "_set_sync_gradients")
     with pytest.raises(RuntimeError, match=sentence("accelerate", "GradientState._set_sync_gradients")):
         private.check_private_names(accelerator)
+
+
+@pytest.mark.parametrize("name", private.DDP)
+def test_ddp(name):
+    ddp = DistributedDataParallel.__new__(DistributedDataParallel)  # without a process group
+    torch.nn.Module.__init__(ddp)
+    vars(ddp).update({other: [] for other in private.DDP if other != name})
+    with pytest.raises(RuntimeError, match=sentence("torch", f"DistributedDataParallel.{name}")):
+        native.has_communication_hook(ddp)
 
 
 def optimizer_without(kind: str, missing: str | None, offloads: bool):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.distributed.fsdp import FSDPModule
@@ -19,7 +20,7 @@ from hf_gnp.direction import Perturbation
 from hf_gnp.rounding import Place
 
 from .base import Engine, HeldShard, Shard, number_parameters
-from .private import require, set_sync_gradients
+from .private import DDP, require, sync_gradients_set
 from .support import POWER_SGD
 
 
@@ -104,13 +105,9 @@ class NativeEngine(Engine):
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
-        sync_gradients = self.accelerator.sync_gradients
-        set_sync_gradients(self.accelerator, is_last)
-        try:
-            with self._sync() if self._reduces(is_last) else self._no_sync():
-                yield
-        finally:
-            set_sync_gradients(self.accelerator, sync_gradients)
+        reduced = self._sync() if self._reduces(is_last) else self._no_sync()
+        with sync_gradients_set(self.accelerator, is_last), reduced:
+            yield
 
     def keep_weights(self, shards: list[Shard]) -> None:
         self._backup = [shard.weight.clone() for shard in shards]
@@ -266,15 +263,16 @@ class NativeEngine(Engine):
         """Gradients are reduced, also within the `no_sync` that `Trainer` puts around all but the last micro-batch."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(True)
-        with_flag = [self.model] if hasattr(self.model, "require_backward_grad_sync") else []
-        before = [module.require_backward_grad_sync for module in with_flag]
-        for module in with_flag:
-            module.require_backward_grad_sync = True
+        ddp = without_compile(self.model)
+        if not isinstance(ddp, DistributedDataParallel):
+            yield
+            return
+        before = ddp.require_backward_grad_sync
+        ddp.require_backward_grad_sync = True
         try:
             yield
         finally:
-            for module, value in zip(with_flag, before, strict=True):
-                module.require_backward_grad_sync = value
+            ddp.require_backward_grad_sync = before
 
     def _no_sync(self):
         if self._fsdp_modules and not self.accelerator.is_fsdp2:
@@ -285,14 +283,13 @@ class NativeEngine(Engine):
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Tensors of one dtype that are reduced together, as many as fit into `BUCKET` or one."""
     for dtype in {tensor.dtype: None for tensor in tensors}:
-        bucket, size = [], 0
-        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
-            if bucket and size + tensor.nbytes > BUCKET:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(tensor)
-            size += tensor.nbytes
-        yield bucket
+        of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+        yield from penalty.in_groups(of_dtype, lambda tensor: tensor.nbytes, BUCKET)
+
+
+def without_compile(model: nn.Module) -> nn.Module:
+    """What accelerate compiled, which it does last: DDP itself where there is one."""
+    return model._orig_mod if is_compiled_module(model) else model
 
 
 def has_communication_hook(model: nn.Module) -> bool:
@@ -300,10 +297,11 @@ def has_communication_hook(model: nn.Module) -> bool:
     Raises:
         NotImplementedError: for one that carries something from one gradient to the next.
     """
+    model = without_compile(model)
     if not isinstance(model, DistributedDataParallel):
         return False
-    # Private: DDP has no public way to ask.
-    require("torch", model, ["_comm_hooks"], "DistributedDataParallel")
+    # DDP has no public way to ask.
+    require("torch", model, DDP, "DistributedDataParallel")
     if any(isinstance(state, PowerSGDState) for _, state in model._comm_hooks):
         raise NotImplementedError(f"The gradient-norm penalty does not run with {POWER_SGD}, or set gnp_alpha=0.")
     return bool(model._comm_hooks)

@@ -3,8 +3,9 @@ Every private name of torch and accelerate that hf_gnp uses outside of tensors' 
 made. DeepSpeed's are in deepspeed/private.py.
 """
 
+import contextlib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -24,6 +25,8 @@ FOREACH = (
     "_foreach_mul_",
     "_foreach_norm",
 )
+# Of torch's DistributedDataParallel: the hooks that gradients go through, and the switch that `no_sync` turns.
+DDP = ("_comm_hooks", "require_backward_grad_sync")
 
 
 def require(package: str, owner: Any, names: Iterable[str], what: str) -> None:
@@ -70,6 +73,12 @@ def check_private_names(accelerator: Accelerator) -> None:
     require("accelerate", accelerator.gradient_state, ["_set_sync_gradients", "plugin_kwargs"], "GradientState")
 
 
-def set_sync_gradients(accelerator: Accelerator, sync_gradients: bool) -> None:
-    """Tell accelerate whether the next backward is the last of a window."""
-    accelerator.gradient_state._set_sync_gradients(sync_gradients)
+@contextlib.contextmanager
+def sync_gradients_set(accelerator: Accelerator, is_last: bool) -> Iterator[None]:
+    """Inside, accelerate takes the next backward for the last of a window, or for one of those before."""
+    before = accelerator.sync_gradients
+    accelerator.gradient_state._set_sync_gradients(is_last)
+    try:
+        yield
+    finally:
+        accelerator.gradient_state._set_sync_gradients(before)

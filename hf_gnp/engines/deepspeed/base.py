@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.engines.base import Engine, Shard
-from hf_gnp.engines.private import set_sync_gradients
+from hf_gnp.engines.private import sync_gradients_set
 
 from . import private
 
@@ -55,13 +55,8 @@ class DeepSpeedSteps:
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
-        sync_gradients = self.accelerator.sync_gradients
-        set_sync_gradients(self.accelerator, is_last)
-        try:
-            with _backward_only(self.accelerator):
-                yield
-        finally:
-            set_sync_gradients(self.accelerator, sync_gradients)
+        with sync_gradients_set(self.accelerator, is_last), _backward_only(self.accelerator):
+            yield
 
     def finish(self) -> None:
         self.engine.step()
