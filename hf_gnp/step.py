@@ -18,8 +18,8 @@ from .schedule import Penalty, Schedule
 
 
 # Of a loss, what may differ when the same forward runs again on an accelerator, whose kernels add in any order.
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-PROBE_TOLERANCE_LOW = 5e-2
+PROBE_TOLERANCE = 1e-3
+PROBE_TOLERANCE_LOW = 5e-2  # in 16 bit
 
 RunPass = Callable[[MicroBatch], torch.Tensor]
 
@@ -199,7 +199,7 @@ class PenalisedSteps:
     def _tolerance(self) -> float:
         dtypes = {p.dtype for p in self.engine_parameters()}
         is_low = any(dtype.itemsize <= 2 for dtype in dtypes) or self.trainer.accelerator.mixed_precision != "no"
-        return PROBE_TOLERANCE_LOW if is_low else PROBE_TOLERANCE[torch.float32]
+        return PROBE_TOLERANCE_LOW if is_low else PROBE_TOLERANCE
 
     def engine_parameters(self) -> Iterator[nn.Parameter]:
         return (p for p in self.model.parameters() if p.requires_grad)

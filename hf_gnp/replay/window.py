@@ -38,7 +38,7 @@ class Window:
 
     def __init__(self, trainer: Any, model: torch.nn.Module):
         self._trainer = trainer
-        self.devices = random_devices(model, [trainer.accelerator.device], trainer.args.n_gpu)
+        self.devices = random_devices(trainer, model)
         self.micro_batches: list[MicroBatch] = []
         self.tensors = RunningTensors()
         self._owners: list[Any] = []

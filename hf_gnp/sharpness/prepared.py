@@ -80,7 +80,7 @@ def _too_early(engine: str) -> str:
 @contextlib.contextmanager
 def kept_generators(trainer: Any, model: nn.Module) -> Iterator[None]:
     """On leaving, random generators stand where they stood: a collator may draw from them, too."""
-    state = RandomState(random_devices(model, [trainer.accelerator.device], trainer.args.n_gpu))
+    state = RandomState(random_devices(trainer, model))
     try:
         yield
     finally:
@@ -93,7 +93,7 @@ class UntouchedState:
     def __init__(self, trainer: Any, model: nn.Module):
         self._tensors = RunningTensors()
         self._tensors.start(find_modules(trainer))
-        devices = random_devices(model, [trainer.accelerator.device], trainer.args.n_gpu)
+        devices = random_devices(trainer, model)
         self._random_state, self._python_state = RandomState(devices), PythonState(find_owners(trainer))
         self._model, self._training = model, [(module, module.training) for module in model.modules()]
 
