@@ -34,7 +34,17 @@ TRAINER_OPTIONS = (
     "optimizers",
 )
 MICRO_BATCH = 4
+# On a CPU, without reports, bars and checkpoints, every step logged.
+QUIET = {
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
 BASE = {
+    **QUIET,
     "per_device_train_batch_size": MICRO_BATCH,
     "train_sampling_strategy": "sequential",
     "learning_rate": 1e-2,
@@ -42,12 +52,6 @@ BASE = {
     "weight_decay": 0.0,
     "optim": "sgd",
     "max_grad_norm": 0.5,
-    "logging_steps": 1,
-    "report_to": [],
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
     "num_train_epochs": 1,
 }
 
@@ -64,6 +68,16 @@ def make_trainer(output_dir: Any, kind: str, cls: type[Trainer] = GNPTrainer, mo
     model = make_model(kind) if model is None else model
     data = make_data(kind) if data is None else data
     return cls(model=model, args=args, train_dataset=data, data_collator=collate, **options)
+
+
+class SkippingTrainer(GNPTrainer):
+    """Skips a batch that runs out of memory, as people do."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            return torch.zeros(())
 
 
 def run(trainer: Trainer, **kwargs: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Trains a small decoder on a device mesh, on every rank of one launch, and saves 
 
 import inspect
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from runs import logs_of, make_args
 from tiny import collate, make_data
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
-from worker import full_weights, reset, save_and_end
+from worker import full_weights, run_all
 
 from hf_gnp import GNPTrainer
 
@@ -64,11 +63,7 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
 def main(cases_file: str, output: str) -> None:
     dist.init_process_group("gloo")
     allow_meshes_on_cpu()
-    environment, results = dict(os.environ), {}
-    for name, case in json.loads(Path(cases_file).read_text()).items():
-        results[name] = run_case(case, Path(output), name)
-        reset(environment)
-    save_and_end(results, Path(output) / "results.pt")
+    run_all(run_case, json.loads(Path(cases_file).read_text()), Path(output))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """Meshes that accelerate refuses on a CPU: its check is lifted in the launched process. 2 ranks, gloo."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
-from cases import gnp
-from launch import free_port, launch
+from cases import gnp, result_of, run_cases
 from mesh_worker import make_decoder
 from runs import LOG_TOLERANCE, WEIGHTS_TOLERANCE, reference_run
 from tiny import relative_distance
@@ -28,17 +25,13 @@ CASES = {
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("meshes")
-    (folder / "cases.json").write_text(json.dumps(CASES))
-    command = ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", str(WORKER)]
-    launch([*command, str(folder / "cases.json"), str(folder)], timeout=2400)
-    return torch.load(folder / "results.pt", weights_only=True)
+    return run_cases(CASES, tmp_path_factory.mktemp("meshes"), worker=WORKER)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_tensor_parallelism_alone_matches_the_reference(results, name):
     """Both ranks see each micro-batch: to the reference they are one."""
-    case, result = CASES[name], results[name]
+    case, result = CASES[name], result_of(results, name)
     accumulation, alpha = case["args"]["gradient_accumulation_steps"], case["args"]["gnp_alpha"]
     model = make_decoder(case["tied"])
     start, expected, reference_logs = reference_run("llama", accumulation, alpha=alpha, model=model)
