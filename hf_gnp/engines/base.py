@@ -4,7 +4,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hf_gnp import penalty
+from hf_gnp import moments, penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.rounding import Place
 
@@ -45,10 +45,25 @@ class HeldShard(NamedTuple):
     copies: int = 1
 
 
+class OptimizerState(NamedTuple):
+    """
+    What the optimizer keeps of one parameter, or of the flat partition that it lies in.
+
+    `values` and `group` are the optimizer's own; `shape` is that of a moment among the values, and `part` takes of
+    such a moment what belongs to the shard.
+    """
+
+    values: Mapping[str, Any]
+    group: Mapping[str, Any]
+    shape: torch.Size
+    part: Callable[[torch.Tensor], torch.Tensor]
+
+
 class GradientNorms(NamedTuple):
     """
     `gradient`: ‖g₁‖. `direction`: the norm by which the move is normalised: ‖g₁‖ again, or that of the gradient of the
-    chosen parameters, or ‖θ ⊙ g₁‖. Global, the same on all ranks, and without the loss scale.
+    chosen parameters, or ‖θ ⊙ g₁‖, or √(g₁ᵀD⁻¹g₁), or that of the momentum. Global, the same on all ranks, and without
+    the loss scale.
     """
 
     gradient: float
@@ -106,8 +121,25 @@ class Engine(ABC):
         """Whether weights on this rank are not θ."""
 
     @abstractmethod
-    def first_pass(self) -> AbstractContextManager:
-        """Around `Trainer.training_step`: nothing steps in it, also where the engine's backward would."""
+    def first_pass(self, is_last: bool = False) -> AbstractContextManager:
+        """
+        Around `Trainer.training_step`: nothing steps in it, also where the engine's backward would.
+
+        Args:
+            is_last: Whether g₁ is complete after it, although the window goes on: it is reduced over ranks now.
+        """
+
+    @abstractmethod
+    def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
+        """What the optimizer keeps of this shard; None before its first step."""
+
+    @abstractmethod
+    def optimizer_name(self) -> str:
+        """For messages."""
+
+    @abstractmethod
+    def layout(self) -> tuple[str, int | None]:
+        """How gradients are sharded, in words, and this rank's number; None where each rank has the whole gradient."""
 
     @abstractmethod
     def micro_batch(self, is_last: bool) -> AbstractContextManager:
@@ -164,7 +196,7 @@ class Engine(ABC):
         shards = self.shards()
         sq_norms = [self._local_sq_norm(shards)]
         if not self.perturbation.is_plain:
-            sq_norms.append(self._local_sq_norm(self._to_move(shards), self.perturbation.adaptive))
+            sq_norms.append(self._local_sq_norm_to_move(shards))
         sq_norms = self.sum_over_ranks(torch.stack(sq_norms)).tolist()
         scale = self.loss_scale()
         self._norms = GradientNorms(math.sqrt(sq_norms[0]) / scale, math.sqrt(sq_norms[-1]) / scale)
@@ -172,21 +204,36 @@ class Engine(ABC):
 
     def wants_second_pass(self) -> bool:
         """The same on all ranks: whether there is a direction to move along."""
-        return 0 < self._norms.direction < math.inf
+        return self.has_direction
+
+    @property
+    def has_direction(self) -> bool:
+        """Whether the last move, or the next, is one."""
+        return self._has(self._norms.direction)
 
     @contextlib.contextmanager
     def perturbed(
-        self, r: float, alpha: float, noise_seed: int | None = None, measure: bool = False
+        self,
+        r: float,
+        alpha: float,
+        noise_seed: int | None = None,
+        measure: bool = False,
+        first_scale: float = 1.0,
     ) -> Iterator[torch.Tensor | None]:
         """
         The weights moved to θ + r g₁/‖g₁‖ on all ranks, and the gradient ready for g₂. Afterwards, at the latest when
         `finish` steps, the weights are θ bit for bit. Whoever catches what the second pass raises calls `abandon`.
+        Against the momentum instead, which needs no g₁; where there is no direction, nothing moves.
 
         Args:
             noise_seed: For stochastic rounding; equal on all ranks.
             measure: Whether to yield this rank's (⟨θ̃-θ, e⟩, ‖e‖²), of the move e and what rounding left of it.
+            first_scale: What g₁ is multiplied by in the mix, where it comes from a part of the step's examples.
         """
-        yield self.perturb(r, alpha, noise_seed, measure)
+        if self.perturbation.is_momentum:
+            yield self.move_against_momentum(r, noise_seed, measure)
+        else:
+            yield self.perturb(r, alpha, noise_seed, measure, first_scale)
         self.end_perturbation()
 
     def abandon(self) -> None:
@@ -222,6 +269,10 @@ class Engine(ABC):
     def hold_gradient(self) -> None:
         """A micro-batch with a direction of its own has ended: its gradient stays, and the weights are θ."""
 
+    def gradients_changed(self) -> None:
+        """The gradients of `shards` were changed in place."""
+        return None
+
     def gradient_marks(self) -> Any:
         """Something that changes when anybody adds to the gradient; None where that cannot be seen."""
         return None
@@ -231,9 +282,11 @@ class Engine(ABC):
         return torch.no_grad()
 
     @torch.no_grad()
-    def perturb(self, r: float, alpha: float, noise_seed: int | None, measure: bool) -> torch.Tensor | None:
+    def perturb(
+        self, r: float, alpha: float, noise_seed: int | None, measure: bool, first_scale: float = 1.0
+    ) -> torch.Tensor | None:
         shards = self.shards()
-        moved = self._to_move(shards) if self._has(self._norms.direction) else []
+        moved = self._to_move(shards) if self.has_direction else []
         self.keep_weights(moved)
         fidelity = penalty.move_(
             [shard.weight for shard in moved],
@@ -244,11 +297,77 @@ class Engine(ABC):
             noise_seed=noise_seed if self._rounds_stochastically() else None,
             places=[shard.place for shard in moved],
             measure=measure,
+            second_moments=self._second_moments(moved) if self.perturbation.precondition else None,
         )
-        is_normalized = self.perturbation.normalize_gradient and self._has(self._norms.gradient)
-        self.keep_gradients(shards, alpha, 1 / self._norms.gradient if is_normalized else 1.0)
+        if self.perturbation.normalize_gradient and self._has(self._norms.gradient):
+            first_scale = 1 / self._norms.gradient
+        self.keep_gradients(shards, alpha, first_scale)
         self.publish()
         return fidelity
+
+    @torch.no_grad()
+    def move_against_momentum(self, r: float, noise_seed: int | None, measure: bool) -> torch.Tensor | None:
+        """The weights moved to θ - r m/‖m‖ with the optimizer's first moment m; not moved where it has none yet."""
+        held = self.hold_weights()
+        found = [(shard, self._first_moment(shard)) for shard in held if self.perturbation.moves(shard.parameter)]
+        moved, momentum = [], []
+        for shard, moment in found:
+            if moment is not None:
+                moved.append(shard)
+                momentum.append(moment)
+        (sq_norm,) = self.dots(moved, [(momentum, momentum)])
+        self._norms = GradientNorms(math.nan, math.sqrt(sq_norm))
+        fidelity = None
+        if self.has_direction:
+            fidelity = penalty.move_(
+                [shard.weight for shard in moved],
+                momentum,
+                [shard.theta for shard in moved],
+                scale=-r / self._norms.direction,
+                noise_seed=noise_seed if self._rounds_stochastically() else None,
+                places=[shard.place for shard in moved],
+                measure=measure,
+            )
+        self.publish()
+        return fidelity
+
+    def _first_moment(self, shard: HeldShard) -> torch.Tensor | None:
+        state = self.optimizer_state(shard)
+        if state is None:
+            return None
+        moment = moments.moment_of(state.values, moments.FIRST, state.shape)
+        if moment is None:
+            moments.refuse_optimizer("gnp_direction=momentum", self.optimizer_name())
+        return state.part(moment)
+
+    def _second_moments(self, shards: Sequence[Shard]) -> list[moments.SecondMoment]:
+        """Those of the optimizer; zeros, which move nothing, where it has none yet."""
+        found = []
+        for shard in shards:
+            state = self.optimizer_state(shard)
+            if state is None:
+                found.append(moments.SecondMoment(torch.zeros_like(shard.master), 1.0, 1.0))
+                continue
+            moment = moments.moment_of(state.values, moments.SECOND, state.shape)
+            if moment is None or "betas" not in state.group:
+                moments.refuse_optimizer("gnp_precondition", self.optimizer_name())
+            found.append(moments.second_moment_of(state.part(moment), state.values, state.group))
+        return found
+
+    def dots(
+        self, shards: Sequence[Shard | HeldShard], pairs: Sequence[tuple[Sequence[torch.Tensor], ...]]
+    ) -> list[float]:
+        """
+        Global inner products of vectors that are sharded as `shards` are, each given as this rank's parts: one
+        all-reduce at most. An element that k ranks hold counts once.
+        """
+        totals = [torch.zeros((), device=self.accelerator.device) for _ in pairs]
+        for copies in sorted({shard.copies for shard in shards}):
+            held = [i for i, shard in enumerate(shards) if shard.copies == copies]
+            for number, (one, other) in enumerate(pairs):
+                local = penalty.local_dot([one[i] for i in held], [other[i] for i in held])
+                totals[number] = totals[number] + local.to(totals[number].device) / copies
+        return self.sum_over_ranks(torch.stack(totals)).tolist()
 
     @staticmethod
     def _has(norm: float) -> bool:
@@ -261,17 +380,31 @@ class Engine(ABC):
         rounding = self.perturbation.stochastic_rounding
         return rounding is True or (rounding == "auto" and not self.has_master)
 
-    def _local_sq_norm(self, shards: Sequence[Shard], adaptive: bool = False) -> torch.Tensor:
+    def _local_sq_norm_to_move(self, shards: Sequence[Shard]) -> torch.Tensor:
+        """In the metric of the move."""
+        moved = self._to_move(shards)
+        if self.perturbation.adaptive:  # one product at a time: a list of them would be another copy of the gradient
+            return self._weighted(
+                moved, (penalty.local_sq_norm([s.master * s.gradient.to(s.master.device)]) for s in moved)
+            )
+        if self.perturbation.precondition:
+            second = self._second_moments(moved)
+            return self._weighted(moved, (m.sq_norm(s.gradient) for m, s in zip(second, moved, strict=True)))
+        return self._local_sq_norm(moved)
+
+    def _weighted(self, shards: Sequence[Shard], parts: Iterator[torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros((), device=self.accelerator.device)
+        for shard, part in zip(shards, parts, strict=True):
+            total = total + part.to(total.device) / shard.copies
+        return total
+
+    def _local_sq_norm(self, shards: Sequence[Shard]) -> torch.Tensor:
         """Summed over ranks it is the global one: an element that k ranks hold counts 1/k on each."""
         by_copies = defaultdict(list)
         for shard in shards:
             by_copies[shard.copies].append(shard)
         total = torch.zeros((), device=self.accelerator.device)
         for copies, group in by_copies.items():
-            if adaptive:  # one product at a time: a list of them would be another copy of the gradient
-                parts = [penalty.local_sq_norm([s.master * s.gradient.to(s.master.device)]) for s in group]
-                sq_norm = sum(part.to(total.device) for part in parts)
-            else:
-                sq_norm = penalty.local_sq_norm([shard.gradient for shard in group]).to(total.device)
+            sq_norm = penalty.local_sq_norm([shard.gradient for shard in group]).to(total.device)
             total = total + sq_norm / copies
         return total
