@@ -76,8 +76,8 @@ class GNPArguments:
             process and DDP only.
         gnp_ascent_fraction (`float`, *optional*, defaults to 1.0):
             f, take g₁ from the first ⌈f M⌉ of the M accumulated micro-batches, scaled to the window, at a cost of
-            1 + f (arXiv 2110.08529). With M = 1, from the first rows of the micro-batch. For the scopes `"step"` and
-            `"rank"`.
+            1 + f (arXiv 2110.08529). Without accumulation, from the first rows of the micro-batch. For the scopes
+            `"step"` and `"rank"`.
         gnp_direction (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"` moves along g₁. `"momentum"` moves by -r m/‖m‖ along the optimizer's first moment and steps
             with the gradient there: one pass, at a cost of 1 (MSAM, arXiv 2401.12033). Its r is far larger: 3 for a

@@ -66,11 +66,11 @@ class Perturbation:
         """For a step without penalty, which communicates as a plain one."""
         return replace(self, scope="step", ascent_fraction=1.0, is_momentum=False)
 
-    def first_passes(self, micro_batches: int) -> int:
-        """How many of a window's micro-batches run at θ before the weights move."""
-        if self.is_per_micro_batch:
-            return micro_batches
-        return 0 if self.is_momentum else self._share_of(micro_batches)
+    def first_passes(self, micro_batches: int) -> float:
+        """How many of a window's micro-batches run at θ before the weights move: as many as come, if g₁ is whole."""
+        if self.is_momentum:
+            return 0
+        return self._share_of(micro_batches) if self.ascent_fraction < 1 else math.inf
 
     def first_rows(self, rows: int) -> int:
         """How many rows of a window's only micro-batch run at θ."""

@@ -13,14 +13,11 @@ from .engines import Engine, GradientNorms, make_engine
 from .interrupts import DeferredSignals
 from .metrics import StepMetrics
 from .replay.first_pass import is_called_by_training_step, replaced
-from .replay.window import Deferred, MicroBatch, Window, copied, first_rows
+from .replay.probe import not_logged, probe
+from .replay.window import Deferred, MicroBatch, Window, first_rows
 from .reuse import OrthogonalComponent
 from .schedule import Penalty, Schedule
 
-
-# Of a loss, what may differ when the same forward runs again on an accelerator, whose kernels add in any order.
-PROBE_TOLERANCE = 1e-3
-PROBE_TOLERANCE_LOW = 5e-2  # in 16 bit
 
 RunPass = Callable[[MicroBatch | Deferred], torch.Tensor]
 
@@ -45,7 +42,7 @@ class PenalisedSteps:
         self.step: int | None = None
         self.penalty: Penalty | None = None
         self.reuse = OrthogonalComponent(self.engine) if trainer.gnp_args.gnp_reuse else None
-        self._micro_batches = self._first_passes = 1
+        self._first_passes = math.inf
         self._begins_penalised = False
         self._is_probed = False
         self._hooks = contextlib.ExitStack()
@@ -73,8 +70,8 @@ class PenalisedSteps:
             perturbation = Perturbation.from_args(self.trainer.gnp_args, self.trainer.model)
             self.engine.begin_window(perturbation if self.penalty else perturbation.of_plain_step())
             self.close()
-            self._micro_batches = self.trainer.current_gradient_accumulation_steps or 1
-            self._first_passes = self._perturbation.first_passes(self._micro_batches)
+            micro_batches = self.trainer.current_gradient_accumulation_steps or 1
+            self._first_passes = self._perturbation.first_passes(micro_batches)
             self._hooks.enter_context(replaced(self.trainer.accelerator, backward=self._backward))
             self._set_foreign_gradient_aside()
         elif inputs is self._inputs:
@@ -102,7 +99,7 @@ class PenalisedSteps:
     def first_pass(self) -> Iterator[None]:
         """Around a subclass's `training_step`: what `Trainer.training_step` computes in it is recorded."""
         recorded = len(self.window)
-        is_last = recorded + 1 == self._first_passes < self._micro_batches
+        is_last = recorded + 1 == self._first_passes
         with self.engine.first_pass(is_last), replaced(self.trainer, compute_loss=self._compute_loss):
             yield
         if len(self.window) == recorded:
@@ -122,13 +119,14 @@ class PenalisedSteps:
             self.window.deferred.append(Deferred(inputs, items, steps))
             return torch.zeros((), device=self.trainer.accelerator.device, requires_grad=True)
         micro_batch = self.window.record(inputs, items, steps)
-        if self._micro_batches == 1 and self._perturbation.ascent_fraction < 1:
+        # Not an incomplete window of a run that accumulates, whose inputs may have no rows.
+        if self.trainer.args.gradient_accumulation_steps == 1 and self._perturbation.ascent_fraction < 1:
             micro_batch.first_rows = first_rows(inputs, self._perturbation.first_rows)
         if micro_batch.first_rows is None:
             loss = original(model, inputs, *args, **kwargs)
         else:
             kwargs["num_items_in_batch"] = self._items_in([micro_batch.first_rows])
-            with replaced(self.trainer, log=_not_logged):
+            with replaced(self.trainer, log=not_logged):
                 loss = original(model, micro_batch.first_rows, *args, **kwargs)
         micro_batch.forward_loss = loss.detach().clone()
         return loss
@@ -287,32 +285,9 @@ class PenalisedSteps:
 
     def _probe(self) -> None:
         """Once a run: the window's first micro-batch again at θ must give the loss that it gave."""
-        if self._is_probed:
-            return
-        self._is_probed = True
-        trainer = self.trainer
-        micro_batch = next(self.window.replayed())
-        inputs = copied(micro_batch.inputs)
-        with self.engine.probed(), replaced(trainer, log=_not_logged), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
-        loss, expected = loss.detach().double(), micro_batch.forward_loss.double()
-        if not _is_same(loss, expected, micro_batch.forward_loss.device.type, self._tolerance()):
-            raise RuntimeError(
-                f"The loss of a micro-batch was {expected.mean().item()} and is {loss.mean().item()} when it is run "
-                "again at the same weights, with the same inputs, random numbers, buffers and Python state: something "
-                "else moves between two forwards, and the second pass of the gradient-norm penalty would see another "
-                f"loss than the first. Look in {type(trainer).__name__}.compute_loss and in the model's forward for "
-                "state outside their attributes (globals, class attributes, files, a generator of another library), "
-                "keep it in an attribute of the model or of the trainer, or set gnp_alpha=0."
-            )
-
-    def _tolerance(self) -> float:
-        dtypes = {p.dtype for p in self.engine_parameters()}
-        is_low = any(dtype.itemsize <= 2 for dtype in dtypes) or self.trainer.accelerator.mixed_precision != "no"
-        return PROBE_TOLERANCE_LOW if is_low else PROBE_TOLERANCE
-
-    def engine_parameters(self) -> Iterator[nn.Parameter]:
-        return (p for p in self.model.parameters() if p.requires_grad)
+        if not self._is_probed:
+            self._is_probed = True
+            probe(self.trainer, self.model, next(self.window.replayed()), self.engine.probed())
 
     def abandon(self) -> None:
         """After any exception in a step: clean weights, no gradient, an empty window."""
@@ -327,16 +302,6 @@ class PenalisedSteps:
         self._foreign, self._marks, self._inputs = [], None, None
 
 
-def _is_same(loss: torch.Tensor, expected: torch.Tensor, device_type: str, tolerance: float) -> bool:
-    if device_type == "cpu":
-        return torch.equal(loss, expected) or (loss.isnan() & expected.isnan()).all().item()
-    return torch.allclose(loss, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
-
-
-def _not_logged(original: Callable, *args: Any, **kwargs: Any) -> None:
-    """In place of `log` where only the gradient of a pass is to stay."""
-
-
 def replayed_step(trainer: Any, logs: bool = False) -> contextlib.AbstractContextManager:
     """
     Around `Trainer.training_step` in a second pass: inputs are prepared already.
@@ -344,7 +309,7 @@ def replayed_step(trainer: Any, logs: bool = False) -> contextlib.AbstractContex
     Args:
         logs: Whether what is logged in it is logged; not what the first pass has logged.
     """
-    silenced = {} if logs else {"log": _not_logged}
+    silenced = {} if logs else {"log": not_logged}
     return replaced(trainer, _prepare_inputs=lambda original, inputs: inputs, **silenced)
 
 

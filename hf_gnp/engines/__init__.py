@@ -8,9 +8,10 @@ from torch import nn
 
 from hf_gnp.direction import Perturbation
 
-from .base import Engine, GradientNorms, HeldShard, Shard
+from .base import Engine
 from .native import NativeEngine
 from .private import check_private_names
+from .shards import GradientNorms, HeldShard, Shard
 from .support import refuse_engine, refuse_unsupported
 
 

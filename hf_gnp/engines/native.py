@@ -20,8 +20,9 @@ from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.rounding import Place
 
-from .base import Engine, HeldShard, OptimizerState, Shard, number_parameters
+from .base import Engine
 from .private import DDP, require, sync_gradients_set
+from .shards import HeldShard, OptimizerState, Shard, number_parameters
 from .support import POWER_SGD
 
 

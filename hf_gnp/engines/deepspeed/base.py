@@ -17,8 +17,9 @@ from accelerate import Accelerator
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import Engine, HeldShard, OptimizerState, Shard
+from hf_gnp.engines.base import Engine
 from hf_gnp.engines.private import sync_gradients_set
+from hf_gnp.engines.shards import HeldShard, OptimizerState, Shard
 
 from . import private
 
