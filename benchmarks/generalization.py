@@ -54,19 +54,21 @@ class Method:
     epochs: int = 1
 
 
+# Said, as the default would leave the penalty out while the learning rate of an adaptive optimizer warms up.
+NO_WARMUP = {"gnp_warmup_type": "none"}
 # The first is what the others are compared with. In plain2x, twice the epochs cost what two passes a step do.
 METHODS = {
     "cifar10": {
         "plain": Method(),
-        "sam": Method({"gnp_r": 0.1, "gnp_alpha": 1.0}),
-        "gnp": Method({"gnp_r": 0.1, "gnp_alpha": 0.8}),
+        "sam": Method({"gnp_r": 0.1, "gnp_alpha": 1.0} | NO_WARMUP),
+        "gnp": Method({"gnp_r": 0.1, "gnp_alpha": 0.8} | NO_WARMUP),
         "gnp_zero_warmup": Method({"gnp_r": 0.1, "gnp_alpha": 0.8, "gnp_warmup_type": "zero"}),
         "plain2x": Method(epochs=2),
     },
     "sst2": {
         "adamw": Method(),
-        "sam": Method({"gnp_r": 0.05, "gnp_alpha": 1.0}),
-        "gnp": Method({"gnp_r": 0.05, "gnp_alpha": 0.8}),
+        "sam": Method({"gnp_r": 0.05, "gnp_alpha": 1.0} | NO_WARMUP),
+        "gnp": Method({"gnp_r": 0.05, "gnp_alpha": 0.8} | NO_WARMUP),
         "gnp_warmup": Method({"gnp_r": 0.05, "gnp_alpha": 0.8, "gnp_warmup_type": "zero"}),
     },
 }
