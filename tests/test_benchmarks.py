@@ -23,6 +23,7 @@ import study  # noqa: E402
 from studies import (  # noqa: E402
     calibration,
     catalogue,
+    forgetting,
     images,
     labels,
     methods,
@@ -68,10 +69,13 @@ def data(tmp_path_factory) -> Path:
     image_columns = {"image": list(pixels), "label": generator.integers(10, size=96)}
     texts = [" ".join(generator.choice(WORDS, size=5)) for _ in range(96)]
     text_columns = {"sentence": texts, "label": generator.integers(2, size=96)}
+    topics = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(num_classes=4)})
+    topic_columns = {"text": texts, "label": generator.integers(4, size=96)}
     files = {
         "cifar10": (image_columns, pictures, ("train", "test")),
         "sst2": (text_columns, sentences, ("train", "validation")),
         "sentiment_shift": (text_columns, sentences, ("test",)),
+        "agnews": (topic_columns, topics, ("train", "test")),
     }
     for name, (columns, features, splits) in files.items():
         (folder / name).mkdir()
@@ -141,7 +145,7 @@ def test_cost_counts_bytes_of_ranks(tmp_path):
 @pytest.mark.parametrize("name", catalogue.STUDIES)
 def test_study_runs_once_and_reports(tmp_path, data, encoder, vision_model, loud_libraries, capsys, name):
     pytest.importorskip("matplotlib", reason="the benchmarks draw with it")
-    is_text = name == "sst2"
+    is_text = name in ("sst2", "forgetting")
     flags = [name, "--quick", "--quiet", "--data", str(data), "--output_dir", str(tmp_path)]
     flags += ["--model_path", str(encoder if is_text else vision_model), "--report", *report.REPORTS]
     study.main(flags)
@@ -157,7 +161,7 @@ def test_study_runs_once_and_reports(tmp_path, data, encoder, vision_model, loud
     for run in reported:
         assert 0 <= run["best"] <= 1 and 0 <= run["calibration_error"] <= 1 and math.isfinite(run["loss_scaled"])
         assert len(run["curve"]) == (2 if run["method"] == methods.TWICE else 1)
-        assert ("shift_accuracy" in run) == is_text
+        assert ("shift_accuracy" in run) == is_text and ("forgotten" in run) == (name == "forgetting")
     assert (tmp_path / f"study_{name}.png").is_file()
     assert (tmp_path / f"study_{name}.md").read_text(encoding="utf-8").count("| plain |") >= 3
 
@@ -246,6 +250,14 @@ def test_calibration():
     # Logits that say 27:1 where 3:1 is right are three times too large; the grid's steps are 2%.
     logits = torch.tensor([[3 * math.log(3.0), 0.0]] * 4)
     assert calibration.best_temperature(logits, torch.from_numpy(right)) == pytest.approx(3, rel=0.02)
+
+
+def test_what_is_left_is_read_off_at_equal_loss():
+    points = [(2.0, 0.9), (1.0, 0.8), (0.5, 0.6)]
+    assert forgetting.at_loss(points, 0.75) == pytest.approx(0.7)
+    assert forgetting.at_loss(points, 1.0) == pytest.approx(0.8)
+    assert forgetting.at_loss(points, 3.0) == 0.9
+    assert math.isnan(forgetting.at_loss(points, 0.1))
 
 
 def test_statistics():

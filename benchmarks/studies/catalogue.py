@@ -65,6 +65,14 @@ SST2 = {
     "bf16": True,
     "flatness": False,
 }
+AG_NEWS = {
+    "classes": 4,
+    "steps": 60,
+    "every": 5,
+    "batch_size": 16,
+    "learning_rate": 5e-5,
+    "target_loss": 0.5,
+}
 SMALL_M = ("m = 32", "m = 8", "m = 4", "m = 8, every 2nd step")
 
 STUDIES = {
@@ -99,6 +107,9 @@ STUDIES = {
         (PLAIN, TWICE, "m = 32", "m = 8", "m = 4"),
         (0.01, 0.02, 0.05, 0.1),
     ),
+    "forgetting": Study(
+        {"SST-2, then AG News": SST2 | {"second": AG_NEWS}}, (PLAIN, TWICE, "m = 32", "m = 8"), (0.02, 0.05, 0.1)
+    ),
 }
 # What a run of --quick is: seconds, on next to no data.
 QUICK = {
@@ -109,6 +120,7 @@ QUICK = {
     "epochs": 1,
     "width": 8,
     "layers": 1,
+    "second": AG_NEWS | {"steps": 2, "every": 1, "target_loss": 10.0},
 }
 
 

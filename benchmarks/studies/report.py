@@ -25,6 +25,7 @@ REPORTS = {
         "ascent": ("rise at r = 0.05", 1, 3),
         "train_grad_norm": ("‖∇L‖", 1, 2),
     },
+    "forgetting": {"forgotten": ("of the first task lost, points", *PERCENT)},
     "shift": {"shift_accuracy": ("other sentences %", *PERCENT)},
 }
 Runs = dict[str, dict[int, Run]]

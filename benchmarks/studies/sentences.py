@@ -43,7 +43,17 @@ def sentence_task(settings: dict[str, Any], folder: str, model_path: str | None)
         collate=DataCollatorWithPadding(tokenizer),
         arguments=arguments,
         other_tests={"shift_accuracy": shift},
+        second=topics(settings, folder, tokenize) if "second" in settings else None,
     )
+
+
+def topics(settings: dict[str, Any], folder: str, tokenize: Callable[[Dataset], Dataset]) -> Data:
+    """AG News: four topics."""
+    news = load_splits(folder, "agnews", train="train", test="test").rename_column("text", "sentence")
+    steps, batch = settings["second"]["steps"], settings["second"]["batch_size"]
+    train = tokenize(first(news["train"].shuffle(seed=0), steps * batch))
+    validation = by_length(tokenize(first(news["test"].shuffle(seed=0), settings["validation_size"])))
+    return Data(train, validation, None)
 
 
 def tokenizer_of(tokenizer: Any, max_length: int) -> Callable[[Dataset], Dataset]:

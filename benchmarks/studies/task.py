@@ -30,6 +30,7 @@ class Task:
         arguments: Training arguments of every method; `per_device_train_batch_size` is the whole step's batch.
         optimizer: Class and arguments, if it is not `Trainer`'s AdamW.
         other_tests: More data with right labels, by the name under which their accuracy is kept.
+        second: Of a second task, to see how much of the first one its training leaves.
     """
 
     make_model: Callable[[], nn.Module]
@@ -38,6 +39,7 @@ class Task:
     arguments: dict[str, Any]
     optimizer: tuple[type, dict[str, Any]] | None = None
     other_tests: dict[str, Any] = field(default_factory=dict)
+    second: Data | None = None
 
 
 def load_splits(folder: str, name: str, **files: str) -> DatasetDict:

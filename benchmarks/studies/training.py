@@ -13,6 +13,7 @@ from transformers import EvalPrediction, TrainerCallback, set_seed
 from hf_gnp import GNPTrainer, GNPTrainingArguments
 
 from .calibration import calibration
+from .forgetting import forgetting
 from .methods import Method
 from .quantisation import quantisation
 from .task import Task
@@ -95,7 +96,11 @@ def train(task: Task, method: Method, settings: dict[str, Any], seed: int, is_re
         }
         if is_reported:
             run |= flatness(trainer) if settings.get("flatness", True) else {}
+            last_weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
             run |= test(trainer, test_data, task.other_tests, best.weights)
+            if task.second is not None:
+                trainer.model.load_state_dict(last_weights)
+                run |= forgetting(trainer, test_data, task.second, settings["second"], seed)
     run["cpu_seconds"] = round(time.process_time() - start)
     run = {name: round(value, 5) if isinstance(value, float) else value for name, value in run.items()}
     return run | {"curve": [round(accuracy, 3) for accuracy in best.curve]}
