@@ -45,5 +45,6 @@ METHODS = {
     "m = 4": penalised(micro_batch=4),
     "m = 8, every 2nd step": penalised(1.5, micro_batch=8, gnp_interval=2),
     "m = 32, every 2nd step": penalised(1.5, gnp_interval=2),
-    "m = 32, α = 0.8": penalised(gnp_alpha=0.8),
+    "m = 8, α = 0.8": penalised(micro_batch=8, gnp_alpha=0.8),
+    "m = 8, no warm-up": penalised(micro_batch=8, gnp_warmup_type="none"),
 }
