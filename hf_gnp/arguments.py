@@ -66,6 +66,8 @@ class GNPArguments:
         gnp_stochastic_rounding (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether the moved 16-bit weights are rounded stochastically, so that a small move is not rounded away.
             `"auto"`: where no fp32 master exists.
+        gnp_allow_unchecked (`bool`, *optional*, defaults to `False`):
+            Run with DeepSpeed options that nobody has checked the penalty with, and that are refused otherwise.
 
     Raises:
         ValueError: naming the argument, for a value outside its range or for arguments that exclude each other.
@@ -131,6 +133,10 @@ class GNPArguments:
         metadata={
             "help": "Round moved 16-bit weights stochastically: true, false, or auto (where no fp32 master exists)."
         },
+    )
+
+    gnp_allow_unchecked: bool = field(
+        default=False, metadata={"help": "Run with DeepSpeed options that the penalty was not checked with."}
     )
 
     def __post_init__(self):
@@ -205,7 +211,7 @@ class GNPArguments:
     def _check_perturbation(self) -> None:
         if self.gnp_scope not in SCOPES:
             raise ValueError(f"gnp_scope must be one of {SCOPES}, but it is {self.gnp_scope!r}.")
-        for name in ("gnp_normalize_gradient", "gnp_adaptive"):
+        for name in ("gnp_normalize_gradient", "gnp_adaptive", "gnp_allow_unchecked"):
             setattr(self, name, _boolean(name, getattr(self, name)))
         if self.gnp_stochastic_rounding != "auto":
             self.gnp_stochastic_rounding = _boolean("gnp_stochastic_rounding", self.gnp_stochastic_rounding)
