@@ -99,6 +99,8 @@ class GNPArguments:
         gnp_stochastic_rounding (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether the moved 16-bit weights are rounded stochastically, so that a small move is not rounded away.
             `"auto"`: where no fp32 master exists.
+        gnp_allow_unchecked (`bool`, *optional*, defaults to `False`):
+            Run with DeepSpeed options that nobody has checked the penalty with, and that are refused otherwise.
 
     Raises:
         ValueError: naming the argument, for a value outside its range or for arguments that exclude each other.
@@ -187,6 +189,10 @@ class GNPArguments:
         },
     )
 
+    gnp_allow_unchecked: bool = field(
+        default=False, metadata={"help": "Run with DeepSpeed options that the penalty was not checked with."}
+    )
+
     def __post_init__(self):
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
@@ -269,7 +275,10 @@ class GNPArguments:
                 "gnp_ascent_fraction is the share of a step's examples that give the direction, above 0 and at most "
                 f"1, but it is {self.gnp_ascent_fraction}."
             )
-        for name in ("gnp_normalize_gradient", "gnp_adaptive", "gnp_reuse", "gnp_precondition"):
+        for name in (
+            *("gnp_normalize_gradient", "gnp_adaptive", "gnp_reuse", "gnp_precondition"),
+            "gnp_allow_unchecked",
+        ):
             setattr(self, name, _boolean(name, getattr(self, name)))
         if self.gnp_stochastic_rounding != "auto":
             self.gnp_stochastic_rounding = _boolean("gnp_stochastic_rounding", self.gnp_stochastic_rounding)

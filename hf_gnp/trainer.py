@@ -91,7 +91,14 @@ class GNPMixin:
         if self.gnp_args.gnp_alpha > 0:
             optimizer_cls = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else None
             perturbation = Perturbation.from_args(self.gnp_args, self.model)
-            refuse_unsupported(self.accelerator, self.args, self.optimizer or optimizer_cls, self.model, perturbation)
+            refuse_unsupported(
+                self.accelerator,
+                self.args,
+                self.optimizer or optimizer_cls,
+                self.model,
+                perturbation,
+                self.gnp_args.gnp_allow_unchecked,
+            )
             if (argument := needed(self.gnp_args)) is not None:
                 check_optimizer_of(self, argument)
 
@@ -144,6 +151,8 @@ class GNPMixin:
             run.begin_micro_batch(self.state.global_step, inputs)
             with run.first_pass():
                 loss = super().training_step(model, inputs, num_items_in_batch)
+            if isinstance(loss, torch.Tensor):
+                loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") write the next pass's over it
             run.end_first_pass(loss)
             if run.is_end_of_window:
                 noise_seed = run.schedule.noise_seed(self.state.global_step)

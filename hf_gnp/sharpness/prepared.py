@@ -28,7 +28,8 @@ def refuse_unsupported(trainer: Any) -> None:
     parameters = trainer.model.parameters()
     if accelerator.mixed_precision == "fp16" or in_deepspeed or any(p.dtype == torch.float16 for p in parameters):
         raise ValueError(FP16)
-    refuse_engine(accelerator, trainer.model, "Sharpness cannot be measured with {}.")
+    # Options that were not checked pass: the gradient at θ itself is DeepSpeed's own.
+    refuse_engine(accelerator, trainer.model, "Sharpness cannot be measured with {}.", allow_unchecked=True)
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(
             "Sharpness cannot be measured with DataParallel: start one process a GPU (torchrun)."

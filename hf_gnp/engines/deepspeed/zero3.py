@@ -13,6 +13,7 @@ from hf_gnp.engines.shards import HeldShard, Shard, number_parameters
 from hf_gnp.rounding import Place
 
 from .base import ShardedEngine
+from .private import order_before_gathers
 
 
 class _Part(NamedTuple):
@@ -100,6 +101,7 @@ class Zero3Engine(ShardedEngine):
     def publish(self) -> None:
         # Persistent parameters stay gathered, and would not notice a changed shard until they are released.
         self.optimizer.parameter_offload.partition_all_parameters()
+        order_before_gathers(self.optimizer)
 
     def reset_gradients(self) -> None:
         self.optimizer.zero_grad()  # also sets the micro-step counter back, else gradients would be added
