@@ -207,12 +207,11 @@ def test_momentum_of_some_parameters(tmp_path):
         ({"optim": "sgd"}, "optim=sgd"),
         ({"optim": "adafactor"}, "optim=adafactor"),
         ({"optim": "rmsprop"}, "optim=rmsprop"),
-        ({"optim": "adamw_torch_8bit"}, "optim=adamw_torch_8bit"),
+        ({"optim": "adamw_8bit"}, "optim=adamw_8bit"),
         ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}, "SGD"),
     ],
 )
 def test_optimizers_without_momentum_are_refused_by_name(tmp_path, settings, name):
-    pytest.importorskip("torchao") if "8bit" in name else None
     with pytest.raises(ValueError, match=f"gnp_direction=momentum .*{name}"):
         make_trainer(tmp_path, "vit", gnp_direction="momentum", **settings)
     with pytest.raises(ValueError, match=f"gnp_precondition .*{name}"):
