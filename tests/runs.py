@@ -44,6 +44,7 @@ QUIET = {
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
 }
+DECODERS = ("llama", "mixtral", "qwen3_moe")  # as configs name them
 BASE = {
     **QUIET,
     "per_device_train_batch_size": MICRO_BATCH,
@@ -167,7 +168,7 @@ def window_loss(
     window: Sequence[dict[str, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
     """
-    The loss that `Trainer` differentiates in one step: for a Llama or a ViT the mean over all labels of the window,
+    The loss that `Trainer` differentiates in one step: for a decoder or a ViT the mean over all labels of the window,
     for a plain network the mean over micro-batches. A BERT classifier takes `num_items_in_batch` without using it, so
     stock `Trainer` leaves the sum over micro-batches undivided; the penalty is on what `Trainer` differentiates.
     Of a part of a window, its share of that.
@@ -176,8 +177,8 @@ def window_loss(
         part, window = part
     window = part if window is None else window
     kind = model.config.model_type if hasattr(model, "config") else "net"
-    if kind in ("llama", "vit"):
-        labels = [batch["labels"][:, 1:] if kind == "llama" else batch["labels"] for batch in window]
+    if kind in DECODERS or kind == "vit":
+        labels = [batch["labels"][:, 1:] if kind in DECODERS else batch["labels"] for batch in window]
         items = sum((batch_labels != -100).sum() for batch_labels in labels)
         return sum(model(**batch, num_items_in_batch=items).loss for batch in part)
     losses = sum(model(**batch)["loss"] for batch in part)

@@ -36,6 +36,12 @@ def test_torch(monkeypatch, name):
         private.check_private_names(Accelerator(cpu=True))
 
 
+def test_tensor(monkeypatch):
+    monkeypatch.setattr(private, "TENSOR", ("_gone",))  # its own names cannot be taken away
+    with pytest.raises(RuntimeError, match=sentence("torch", "Tensor._gone")):
+        private.check_private_names(Accelerator(cpu=True))
+
+
 def test_accelerate(monkeypatch):
     accelerator = Accelerator(cpu=True)
     private.check_private_names(accelerator)

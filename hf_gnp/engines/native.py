@@ -35,7 +35,8 @@ class NativeEngine(Engine):
 
     The second pass accumulates into the scaled first gradient, so there is no second gradient buffer; what is held
     is one copy of the weights that are moved (of this rank's shard under FSDP2). Gradients of 16 bit, in which a small
-    α g₂ would drown, and those that a communication hook of DDP compresses are kept aside instead.
+    α g₂ would drown, those that a communication hook of DDP compresses and those that a hook changes after each
+    backward are kept aside instead.
 
     Parameters that the optimizer has and the model has not, those of a loss, get the mixed gradient and are not moved:
     DDP and FSDP2 do not reduce their gradients, so there is no one direction to move them along.
@@ -48,6 +49,8 @@ class NativeEngine(Engine):
         super().__init__(accelerator, perturbation)
         self.model, self._optimizer = model, optimizer
         self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        within = {id(child) for module in self._fsdp_modules for child in module.modules() if child is not module}
+        self._fsdp_roots = [module for module in self._fsdp_modules if id(module) not in within]
         has_communication_hook(model)  # refuses one
         self.begin_window(perturbation)
         self._moved: list[torch.Tensor] = []
@@ -160,7 +163,9 @@ class NativeEngine(Engine):
 
     def _keeps_aside(self, shards: list[Shard]) -> bool:
         is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
-        return is_low or has_communication_hook(self.model)
+        # Such a hook sees all that is in `.grad`: tensor parallelism sums it over ranks, which g₁ already is.
+        has_hook = any(parameter._post_accumulate_grad_hooks for parameter in self.parameters)
+        return is_low or has_hook or has_communication_hook(self.model)
 
     def publish(self) -> None:
         # Parameters that FSDP2 kept gathered (reshard_after_backward=False) would not notice a changed shard.
@@ -173,6 +178,14 @@ class NativeEngine(Engine):
             penalty.copy_(self._moved, self._backup)
             self._moved, self._backup = [], []
         self.publish()
+
+    def abandon(self) -> None:
+        # A layer whose forward failed counts as running, and `reshard` leaves one as it is that is not resharded after
+        # its forward: gathered, and moved.
+        for module in self._fsdp_roots:
+            if hasattr(module, "reset_iter_state"):  # older releases of torch have none
+                module.reset_iter_state()
+        super().abandon()
 
     @torch.no_grad()
     def mix(self, alpha: float) -> None:

@@ -25,6 +25,7 @@ FOREACH = (
     "_foreach_mul_",
     "_foreach_norm",
 )
+TENSOR = ("_post_accumulate_grad_hooks",)
 # Of torch's DistributedDataParallel: the hooks that gradients go through, and the switch that `no_sync` turns.
 DDP = ("_comm_hooks", "require_backward_grad_sync")
 
@@ -68,6 +69,7 @@ def missing(package: str, name: str) -> str:
 def check_private_names(accelerator: Accelerator) -> None:
     """Raise a RuntimeError where torch or accelerate lack a private name that every engine uses."""
     require("torch", torch, FOREACH, "torch")
+    require("torch", torch.Tensor, TENSOR, "Tensor")
     require("accelerate", accelerator, ["gradient_state", "scaler", "no_sync"], "Accelerator")
     # Trainer itself calls it before each micro-batch: accelerate has no public setter.
     require("accelerate", accelerator.gradient_state, ["_set_sync_gradients", "plugin_kwargs"], "GradientState")

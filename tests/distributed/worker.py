@@ -95,10 +95,16 @@ class FaultyLoss:
         fault = self.faults.get(call) or self.faults.get(f"{call}@{dist.get_rank()}")
         if fault == "raise":
             raise RuntimeError(f"injected at {call}")
+        if fault == "raise inside":
+            self.model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(_raise)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if fault is not None:
             loss = loss * float(fault)
         return loss
+
+
+def _raise(*_: Any) -> None:
+    raise RuntimeError("injected in the forward")
 
 
 class LoggingTrainer(GNPTrainer):
