@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from cases import ENGINES, RANKS, gnp, result_of, run_cases, untied
-from runs import BASE, WEIGHTS_TOLERANCE, ascent_from, window_loss, windows
+from runs import BASE, WEIGHTS_TOLERANCE, ascent_from, by_scope, window_loss, windows
 from tiny import flat_weights, make_model, relative_distance
 
 
@@ -33,6 +33,11 @@ ON_ENGINES = {
     for name, arguments in CHEAPER.items()
     for engine in ENGINES
     for kind, accumulation in (("vit", 4), ("llama", 2))
+}
+ON_ENGINES["fraction_of_rank-ddp-vit"] = {
+    "engine": "ddp",
+    "kind": "vit",
+    "args": {**CHEAPER["fraction"], "gnp_scope": "rank", "gradient_accumulation_steps": 4, "num_train_epochs": 2},
 }
 CHEAPER_LOW = {
     f"{name}-{engine}-{precision}": {
@@ -98,8 +103,10 @@ def end_of_reference(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         penalty = lambda step: (r, alpha if step > 0 else 0.0)  # noqa: E731
         reference.train(model, optimizer, steps, window_loss, penalty, max_norm, direction=direction)
     else:
-        ascent = ascent_from(args["gnp_ascent_fraction"], RANKS)
-        reference.train(model, optimizer, steps, window_loss, lambda step: (r, alpha), max_norm, ascent=ascent)
+        variant = {"ascent": ascent_from(args["gnp_ascent_fraction"], RANKS)}
+        if "gnp_scope" in args:
+            variant["groups"] = by_scope(args["gnp_scope"], RANKS)["groups"]
+        reference.train(model, optimizer, steps, window_loss, lambda step: (r, alpha), max_norm, **variant)
     return start, flat_weights(model)
 
 
