@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-# As optimizers call them: those of Adam's family, of Lion and of SGD and Muon. AMSGrad divides by the maximum.
+# As optimizers call them: Adam's family, and SGD and Muon. AMSGrad divides by the maximum.
 FIRST = ("exp_avg", "momentum_buffer")
 SECOND = ("max_exp_avg_sq", "exp_avg_sq")
 NAMES = {"gnp_direction=momentum": FIRST, "gnp_precondition": SECOND}

@@ -119,12 +119,10 @@ class PenalisedSteps:
             self.window.deferred.append(Deferred(inputs, items, steps))
             return torch.zeros((), device=self.trainer.accelerator.device, requires_grad=True)
         micro_batch = self.window.record(inputs, items, steps)
-        # Not an incomplete window of a run that accumulates, whose inputs may have no rows.
-        if self.trainer.args.gradient_accumulation_steps == 1 and self._perturbation.ascent_fraction < 1:
-            micro_batch.first_rows = first_rows(inputs, self._perturbation.first_rows)
-        if micro_batch.first_rows is None:
+        if not self._takes_rows:
             loss = original(model, inputs, *args, **kwargs)
         else:
+            micro_batch.first_rows = first_rows(inputs, self._perturbation.first_rows)
             kwargs["num_items_in_batch"] = self._items_in([micro_batch.first_rows])
             with replaced(self.trainer, log=not_logged):
                 loss = original(model, micro_batch.first_rows, *args, **kwargs)
@@ -226,7 +224,7 @@ class PenalisedSteps:
         self.engine.mix(penalty.alpha)
         if self.reuse is not None:
             self.reuse.keep_orthogonal()
-        if not self._is_of_rows:
+        if not self._takes_rows:
             sharpness = (sum(replayed) - clean_loss) * ratio
             self.metrics.add(norms.gradient * ratio, sum(losses), sharpness)
         else:
@@ -234,15 +232,17 @@ class PenalisedSteps:
         return lacking
 
     @property
-    def _is_of_rows(self) -> bool:
-        return any(micro_batch.first_rows is not None for micro_batch in self.window.micro_batches)
+    def _takes_rows(self) -> bool:
+        """Whether g₁ is that of a micro-batch's first rows. The same on all ranks, however many rows each has."""
+        # Not in an incomplete window of a run that accumulates, whose inputs may have no rows.
+        return self.trainer.args.gradient_accumulation_steps == 1 and self._perturbation.ascent_fraction < 1
 
     def _wants_second_pass(self, norms: GradientNorms) -> bool:
         """Else the norm is 0 or not finite, and the step goes on as a plain one."""
         if self.engine.wants_second_pass():
             return True
         # What has had no pass yet gets one, also at weights that do not move.
-        return bool(self.window.deferred or self._is_of_rows) and math.isfinite(norms.gradient + norms.direction)
+        return bool(self.window.deferred or self._takes_rows) and math.isfinite(norms.gradient + norms.direction)
 
     def _ratio(self) -> float:
         """What g₁ of the first passes lacks in size to that of the window: its tokens, or its micro-batches."""
@@ -269,7 +269,7 @@ class PenalisedSteps:
         passes = [window.replayed(), iter(tuple(window.deferred))]
         replayed, losses = [], []
         with contextlib.ExitStack() as kept:
-            if window.micro_batches and not self._is_of_rows:
+            if window.micro_batches and not self._takes_rows:
                 kept.enter_context(window.kept())
                 self._probe()
             with engine.perturbed(penalty.r, penalty.alpha, noise_seed, measure, ratio) as fidelity:

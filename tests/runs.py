@@ -230,11 +230,14 @@ def ascent_from(fraction: float, ranks: int = 1, rows: bool = False) -> Callable
         first = window[: count(len(window) // ranks) * ranks]
         return first, items_of(window) / items_of(first)
 
-    def of_a_part(window: list) -> tuple[Any, float]:
-        first, share = ascent(window)
-        return Part(first, first if rows else window), share
+    def of_a_group(group: Any) -> tuple[Part, float]:
+        if isinstance(group, Part):  # one rank's, whose labels are as many as the others'
+            first = group.micro_batches[: count(len(group.micro_batches))]
+            return Part(first, group.window), items_of(group.micro_batches) / items_of(first)
+        first, share = ascent(group)
+        return Part(first, first if rows else group), share
 
-    return of_a_part
+    return of_a_group
 
 
 def reference_run(

@@ -133,7 +133,7 @@ def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
     return function(data) if isinstance(data, torch.Tensor) else data
 
 
-def first_rows(inputs: Any, count: Callable[[int], int]) -> Any | None:
+def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
     """
     The first rows of a micro-batch, as views.
 
@@ -141,7 +141,7 @@ def first_rows(inputs: Any, count: Callable[[int], int]) -> Any | None:
         count: How many of so many rows.
 
     Returns:
-        `inputs` in new containers; None where `count` takes all rows.
+        `inputs` in new containers.
 
     Raises:
         ValueError: where not every tensor has the batch in its first dimension.
@@ -155,5 +155,4 @@ def first_rows(inputs: Any, count: Callable[[int], int]) -> Any | None:
             "gradient_accumulation_steps to 2 or more."
         )
     (rows,) = sizes
-    first = count(rows)
-    return map_tensors(lambda tensor: tensor[:first], inputs) if first < rows else None
+    return map_tensors(lambda tensor: tensor[: count(rows)], inputs)
