@@ -53,11 +53,8 @@ def plot_loss_surface(
         dimensions: 1, a curve for each checkpoint; or 2, a map for each. A line has 1.
         distance: How far to go to each side.
         points: In each dimension: a map takes the square of it in forward passes over the sample.
-        dataset: As in `measure_sharpness`.
-        samples: As there.
-        seed: As there.
-        tolerance: For eigenvectors, as there.
-        max_products: As there.
+        dataset, samples, seed: As in `measure_sharpness`.
+        tolerance, max_products: For eigenvectors, as there.
 
     Returns:
         What the JSON has: caption, axes and their units, and for each checkpoint its name and losses, and the
