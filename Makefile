@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo quality style clean
+.PHONY: help venv test demo docs quality style clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(STAMP) ## run the whole test suite (PYTEST_ARGS="-x tests/test_trainer.p
 
 demo: $(STAMP) ## train a small ViT on digits with wrong labels, with and without the penalty (four minutes)
 	$(BIN)/python examples/demo.py
+
+docs: $(STAMP) ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 quality: $(STAMP) ## check lint and format
 	$(BIN)/ruff check .
