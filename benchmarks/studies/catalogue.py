@@ -92,6 +92,11 @@ STUDIES = {
         (PLAIN, TWICE, "m = 8", "m = 8, α = 0.8", "m = 8, no warm-up"),
         (0.1, 0.2, 0.4),
     ),
+    "cheaper_steps": Study(
+        {"40% wrong": DIGITS | {"wrong": 40}},
+        (PLAIN, TWICE, "m = 8", "direction from a quarter", "every 2nd step, reused", "momentum"),
+        (0.1, 0.2, 0.4, 0.8),
+    ),
     "wrong_labels_cifar10": Study(
         {f"{wrong}% wrong": VIT | {"wrong": wrong} for wrong in (20, 40, 60)},
         (PLAIN, TWICE, *SMALL_M),

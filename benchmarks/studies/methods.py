@@ -44,6 +44,10 @@ METHODS = {
     "m = 8": penalised(micro_batch=8),
     "m = 4": penalised(micro_batch=4),
     "m = 8, every 2nd step": penalised(1.5, micro_batch=8, gnp_interval=2),
+    # Of 8 of a step's 32 examples.
+    "direction from a quarter": penalised(1.25, micro_batch=8, gnp_scope="step", gnp_ascent_fraction=0.25),
+    "every 2nd step, reused": penalised(1.5, gnp_interval=2, gnp_reuse=True, gnp_alpha=0.5),
+    "momentum": penalised(1.0, gnp_direction="momentum"),
     "m = 32, every 2nd step": penalised(1.5, gnp_interval=2),
     "m = 8, α = 0.8": penalised(micro_batch=8, gnp_alpha=0.8),
     "m = 8, no warm-up": penalised(micro_batch=8, gnp_warmup_type="none"),
