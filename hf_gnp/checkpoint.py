@@ -96,7 +96,8 @@ class _Conversion:
     def convert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Saved tensors under the model's names, merged or split as its parameters are, in their saved dtypes."""
         by_pattern = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
-        converted, collected = {}, {}
+        converted: dict[str, torch.Tensor] = {}
+        collected: dict[str, Any] = {}
         for name, (target, pattern) in self.targets.items():
             if pattern is None:
                 converted[target] = tensors[name]
@@ -127,8 +128,9 @@ def remember_values(state: TrainerState, values: dict[str, Any]) -> str | None:
     Returns:
         A warning, if the checkpoint from which the state was loaded has others.
     """
-    saved = state.stateful_callbacks.get(STATE_KEY, {}).get("args")
-    state.stateful_callbacks[STATE_KEY] = {"args": values, "attributes": {}}
+    states: Any = state.stateful_callbacks  # a dict, once a run has begun
+    saved = states.get(STATE_KEY, {}).get("args")
+    states[STATE_KEY] = {"args": values, "attributes": {}}
     if not saved or saved == values:
         return None
     changed = sorted(name for name in saved | values if saved.get(name) != values.get(name))

@@ -9,7 +9,7 @@ from .schedule import Penalty
 class StepMetrics:
     """Sums over steps, kept on the device: nothing is read back until they are logged."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -50,7 +50,7 @@ class StepMetrics:
             "gnp_alpha": self.penalty.alpha if self.penalty else 0.0,
             "gnp_on": self.penalised_steps / self.steps,
         }
-        if self.penalised_steps > 0:
+        if self.losses is not None:  # a step was penalised
             grad_norms = torch.tensor([self.grad_norms], device=self.losses.device)
             means = torch.cat([grad_norms, self.losses]) / self.penalised_steps
             means = accelerator.reduce(means, reduction="mean").tolist()
