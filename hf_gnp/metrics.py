@@ -9,7 +9,7 @@ from .schedule import Penalty
 class StepMetrics:
     """Sums over steps, kept on the device: nothing is read back until they are logged."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:

@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,18 +34,23 @@ FIDELITY_FLOOR = 0.9
 ADAPTIVE_OPTIMIZERS = "ada|lamb|rmsprop|prodigy|apollo|sophia"
 
 
-def _take_signature_of_base(cls: type, mixin: type) -> None:
+# For a type checker: the mixin uses what comes after it, a subclass of Trainer.
+_Base: Any = object
+_documented_as: Callable[[Any], Callable[[Any], Any]] = functools.wraps
+
+
+def _take_signature_of_base(cls: Any, mixin: type) -> None:
     """Scripts ask `inspect.signature` which arguments a trainer takes."""
-    base = next(base for base in cls.__mro__ if base is not mixin and "__init__" in vars(base))
+    base: Any = next(base for base in cls.__mro__ if base is not mixin and "__init__" in vars(base))
 
     @functools.wraps(base.__init__)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(cls, self).__init__(*args, **kwargs)
 
     cls.__init__ = __init__
 
 
-class GNPMixin:
+class GNPMixin(_Base):
     r"""
     Penalises the gradient norm of the loss, in any subclass of [`~transformers.Trainer`]. It comes first:
 
@@ -66,6 +72,8 @@ class GNPMixin:
     """
 
     _gnp_run: PenalisedSteps | None = None
+    _gnp_warned: set[str]
+    current_gradient_accumulation_steps: Any
     _gnp_is_trainers_log = False
     _gnp_resumed_from: str | None = None
 
@@ -79,7 +87,7 @@ class GNPMixin:
         if GNPMixin in cls.__bases__ and "__init__" not in vars(cls):
             _take_signature_of_base(cls, GNPMixin)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gnp_args = gnp_arguments_of(self.args)
         self._gnp_check()
@@ -88,7 +96,7 @@ class GNPMixin:
     def _gnp_check(self) -> None:
         """Refuse gnp arguments out of range, and what the penalty cannot run with."""
         take_over(self.gnp_args, self.args)
-        if self.gnp_args.gnp_alpha > 0:
+        if self.gnp_args.gnp_alpha != 0:
             optimizer_cls = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else None
             perturbation = Perturbation.from_args(self.gnp_args, self.model)
             refuse_unsupported(
@@ -102,8 +110,8 @@ class GNPMixin:
             if (argument := needed(self.gnp_args)) is not None:
                 check_optimizer_of(self, argument)
 
-    @functools.wraps(Trainer.train)
-    def train(self, *args, **kwargs):
+    @_documented_as(Trainer.train)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._gnp_run is not None:  # the last run ended while weights were moved
             self._gnp_run.abandon()
             if self._gnp_run.is_perturbed:
@@ -121,8 +129,8 @@ class GNPMixin:
             if not self._gnp_run.is_perturbed:
                 self._gnp_run = None
 
-    @functools.wraps(measure_sharpness)
-    def measure_sharpness(self, *args, **kwargs) -> dict[str, Any]:
+    @_documented_as(measure_sharpness)
+    def measure_sharpness(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return measure_sharpness(self, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -212,7 +220,7 @@ class GNPMixin:
                 )
         return run
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None):
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         # Trainer calls this between clipping and the optimizer step, on every engine, and the norm is global.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.gnp_args.gnp_alpha == 0:
@@ -229,14 +237,14 @@ class GNPMixin:
             logger.warning(f"Step {self.state.global_step}: the gradient is not finite; the weights stay as they are.")
         return grad_norm
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._gnp_is_trainers_log = self.control.should_log
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
             self._gnp_is_trainers_log = False
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Only in Trainer's own call do all ranks meet: a user's compute_loss may log on the main process alone.
         if self._gnp_is_trainers_log and {"loss", "learning_rate"} <= logs.keys():
             self._gnp_is_trainers_log = False
@@ -250,18 +258,18 @@ class GNPMixin:
                 )
         super().log(logs, *args, **kwargs)
 
-    def save_model(self, *args, **kwargs) -> None:
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Saves as [`~transformers.Trainer.save_model`] does, but never perturbed weights, as a signal handler may."""
         if self._gnp_run is not None and self._gnp_run.is_perturbed:
             raise RuntimeError("The weights are perturbed by an unfinished second pass: nothing was saved.")
         super().save_model(*args, **kwargs)
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             add_to_model_card(os.path.join(self.args.output_dir, "README.md"), self.gnp_args.gnp_values())
 
-    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Passed on as it came: sentence-transformers' trainers take the folder alone.
         loader = super()._load_from_checkpoint
         if not self._gnp_loads_renamed(*inspect.signature(loader).bind(*args, **kwargs).args):

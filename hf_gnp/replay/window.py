@@ -76,7 +76,8 @@ class Window:
 
     def loss(self) -> torch.Tensor:
         """The clean loss of the first passes: the sum over micro-batches, as `Trainer` sums them."""
-        return sum(micro_batch.loss for micro_batch in self.micro_batches)
+        losses: list[Any] = [micro_batch.loss for micro_batch in self.micro_batches]
+        return sum(losses)
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -126,7 +127,8 @@ def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
             result[key] = map_tensors(function, value)
         return result
     if isinstance(data, Mapping):
-        return type(data)({key: map_tensors(function, value) for key, value in data.items()})
+        kind: Any = type(data)
+        return kind({key: map_tensors(function, value) for key, value in data.items()})
     if isinstance(data, tuple | list):
         values = [map_tensors(function, value) for value in data]
         return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
