@@ -134,6 +134,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="Of plain training. Default: the study's.")
     parser.add_argument("--seeds", type=int, help="How many to report. Default: the study's.")
     parser.add_argument("--report", nargs="+", choices=REPORTS, default=["accuracy"], help="Which tables to print.")
+    parser.add_argument(
+        "--against", nargs="+", choices=METHODS, help="Print differences to these, not to plain training."
+    )
     parser.add_argument("--max_minutes", type=float, default=float("inf"), help="Begin no run after that.")
     parser.add_argument("--quick", action="store_true", help="Next to no data, one epoch: proves nothing.")
     parser.add_argument("--quiet", action="store_true", help="No progress bar.")
@@ -170,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         reported[name] = case.reported()
         for title, text in tables_of(case).items():
             tables.append(f"## {name}: {title}\n\n{text}\n")
+            if title in args.report and args.against:
+                text = table(reported[name], title, args.against)
             if title in (SWEEP, *args.report):
                 print(f"\n{args.study}, {name}: {title}\n\n{text}", flush=True)
     path = args.output_dir / f"study_{args.study}"

@@ -87,7 +87,8 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def vision_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vision_model")
-    make_model("vit").save_pretrained(folder)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    transformers.ViTModel(transformers.ViTConfig(image_size=98, patch_size=14, **sizes)).save_pretrained(folder)
     return folder
 
 

@@ -41,7 +41,13 @@ CIFAR10 = {
 VIT = CIFAR10 | {"model": "vit", "width": 96, "layers": 3, "learning_rate": 1e-3}
 # ReLU: products of its Hessian by differences see the kinks (docs/sharpness.md).
 RESNET = CIFAR10 | {"model": "resnet", "width": 32, "learning_rate": 0.05, "flatness": False}
-PRETRAINED = CIFAR10 | {"model": "pretrained", "image_size": 98, "learning_rate": 5e-5, "epochs": 3}
+PRETRAINED = CIFAR10 | {
+    "model": "pretrained",
+    "image_size": 98,
+    "learning_rate": 5e-5,
+    "epochs": 3,
+    "flatness": False,
+}
 DIGITS = VIT | {
     "source": "digits",
     "train_size": 500,
@@ -83,7 +89,7 @@ STUDIES = {
         {"right labels": RESNET, "40% wrong": RESNET | {"wrong": 40}}, (PLAIN, TWICE, "m = 32"), (0.05, 0.1, 0.2)
     ),
     "wrong_labels": Study(
-        {f"{wrong}% wrong": DIGITS | {"wrong": wrong} for wrong in (20, 40, 60, 0)},
+        {f"{wrong}% wrong": DIGITS | {"wrong": wrong} for wrong in (20, 40, 60)},
         (PLAIN, TWICE, *SMALL_M),
         (0.1, 0.2, 0.4),
     ),
@@ -126,7 +132,6 @@ QUICK = {
     "train_size": 128,
     "validation_size": 32,
     "test_size": 32,
-    "image_size": 8,
     "epochs": 1,
     "width": 8,
     "layers": 1,

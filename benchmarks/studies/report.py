@@ -1,17 +1,19 @@
 """Tables and pictures of a study's runs."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .methods import BASELINES, METHODS
+from .methods import BASELINES, METHODS, TWICE
 from .statistics import Run, holm, mean_and_error, p_value, paired, plus_minus
 
 
 # Of each report the measures, with what they are called, their scale and digits.
 PERCENT = (100, 1)
+SHORT = {TWICE: "twice"}
 REPORTS = {
     "accuracy": {"best": ("best epoch %", *PERCENT), "final": ("last epoch %", *PERCENT)},
     "calibration": {
@@ -38,26 +40,26 @@ def has(runs: Runs, report: str) -> bool:
     )
 
 
-def table(runs: Runs, report: str) -> str:
+def table(runs: Runs, report: str, baselines: Sequence[str] = BASELINES) -> str:
     """
-    Markdown: means ± standard errors, and differences to both baselines over seeds with p.
+    Markdown: means ± standard errors, and differences to the baselines over seeds with p.
 
     p is Holm's, over all tests of penalised methods in the table.
     """
     measures = REPORTS[report]
-    tests = [(method, name, baseline) for method in runs for name in measures for baseline in BASELINES]
-    tests = [test for test in tests if test[0] not in BASELINES]
+    tests = [(method, name, baseline) for method in runs for name in measures for baseline in baselines]
+    tests = [test for test in tests if test[0] not in (*BASELINES, *baselines)]
     gains = {test: paired(_values(runs[test[0]], test[1]), _values(runs.get(test[2], {}), test[1])) for test in tests}
     corrected = dict(zip(tests, holm([p for _, _, p in gains.values()]), strict=True))
     header = ["method", "r", "cost", "seeds"]
     for label, _, _ in measures.values():
-        header += [label, "Δ plain (p)", "Δ twice (p)"]
+        header += [label, *(f"Δ {SHORT.get(baseline, baseline)} (p)" for baseline in baselines)]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for method, by_seed in runs.items():
         cells = [method, _radius(by_seed), f"{METHODS[method].cost:g}", str(len(by_seed))]
         for name, (_, scale, digits) in measures.items():
             cells.append(plus_minus(*mean_and_error(list(_values(by_seed, name).values())), scale, digits))
-            for baseline in BASELINES:
+            for baseline in baselines:
                 gain = gains.get((method, name, baseline))
                 text = "" if gain is None else plus_minus(*gain[:2], scale, digits, "+")
                 cells.append(text and f"{text} ({p_value(corrected[method, name, baseline])})")
