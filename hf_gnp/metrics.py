@@ -15,7 +15,8 @@ class StepMetrics:
     def reset(self) -> None:
         self.steps, self.penalised_steps = 0, 0
         self.penalty: Penalty | None = None
-        self._is_counted, self._counted = False, set()
+        self._is_counted = False
+        self._counted: set[str] = set()  # in the step at hand
         self._sums: dict[str, torch.Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self.fidelity: torch.Tensor | None = None

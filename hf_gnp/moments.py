@@ -104,7 +104,7 @@ def _is_made_by_deepspeed(trainer: Any) -> bool:
 def moment_of(state: Mapping[str, Any], names: tuple[str, ...], shape: torch.Size) -> torch.Tensor | None:
     """The first of the named tensors that a parameter's state has; None where none is whole and unquantised."""
     for name in names:
-        moment = state.get(name)
+        moment: Any = state.get(name)
         is_plain = type(moment) in (torch.Tensor, nn.Parameter) or hasattr(moment, "device_mesh")
         if is_plain and moment.dtype.is_floating_point and moment.dtype.itemsize > 1 and moment.shape == shape:
             return moment

@@ -89,7 +89,7 @@ def test_fraction_of_one_is_the_whole(tmp_path, accumulation):
 
 def test_rows_where_there_are_none(tmp_path):
     inputs = {"pixel_values": torch.zeros(4, 3), "image_grid": torch.zeros(2, 3), "return_loss": True}
-    with pytest.raises(ValueError, match=r"gnp_ascent_fraction .*'2', '4'.*gradient_accumulation_steps"):
+    with pytest.raises(ValueError, match=r"gnp_ascent_fraction .*found 2, 4.*gradient_accumulation_steps"):
         first_rows(inputs, lambda rows: 1)
     with pytest.raises(ValueError, match="gnp_ascent_fraction"):
         first_rows({"x": torch.zeros(4), "scale": torch.tensor(1.0)}, lambda rows: 1)

@@ -148,12 +148,12 @@ def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
     Raises:
         ValueError: where not every tensor has the batch in its first dimension.
     """
-    sizes: set[int | None] = set()
-    map_tensors(lambda tensor: sizes.add(len(tensor) if tensor.ndim else None), inputs)
-    if len(sizes) != 1 or None in sizes:
+    sizes: set[int] = set()
+    map_tensors(lambda tensor: sizes.add(len(tensor) if tensor.ndim else -1), inputs)
+    if len(sizes) != 1 or -1 in sizes:
         raise ValueError(
             "gnp_ascent_fraction without accumulation takes the first rows of a micro-batch, but not every tensor of "
-            f"its inputs has the batch in its first dimension (found sizes {sorted(map(str, sizes))}): set "
+            f"its inputs has the batch in its first dimension (found {', '.join(str(size) if size >= 0 else 'a scalar' for size in sorted(sizes))}): set "
             "gradient_accumulation_steps to 2 or more."
         )
     (rows,) = sizes
