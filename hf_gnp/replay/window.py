@@ -151,10 +151,11 @@ def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
     sizes: set[int] = set()
     map_tensors(lambda tensor: sizes.add(len(tensor) if tensor.ndim else -1), inputs)
     if len(sizes) != 1 or -1 in sizes:
+        found = ", ".join(str(size) if size >= 0 else "a scalar" for size in sorted(sizes))
         raise ValueError(
             "gnp_ascent_fraction without accumulation takes the first rows of a micro-batch, but not every tensor of "
-            f"its inputs has the batch in its first dimension (found {', '.join(str(size) if size >= 0 else 'a scalar' for size in sorted(sizes))}): set "
-            "gradient_accumulation_steps to 2 or more."
+            f"its inputs has the batch in its first dimension (found {found}): set gradient_accumulation_steps to 2 "
+            "or more."
         )
     (rows,) = sizes
     return map_tensors(lambda tensor: tensor[: count(rows)], inputs)
