@@ -151,6 +151,9 @@ def study_of(args: argparse.Namespace) -> Study:
     study = STUDIES[args.study]
     cases = {name: study.cases[name] for name in args.cases or study.cases}
     changes = {name: getattr(args, name) for name in ("train_size", "epochs") if getattr(args, name)}
+    if needs_model(study):
+        # The folder that a model lies in is no part of what it is.
+        changes["pretrained"] = "/".join(Path(args.model_path).parts[-2:])
     study = replace(study, cases={name: settings | changes for name, settings in cases.items()})
     study = quick(study) if args.quick else study
     return replace(study, methods=tuple(args.methods or study.methods), seeds=args.seeds or study.seeds)
