@@ -198,7 +198,7 @@ class PenalisedSteps:
 
     def _tolerance(self) -> float:
         dtypes = {p.dtype for p in self.engine_parameters()}
-        is_low = any(dtype.itemsize <= 2 for dtype in dtypes) or self.trainer.accelerator.mixed_precision != "no"
+        is_low = any(dtype.itemsize <= 2 for dtype in dtypes) or self.engine.computes_in_16_bit()
         return PROBE_TOLERANCE_LOW if is_low else PROBE_TOLERANCE
 
     def engine_parameters(self) -> Iterator[nn.Parameter]:
