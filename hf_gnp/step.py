@@ -287,7 +287,8 @@ class PenalisedSteps:
         """Once a run: the window's first micro-batch again at θ must give the loss that it gave."""
         if not self._is_probed:
             self._is_probed = True
-            probe(self.trainer, self.model, next(self.window.replayed()), self.engine.probed())
+            engine, micro_batch = self.engine, next(self.window.replayed())
+            probe(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
 
     def abandon(self) -> None:
         """After any exception in a step: clean weights, no gradient, an empty window."""

@@ -165,7 +165,10 @@ def refuse(args: TrainingArguments, **accelerator) -> None:
         ({"ddp_handler": DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.POWER_SGD)}, "PowerSGD"),
         ({"ddp_handler": DistributedDataParallelKwargs(comm_hook="batched_power_sgd")}, "PowerSGD"),
         ({"parallelism_config": SimpleNamespace(cp_enabled=True, sp_enabled=False)}, "context .*parallelism"),
-        ({"parallelism_config": SimpleNamespace(cp_enabled=False, sp_enabled=True)}, "sequence parallelism"),
+        (
+            {"parallelism_config": SimpleNamespace(cp_enabled=False, sp_enabled=True)},
+            "sequence parallelism but under ZeRO-3",
+        ),
     ],
 )
 def test_engine_is_refused(tmp_path, accelerator, message):

@@ -41,7 +41,6 @@ WRONG = {
     "ZenFlow": zero(2, zenflow={"topk_ratio": 0.1}),
     "DeepCompile": zero() | {"compile": {"deepcompile": True}},
     "Apex AMP": zero() | {"amp": {"enabled": True}},
-    "DeepSpeed's torch_autocast": zero() | {"torch_autocast": {"enabled": True}},
     "fp16 in ZeRO stage 0": zero(0) | {"fp16": {"enabled": True}},
     "AutoTP": zero() | {"tensor_parallel": {"autotp_size": 2}},
     "managed_gradient_accumulation=false": zero() | {"managed_gradient_accumulation": False},

@@ -153,6 +153,10 @@ class Engine(Moves):
         """Something that changes when anybody adds to the gradient; None where that cannot be seen."""
         return None
 
+    def computes_in_16_bit(self) -> bool:
+        """Whether a forward does, whatever the weights' dtype."""
+        return self.accelerator.mixed_precision != "no"
+
     def probed(self) -> AbstractContextManager:
         """Around a forward without backward."""
         return torch.no_grad()

@@ -13,7 +13,7 @@ CHECKED = frozenset(
     {
         *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
         *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "optimizer.type", "optimizer.params"),
-        *("scheduler", "bf16.enabled", "bf16.check_grad_overflow", "data_types.grad_accum_dtype"),
+        *("scheduler", "torch_autocast", "bf16.enabled", "bf16.check_grad_overflow", "data_types.grad_accum_dtype"),
         *(f"fp16.{key}" for key in ("enabled", "auto_cast", "loss_scale", "initial_scale_power", "min_loss_scale")),
         *(f"fp16.{key}" for key in ("loss_scale_window", "hysteresis", "consecutive_hysteresis")),
         *("communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
@@ -38,7 +38,7 @@ CHECKED = frozenset(
         *(f"{ZERO}{key}" for key in ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights")),
         *(f"{ZERO}{key}" for key in ("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zenflow")),
         *(f"{ZERO}offload_optimizer.super_offload", "pipeline", "compile.deepcompile", "sparse_gradients", "amp"),
-        *("torch_autocast", "tensor_parallel.autotp_size", "managed_gradient_accumulation"),
+        *("tensor_parallel.autotp_size", "managed_gradient_accumulation"),
     }
 )
 
@@ -88,7 +88,6 @@ def _wrong(config: Any) -> Iterator[str]:
         ("compile.deepcompile", "DeepCompile", "use torch_compile"),
         ("sparse_gradients", "sparse gradients", "set it to false"),
         ("amp.enabled", "Apex AMP", "use the bf16 section"),
-        ("torch_autocast.enabled", "DeepSpeed's torch_autocast", "use the bf16 section"),
     ):
         if config.get_value(key):
             yield f"{name} ({key}): {instead}"

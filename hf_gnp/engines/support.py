@@ -85,9 +85,20 @@ def _unsupported_engine(accelerator: Accelerator) -> str | None:
     hook = getattr(getattr(accelerator, "ddp_handler", None), "comm_hook", DDPCommunicationHookType.NO)
     if "power_sgd" in DDPCommunicationHookType(hook).value:
         return POWER_SGD
-    parallelism = accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        return "context or sequence parallelism, which shards the inputs in place: use FSDP2 or ZeRO-3 alone"
+    return _unsupported_sequence(accelerator)
+
+
+def _unsupported_sequence(accelerator: Accelerator) -> str | None:
+    parallelism, plugin = accelerator.parallelism_config, getattr(accelerator.state, "deepspeed_plugin", None)
+    if parallelism is None:
+        return None
+    if parallelism.cp_enabled:
+        return "context parallelism, which shards the inputs in place: use Ulysses (sp_size) under ZeRO-3"
+    if parallelism.sp_enabled and (plugin is None or plugin.hf_ds_config.get_value("zero_optimization.stage") != 3):
+        return (
+            "sequence parallelism but under ZeRO-3: in stages 1 and 2 DeepSpeed 0.19.8 averages over data parallel "
+            "ranks alone, and the gradient is sp_size times too large. Set stage 3"
+        )
     return None
 
 

@@ -15,12 +15,15 @@ TOLERANCE = 1e-3
 TOLERANCE_LOW = 5e-2  # in 16 bit
 
 
-def probe(trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager) -> None:
+def probe(
+    trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager, is_low: bool
+) -> None:
     """
     Run the forward of a micro-batch again, whose state is put back: its loss must be that of the first pass.
 
     Args:
         around: The engine's, for a forward without backward.
+        is_low: Whether the engine computes in 16 bit, whatever the weights' dtype.
 
     Raises:
         RuntimeError: where it is another, with both and with where to look.
@@ -29,7 +32,7 @@ def probe(trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: Abstr
     with around, replaced(trainer, log=not_logged), trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
     loss, expected = loss.detach().double(), micro_batch.forward_loss.double()
-    if not _is_same(loss, expected, micro_batch.forward_loss.device.type, _tolerance(trainer, model)):
+    if not _is_same(loss, expected, micro_batch.forward_loss.device.type, _tolerance(model, is_low)):
         raise RuntimeError(
             f"The loss of a micro-batch was {expected.mean().item()} and is {loss.mean().item()} when it is run "
             "again at the same weights, with the same inputs, random numbers, buffers and Python state: something "
@@ -40,9 +43,9 @@ def probe(trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: Abstr
         )
 
 
-def _tolerance(trainer: Any, model: nn.Module) -> float:
-    is_low = any(p.requires_grad and p.dtype.itemsize <= 2 for p in model.parameters())
-    return TOLERANCE_LOW if is_low or trainer.accelerator.mixed_precision != "no" else TOLERANCE
+def _tolerance(model: nn.Module, is_low: bool) -> float:
+    is_low = is_low or any(p.requires_grad and p.dtype.itemsize <= 2 for p in model.parameters())
+    return TOLERANCE_LOW if is_low else TOLERANCE
 
 
 def _is_same(loss: torch.Tensor, expected: torch.Tensor, device_type: str, tolerance: float) -> bool:

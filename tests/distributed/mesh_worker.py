@@ -119,11 +119,17 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     cls = FaultyGNPTrainer if faults else ComparingTrainer if case.get("compare_ranks") else GNPTrainer
     data = make_data("llama", case.get("size", 48))
     model = load_decoder(case, folder)
-    trainer = (Trainer if stock else cls)(model=model, args=args, train_dataset=data, data_collator=collate)
+    options = {}
+    if "momentum" in case:
+        options["optimizer_cls_and_kwargs"] = (
+            torch.optim.SGD,
+            {"lr": args.learning_rate, "momentum": case["momentum"]},
+        )
+    trainer = (Trainer if stock else cls)(model=model, args=args, train_dataset=data, data_collator=collate, **options)
     trainer.seen, trainer.faults = SimpleNamespace(calls={}, differs=[]), faults
     result: dict[str, Any] = {}
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=case.get("resume") and str(folder / case["resume"]))
     except RuntimeError as error:
         if "injected" not in str(error):
             raise

@@ -95,6 +95,17 @@ PRECISION = {
     ]
     for stock in (True, False)
 }
+PRECISION |= {
+    f"autocast-{engine}{'-stock' if stock else ''}": {
+        "engine": engine,
+        "kind": "vit",
+        "deepspeed": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        "stock": stock,
+        "args": {**LOW_PRECISION, **({} if stock else gnp())},
+    }
+    for engine in ("zero1", "zero3")
+    for stock in (True, False)
+}
 IDENTITY = {
     f"identity-{engine}-{'stock' if stock else 'alpha0'}": {
         "engine": engine,

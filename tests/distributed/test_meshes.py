@@ -4,6 +4,7 @@ Device meshes: 4 ranks, gloo, one launch, in which accelerate's checks for a GPU
 Each mesh against the reference loop, to which the ranks that see one batch together are one.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from cases import gnp, result_of, run_cases
 from mesh_worker import make_decoder
-from runs import LOG_TOLERANCE, WEIGHTS_TOLERANCE, by_scope, reference_run
-from tiny import flat_weights, relative_distance
+from runs import LOG_TOLERANCE, WEIGHTS_TOLERANCE, by_scope, reference_run, windows
+from tiny import flat_weights, make_data, relative_distance
 
 
 pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
+SEQUENCE_WORKER = WORKER.with_name("sequence_worker.py")
 RANKS = 4
 TP = {"tp_plan": "auto"}
 # By name: the model, its mesh, and how many ranks see a batch of their own.
@@ -79,12 +81,33 @@ BF16 = {
     f"{mesh}-bf16": case(mesh, gnp(1.0, optim="adamw_torch", max_steps=3), dtype="bfloat16", compare_ranks=True)
     for mesh in ("tp-fsdp", "ep-tp-fsdp-qwen3")
 }
-CASES = EQUIVALENT | BY_MICRO_BATCH | IDENTITY | RAISING | BF16
+# Saved in shards by four ranks after three steps, gone on with by two, which do four ranks' share.
+SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+MOMENTUM = {"size": 96, "momentum": 0.9}
+SAVED = {
+    "sharded-saved": case(
+        "fsdp2-accelerate", gnp(max_steps=3, save_strategy="steps", save_steps=3) | SHARDED, **MOMENTUM
+    )
+}
+RESUMED = {
+    "sharded-resumed": case(
+        "fsdp2-accelerate",
+        gnp(gradient_accumulation_steps=2) | SHARDED,
+        resume="sharded-saved/checkpoint-3",
+        **MOMENTUM,
+    )
+}
+CASES = SAVED | EQUIVALENT | BY_MICRO_BATCH | IDENTITY | RAISING | BF16
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
-    return run_cases(CASES, tmp_path_factory.mktemp("meshes"), ranks=RANKS, worker=WORKER)
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("meshes")
+
+
+@pytest.fixture(scope="session")
+def results(folder):
+    return run_cases(CASES, folder, ranks=RANKS, worker=WORKER)
 
 
 @pytest.mark.parametrize("name", EQUIVALENT | BY_MICRO_BATCH)
@@ -100,6 +123,38 @@ def test_a_mesh_matches_the_reference(results, name):
     assert distance < WEIGHTS_TOLERANCE
     for log in ("loss", "gnp_grad_norm", "gnp_perturbed_loss"):
         assert result["logs"][log] == pytest.approx([entry[log] for entry in reference_logs], rel=LOG_TOLERANCE), log
+
+
+def test_shards_of_four_ranks_resume_on_two(results, folder):
+    """With the optimizer's momentum."""
+    result_of(results, "sharded-saved")
+    result = result_of(run_cases(RESUMED, folder, ranks=2, worker=WORKER), "sharded-resumed")
+    steps = windows("llama", RANKS, make_data("llama", MOMENTUM["size"]))
+    optimizer = functools.partial(torch.optim.SGD, momentum=MOMENTUM["momentum"])
+    model = make_decoder("llama")
+    start, expected, logs = reference_run("llama", 2, 2, model=model, steps=steps, optimizer=optimizer)
+    assert relative_distance(result["weights"], expected, start) < WEIGHTS_TOLERANCE
+    assert result["logs"]["loss"] == pytest.approx([log["loss"] for log in logs], rel=LOG_TOLERANCE)
+
+
+def test_ulysses_matches_the_reference(tmp_path):
+    """
+    Two ranks share each sequence, of which one has more labels than the other. Under it, stock differentiates the mean
+    over micro-batches of their mean over labels.
+    """
+    args = gnp(gradient_accumulation_steps=2)
+    result = result_of(run_cases({"ulysses": {"args": args}}, tmp_path, worker=SEQUENCE_WORKER), "ulysses")
+    start, expected, logs = reference_run(
+        "llama",
+        2,
+        1,
+        model=make_decoder("llama"),
+        loss=lambda model, part: sum(model(**b).loss for b in part) / len(part),
+    )
+    assert relative_distance(result["weights"], expected, start) < WEIGHTS_TOLERANCE
+    # Norms before clipping, which hides a gradient that is too large by a factor, as it is under ZeRO-1 and 2.
+    for name in ("loss", "gnp_grad_norm", "gnp_perturbed_loss"):
+        assert result["logs"][name] == pytest.approx([log[name] for log in logs], rel=LOG_TOLERANCE), name
 
 
 @pytest.mark.parametrize("mesh", WHOLE)

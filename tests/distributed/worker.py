@@ -27,7 +27,7 @@ from meters import CountCollectives
 from runs import logs_of, make_args
 from tiny import collate, flat_weights, make_data, make_model
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_gnp import GNPTrainer, GNPTrainingArguments
@@ -190,6 +190,8 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
     if "faults" in case:
         trainer.faults, trainer.seen = case["faults"], SimpleNamespace(calls={})
         trainer.compares_ranks = case.get("compare_ranks", False)
+    if case.get("generates"):
+        trainer.add_callback(Generates())
     if case.get("count"):
         trainer.add_callback(CountCollectives())
     if "comm_hook" in case:
@@ -231,9 +233,27 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
         result["ranks_agree"] = bool(agree)
     if case.get("count"):
         result["collectives"] = dict(trainer.pop_callback(CountCollectives).bytes)
+    if case.get("generates"):
+        result["generated"] = trainer.pop_callback(Generates).tokens
     if case.get("zero_to_fp32") and dist.get_rank() == 0:
         result["from_checkpoint"] = zero_to_fp32(trainer)
     return result
+
+
+class Generates(TrainerCallback):
+    """Lets the model generate between steps, as an evaluation with `predict_with_generate` does."""
+
+    def __init__(self):
+        self.tokens: list[list[int]] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.eval()
+        with torch.no_grad():
+            tokens = model.generate(
+                torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False, synced_gpus=True, pad_token_id=0
+            )
+        model.train()
+        self.tokens.append(tokens[0].tolist())
 
 
 def zero_to_fp32(trainer: Trainer) -> torch.Tensor:

@@ -60,6 +60,10 @@ class DeepSpeedSteps:
         with sync_gradients_set(self.accelerator, is_last), _backward_only(self.accelerator):
             yield
 
+    def computes_in_16_bit(self) -> bool:
+        is_autocast = self.accelerator.deepspeed_plugin.hf_ds_config.get_value("torch_autocast.enabled")
+        return bool(is_autocast) or super().computes_in_16_bit()
+
     def finish(self) -> None:
         self.engine.step()
 
