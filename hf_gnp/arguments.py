@@ -225,8 +225,12 @@ class GNPArguments:
             # One of the two stays set, so that a copy built from all the fields is valid again.
             self.gnp_alpha = gnp_lambda / self.gnp_r if self.gnp_r > 0 else 0.0
             self.gnp_lambda = None
-        default_alpha = 1.0 if self.gnp_direction == "momentum" else DEFAULT_ALPHA
-        self.gnp_alpha = _number("gnp_alpha", default_alpha if self.gnp_alpha is None else self.gnp_alpha)
+        if vars(self).get("_gnp_default_alpha") == self.gnp_alpha:  # no user's, as another direction has another
+            self.gnp_alpha = None
+        self._gnp_default_alpha = None
+        if self.gnp_alpha is None:
+            self.gnp_alpha = self._gnp_default_alpha = 1.0 if self.gnp_direction == "momentum" else DEFAULT_ALPHA
+        self.gnp_alpha = _number("gnp_alpha", self.gnp_alpha)
         if self.gnp_alpha > 1:
             raise ValueError(f"gnp_alpha is the share of the second gradient, at most 1, but it is {self.gnp_alpha}.")
         if self.gnp_r == 0 and self.gnp_alpha > 0:

@@ -29,6 +29,16 @@ class OrthogonalComponent:
     """
 
     def __init__(self, engine: Engine):
+        """
+        Raises:
+            ValueError: for an engine whose optimizer steps with more than the shards.
+        """
+        if not engine.steps_with_shards:
+            raise ValueError(
+                "gnp_reuse under ZeRO-1 in bf16 with fp32 accumulation: DeepSpeed clips by the norm of the whole "
+                "gradient that each rank holds, of which a rank would change its own part. Use ZeRO-2, or leave out "
+                "gnp_reuse."
+            )
         self._engine = engine
         self._kept: dict[int, torch.Tensor] = {}  # by the parameter's number; g₁ while the second pass runs
         self._norm = 0.0
@@ -54,6 +64,8 @@ class OrthogonalComponent:
         """After the gradients were mixed: what of the gradient is orthogonal to g₁."""
         shards = [shard for shard in self._engine.shards() if shard.place.parameter in self._kept]
         gradients, first = [shard.gradient for shard in shards], self._of(shards)
+        # Not what the loss reached at θ alone: an expert that was not chosen again.
+        self._kept = {shard.place.parameter: kept for shard, kept in zip(shards, first, strict=True)}
         along, first_sq = self._engine.dots(shards, [(gradients, first), (first, first)])
         penalty.scale_(first, -along / first_sq if first_sq > 0 else 0.0)
         penalty.add_(first, gradients)
@@ -85,6 +97,7 @@ class OrthogonalComponent:
     def save(self, folder: str) -> None:
         """Beside the optimizer's state: a file for each rank, or one where all ranks hold the same."""
         layout, rank = self._engine.layout()
+        os.makedirs(folder, exist_ok=True)
         if rank is not None or self._engine.accelerator.is_main_process:
             torch.save({"layout": layout, "norm": self._norm, "kept": self._kept}, _file(folder, rank))
 
