@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP) ## run the whole test suite (PYTEST_ARGS="-x tests/test_trainer.py" for a part)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-demo: $(STAMP) ## fine-tune a small ViT with and without the penalty
+demo: $(STAMP) ## train a small ViT on digits with wrong labels, with and without the penalty (four minutes)
 	$(BIN)/python examples/demo.py
 
 docs: $(STAMP) ## build the documentation into build/site; a warning is an error

@@ -18,7 +18,8 @@ from .arguments import gnp_arguments_of, take_over
 from .checkpoint import add_to_model_card, load_renamed, remember_values
 from .direction import Perturbation
 from .engines import refuse_unsupported
-from .replay.window import MicroBatch
+from .moments import check_optimizer_of, needed
+from .replay.window import Deferred, MicroBatch
 from .schedule import Schedule
 from .sharpness import measure_sharpness
 from .sharpness.callback import callbacks_know
@@ -74,6 +75,7 @@ class GNPMixin(_Base):
     _gnp_warned: set[str]
     current_gradient_accumulation_steps: Any
     _gnp_is_trainers_log = False
+    _gnp_resumed_from: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -97,7 +99,16 @@ class GNPMixin(_Base):
         if self.gnp_args.gnp_alpha != 0:
             optimizer_cls = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else None
             perturbation = Perturbation.from_args(self.gnp_args, self.model)
-            refuse_unsupported(self.accelerator, self.args, self.optimizer or optimizer_cls, self.model, perturbation)
+            refuse_unsupported(
+                self.accelerator,
+                self.args,
+                self.optimizer or optimizer_cls,
+                self.model,
+                perturbation,
+                self.gnp_args.gnp_allow_unchecked,
+            )
+            if (argument := needed(self.gnp_args)) is not None:
+                check_optimizer_of(self, argument)
 
     @_documented_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,25 +159,33 @@ class GNPMixin(_Base):
             run.begin_micro_batch(self.state.global_step, inputs)
             with run.first_pass():
                 loss = super().training_step(model, inputs, num_items_in_batch)
-            run.window.micro_batches[-1].loss = loss
+            if isinstance(loss, torch.Tensor):
+                loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") write the next pass's over it
+            run.end_first_pass(loss)
             if run.is_end_of_window:
                 noise_seed = run.schedule.noise_seed(self.state.global_step)
-                run.end_window(functools.partial(self._gnp_run_again, model), noise_seed, self._gnp_logs_this_step())
+                run_pass = functools.partial(self._gnp_second_pass, model)
+                lacking = run.end_window(run_pass, noise_seed, self._gnp_logs_this_step())
+                loss = loss if lacking is None else loss + lacking
         except BaseException:
             run.abandon()
             raise
         return loss
 
-    def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    def _gnp_second_pass(self, model: nn.Module, micro_batch: MicroBatch | Deferred) -> torch.Tensor:
         """
-        A micro-batch's second pass, through `Trainer.training_step`: what a subclass does around it happened once.
+        A micro-batch at the moved weights, through `Trainer.training_step`: what a subclass does around it happened
+        once. `Trainer` counts the FLOPs of one pass itself, and logs of the first alone are kept.
         """
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
-        flos = float(self.floating_point_ops(micro_batch.inputs))
-        with replayed_step(self), getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()):
-            loss = Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
-        self._gnp_second_flos += flos
-        return loss
+        ran_before = micro_batch.inputs_of_first_pass
+        if ran_before is not None:
+            self._gnp_second_flos += float(self.floating_point_ops(ran_before))
+        with (
+            replayed_step(self, logs=ran_before is not micro_batch.inputs),
+            getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
+        ):
+            return Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
 
     def _gnp_logs_this_step(self) -> bool:
         """Whether `Trainer` will log when this step ends, as far as its arguments tell."""
@@ -187,6 +206,7 @@ class GNPMixin(_Base):
             is_adaptive = _is_adaptive(self.optimizer)
             schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, is_adaptive)
             self._gnp_run = run = PenalisedSteps(self, model, schedule)
+            run.resume_from(self._gnp_resumed_from)
             self._gnp_second_flos, self._gnp_warned = 0.0, set()
             warning = remember_values(self.state, self.gnp_args.gnp_values())
             if warning is not None:
@@ -254,6 +274,15 @@ class GNPMixin(_Base):
         loader = super()._load_from_checkpoint
         if not self._gnp_loads_renamed(*inspect.signature(loader).bind(*args, **kwargs).args):
             loader(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._gnp_run is not None and self._gnp_run.reuse is not None:
+            self._gnp_run.reuse.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._gnp_resumed_from = checkpoint
 
     def _load_best_model(self) -> None:
         if not self._gnp_loads_renamed(self.state.best_model_checkpoint):

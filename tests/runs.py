@@ -1,6 +1,7 @@
 """One training run with a trainer, and the same run with the reference loop."""
 
 import copy
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -34,7 +35,18 @@ TRAINER_OPTIONS = (
     "optimizers",
 )
 MICRO_BATCH = 4
+# On a CPU, without reports, bars and checkpoints, every step logged.
+QUIET = {
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+DECODERS = ("llama", "mixtral", "qwen3_moe")  # as configs name them
 BASE = {
+    **QUIET,
     "per_device_train_batch_size": MICRO_BATCH,
     "train_sampling_strategy": "sequential",
     "learning_rate": 1e-2,
@@ -42,12 +54,6 @@ BASE = {
     "weight_decay": 0.0,
     "optim": "sgd",
     "max_grad_norm": 0.5,
-    "logging_steps": 1,
-    "report_to": [],
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
     "num_train_epochs": 1,
 }
 
@@ -64,6 +70,16 @@ def make_trainer(output_dir: Any, kind: str, cls: type[Trainer] = GNPTrainer, mo
     model = make_model(kind) if model is None else model
     data = make_data(kind) if data is None else data
     return cls(model=model, args=args, train_dataset=data, data_collator=collate, **options)
+
+
+class SkippingTrainer(GNPTrainer):
+    """Skips a batch that runs out of memory, as people do."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            return torch.zeros(())
 
 
 def run(trainer: Trainer, **kwargs: Any) -> dict[str, Any]:
@@ -152,15 +168,17 @@ def window_loss(
     window: Sequence[dict[str, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
     """
-    The loss that `Trainer` differentiates in one step: for a Llama or a ViT the mean over all labels of the window,
+    The loss that `Trainer` differentiates in one step: for a decoder or a ViT the mean over all labels of the window,
     for a plain network the mean over micro-batches. A BERT classifier takes `num_items_in_batch` without using it, so
     stock `Trainer` leaves the sum over micro-batches undivided; the penalty is on what `Trainer` differentiates.
     Of a part of a window, its share of that.
     """
+    if isinstance(part, Part):
+        part, window = part
     window = part if window is None else window
     kind = model.config.model_type if hasattr(model, "config") else "net"
-    if kind in ("llama", "vit"):
-        labels = [batch["labels"][:, 1:] if kind == "llama" else batch["labels"] for batch in window]
+    if kind in DECODERS or kind == "vit":
+        labels = [batch["labels"][:, 1:] if kind in DECODERS else batch["labels"] for batch in window]
         items = sum((batch_labels != -100).sum() for batch_labels in labels)
         return sum(model(**batch, num_items_in_batch=items).loss for batch in part)
     losses = sum(model(**batch)["loss"] for batch in part)
@@ -188,6 +206,38 @@ def by_scope(scope: str, ranks: int = 1) -> dict[str, Any]:
         "groups": lambda window: [Part(part, window) for part in SCOPES[scope](window, ranks)],
         "loss": lambda model, part: window_loss(model, part.micro_batches, part.window),
     }
+
+
+def items_of(micro_batches: Sequence[dict[str, torch.Tensor]]) -> int:
+    """The labels that `Trainer` counts; a causal language model's are shifted."""
+    is_causal = "input_ids" in micro_batches[0] and micro_batches[0]["labels"].ndim == 2
+    labels = [batch["labels"][:, 1:] if is_causal else batch["labels"] for batch in micro_batches]
+    return sum((part != -100).sum().item() for part in labels)
+
+
+def ascent_from(fraction: float, ranks: int = 1, rows: bool = False) -> Callable[[list], tuple[list, float]]:
+    """
+    For `reference_run`: the first micro-batches of a window, of each rank, and the window's labels for one of theirs.
+    Or the first rows of each micro-batch, whose loss is that of a window of these.
+    """
+
+    def count(size: int) -> int:
+        return max(1, math.ceil(round(fraction * size, 6)))
+
+    def ascent(window: list) -> tuple[list, float]:
+        if rows:
+            return [{k: v[: count(len(v))] for k, v in batch.items()} for batch in window], 1.0
+        first = window[: count(len(window) // ranks) * ranks]
+        return first, items_of(window) / items_of(first)
+
+    def of_a_group(group: Any) -> tuple[Part, float]:
+        if isinstance(group, Part):  # one rank's, whose labels are as many as the others'
+            first = group.micro_batches[: count(len(group.micro_batches))]
+            return Part(first, group.window), items_of(group.micro_batches) / items_of(first)
+        first, share = ascent(group)
+        return Part(first, first if rows else group), share
+
+    return of_a_group
 
 
 def reference_run(

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from hf_gnp.arguments import EXCLUDE
+
 
 ROOT = Path(__file__).parents[1]
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
 # What is raised or logged as a variable or a call, and how that sentence begins, or goes on after what depends.
 ELSEWHERE = {
     "missing": "The gradient-norm penalty uses",
+    "SENTENCE.format": "takes a moment of the optimizer",
     "sentence.format": "The gradient-norm penalty does not run with",
     "never_reached": "training_step never reaches Trainer.training_step",
     "_too_early": "shards a model together with its optimizer",
@@ -58,6 +61,12 @@ def plain(text: str) -> str:
 def test_every_message_is_explained(place, message):
     words = plain(first_words(message))
     assert words in plain(TROUBLESHOOTING), f"docs/troubleshooting.md does not explain {place}: {words!r}"
+
+
+@pytest.mark.parametrize(("argument", "excluded", "reason"), EXCLUDE)
+def test_every_exclusion_is_explained(argument, excluded, reason):
+    words = plain(f"{argument} {' '.join(reason.split()[:WORDS])}")
+    assert words in plain(TROUBLESHOOTING)
 
 
 @pytest.mark.parametrize("words", ELSEWHERE.values())

@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_gnp import engines
-from hf_gnp.engines import private
+from hf_gnp.engines import native, private
 from hf_gnp.engines.deepspeed import private as deepspeed_private
 
 
@@ -35,12 +36,27 @@ def test_torch(monkeypatch, name):
         private.check_private_names(Accelerator(cpu=True))
 
 
+def test_tensor(monkeypatch):
+    monkeypatch.setattr(private, "TENSOR", ("_gone",))  # its own names cannot be taken away
+    with pytest.raises(RuntimeError, match=sentence("torch", "Tensor._gone")):
+        private.check_private_names(Accelerator(cpu=True))
+
+
 def test_accelerate(monkeypatch):
     accelerator = Accelerator(cpu=True)
     private.check_private_names(accelerator)
     monkeypatch.delattr(GradientState, "_set_sync_gradients")
     with pytest.raises(RuntimeError, match=sentence("accelerate", "GradientState._set_sync_gradients")):
         private.check_private_names(accelerator)
+
+
+@pytest.mark.parametrize("name", private.DDP)
+def test_ddp(name):
+    ddp = DistributedDataParallel.__new__(DistributedDataParallel)  # without a process group
+    torch.nn.Module.__init__(ddp)
+    vars(ddp).update({other: [] for other in private.DDP if other != name})
+    with pytest.raises(RuntimeError, match=sentence("torch", f"DistributedDataParallel.{name}")):
+        native.has_communication_hook(ddp)
 
 
 def optimizer_without(kind: str, missing: str | None, offloads: bool):
@@ -50,7 +66,7 @@ def optimizer_without(kind: str, missing: str | None, offloads: bool):
     values |= dict.fromkeys({"cpu_offload", "offload_optimizer"} & set(names), offloads)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         parameter = SimpleNamespace(**dict.fromkeys(deepspeed_private.PARAMETER_NAMES))
-        values["parameter_offload"] = SimpleNamespace(partition_all_parameters=None)
+        values["parameter_offload"] = SimpleNamespace(**dict.fromkeys(deepspeed_private.PARAMETER_OFFLOAD_NAMES))
         values["fp16_groups"] = [[parameter]]
     values.pop(missing, None)
     optimizer = type(kind, (), {})()
@@ -75,6 +91,22 @@ def test_deepspeed_parameter(name):
     delattr(optimizer.fp16_groups[0][0], name)
     with pytest.raises(RuntimeError, match=sentence("deepspeed", f"a parameter's.{name}")):
         deepspeed_private.check_optimizer(optimizer)
+
+
+@pytest.mark.parametrize("name", deepspeed_private.PARAMETER_OFFLOAD_NAMES)
+def test_deepspeed_parameter_offload(name):
+    optimizer = optimizer_without("DeepSpeedZeroOptimizer_Stage3", None, False)
+    delattr(optimizer.parameter_offload, name)
+    with pytest.raises(RuntimeError, match=sentence("deepspeed", f"DeepSpeedZeRoOffload.{name}")):
+        deepspeed_private.check_optimizer(optimizer)
+
+
+def test_gathers_of_zero3_wait_for_what_was_moved():
+    """What a CPU can show of it: the stream of the gathers is told to wait for the one that wrote."""
+    waited_for, stream = [], "_DeepSpeedZeRoOffload__allgather_stream"
+    offload = SimpleNamespace(**{stream: SimpleNamespace(wait_stream=waited_for.append)})
+    deepspeed_private.order_before_gathers(SimpleNamespace(parameter_offload=offload))
+    assert waited_for == [deepspeed_private.get_accelerator().current_stream()]
 
 
 @pytest.mark.parametrize("name", deepspeed_private.ENGINE_NAMES)

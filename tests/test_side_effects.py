@@ -253,6 +253,34 @@ def test_what_compute_loss_counts_is_counted_once(tmp_path):
     assert_identical(counted(gnp), counted(plain))
 
 
+def test_small_tensors_of_a_trainer_that_cannot_be_written_to(tmp_path):
+    """One element in several places, an array that is read-only: nothing can have changed in them."""
+
+    def keeping(base):
+        class Keeping(base):
+            def compute_loss(self, *args, **kwargs):
+                self.calls += 1
+                loss = super().compute_loss(*args, **kwargs)
+                # A new one in its place is put back all the same, and shows in the loss.
+                self.scale = (self.scale[:1] + 0.1).expand(5)
+                return loss * self.scale[0] * float(self.weights[0])
+
+        return Keeping
+
+    classes = {cls: keeping(cls) for cls in BOTH}
+
+    def make(cls):
+        trainer = make_trainer(tmp_path, "net", classes[cls], model=Net(nn.Tanh), **settings_of(cls))
+        trainer.calls = 0
+        trainer.scale, trainer.weights = torch.ones(1).expand(5), np.broadcast_to(np.float64(0.5), (3,))
+        trainer.others = [torch.eye(3).to_sparse(), torch.zeros(1).expand(4), torch.zeros(2, device="meta")]
+        return trainer
+
+    plain, gnp = assert_unmoved_run_is_plain(make)
+    assert gnp.calls == plain.calls == 3 * ACCUMULATION
+    assert gnp.scale.tolist() == plain.scale.tolist()
+
+
 class WithTeacher(Net):
     """A frozen copy that follows the weights, and that the loss is drawn to (BYOL, DINO, data2vec)."""
 
@@ -529,7 +557,22 @@ def test_quantised_weights_in_buffers_are_not_copied(tmp_path, monkeypatch):
         del trainer, model
 
 
-def test_data_of_tiny_is_what_it_was():
-    """The models above may write into their batches, and never into the samples."""
-    data = make_data("net", 4)
-    assert_identical(data, make_data("net", 4))
+def test_models_that_edit_their_inputs_leave_the_samples_alone(tmp_path):
+    """With a collator that hands out a sample itself, as one of whole documents may."""
+
+    class Editing(Net):
+        def forward(self, x, labels):
+            x.mul_(2)
+            return super().forward(x, labels)
+
+    def train(cls, collator):
+        data = make_data("net", 6)
+        batches = [{key: value[None] for key, value in sample.items()} for sample in data]  # views of the samples
+        settings = settings_of(cls, per_device_train_batch_size=1, max_steps=3)
+        trainer = make_trainer(tmp_path, "net", cls, model=Editing(nn.Tanh), data=batches, **settings)
+        trainer.data_collator = collator
+        trainer.train()
+        return data
+
+    # Stock's own forward writes into the samples, once; the probe and the second pass must not do so again.
+    assert_identical(*(train(cls, lambda samples: samples[0]) for cls in BOTH))

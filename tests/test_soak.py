@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MICRO_BATCH, make_trainer
+from runs import MICRO_BATCH, SkippingTrainer, make_trainer
 from tiny import Net, collate, make_data
 from torch import nn
 from transformers import TrainerCallback
-
-from hf_gnp import GNPTrainer
 
 
 STEPS, ACCUMULATION, R, LEARNING_RATE = 2000, 2, 0.05, 0.01
@@ -40,14 +38,6 @@ class Unlucky(Net):
         if self.training and run is not None and fails_in(x) == (SECOND if run.is_perturbed else FIRST):
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(x, labels)
-
-
-class Skipping(GNPTrainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError:
-            return torch.zeros(())
 
 
 class Watch(TrainerCallback):
@@ -127,7 +117,7 @@ def test_a_long_run_with_every_mishap_is_the_reference(tmp_path):
         trainer = make_trainer(
             tmp_path,
             "net",
-            Skipping,
+            SkippingTrainer,
             model=model,
             data=DATA,
             callbacks=[watch],

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from runs import assert_identical, assert_matches_reference, make_trainer, reference_run, run, snapshot, windows
+from runs import (
+    SkippingTrainer,
+    assert_identical,
+    assert_matches_reference,
+    make_trainer,
+    reference_run,
+    run,
+    snapshot,
+    windows,
+)
 from tiny import Net, collate, make_data
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -170,16 +179,6 @@ def test_a_step_that_is_skipped_whole_changes_nothing(tmp_path):
 # --- Exceptions that the subclass swallows ---
 
 
-class Skipping(GNPTrainer):
-    """Skips a batch that runs out of memory, as people do."""
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError:
-            return torch.zeros(())
-
-
 FORWARDS: list[float] = []  # the first number of what each forward saw
 
 
@@ -205,7 +204,7 @@ def test_a_batch_that_is_skipped_leaves_no_trace(tmp_path, pass_, accumulation, 
     first_step = 2 * accumulation + 1  # and the probe
     model.fail_at = first_step + pass_ * accumulation + accumulation  # the last micro-batch of either pass
     settings = {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha, "max_steps": 4}
-    trainer = make_trainer(tmp_path, "net", Skipping, model=model, **settings)
+    trainer = make_trainer(tmp_path, "net", SkippingTrainer, model=model, **settings)
     trainer.train()
     assert trainer.state.global_step == 4
     batches = [[b["x"][0, 0].item() for b in window] for window in windows("net", accumulation)[:4]]

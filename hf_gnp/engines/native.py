@@ -1,6 +1,7 @@
 """One process, DataParallel, DDP, FSDP2, tensor parallelism: gradients are in `param.grad`, whole or as DTensors."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.distributed.fsdp import FSDPModule
@@ -18,8 +20,9 @@ from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.rounding import Place
 
-from .base import Engine, HeldShard, Shard, number_parameters
-from .private import require, set_sync_gradients
+from .base import Engine
+from .private import DDP, require, sync_gradients_set
+from .shards import HeldShard, OptimizerState, Shard, number_parameters
 from .support import POWER_SGD
 
 
@@ -32,7 +35,8 @@ class NativeEngine(Engine):
 
     The second pass accumulates into the scaled first gradient, so there is no second gradient buffer; what is held
     is one copy of the weights that are moved (of this rank's shard under FSDP2). Gradients of 16 bit, in which a small
-    α g₂ would drown, and those that a communication hook of DDP compresses are kept aside instead.
+    α g₂ would drown, those that a communication hook of DDP compresses and those that a hook changes after each
+    backward are kept aside instead.
 
     Parameters that the optimizer has and the model has not, those of a loss, get the mixed gradient and are not moved:
     DDP and FSDP2 do not reduce their gradients, so there is no one direction to move them along.
@@ -45,6 +49,8 @@ class NativeEngine(Engine):
         super().__init__(accelerator, perturbation)
         self.model, self._optimizer = model, optimizer
         self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        within = {id(child) for module in self._fsdp_modules for child in module.modules() if child is not module}
+        self._fsdp_roots = [module for module in self._fsdp_modules if id(module) not in within]
         has_communication_hook(model)  # refuses one
         self.begin_window(perturbation)
         self._moved: list[torch.Tensor] = []
@@ -93,10 +99,28 @@ class NativeEngine(Engine):
     def is_perturbed(self) -> bool:
         return bool(self._moved)
 
-    def first_pass(self):
+    def first_pass(self, is_last: bool = False):
         if self.perturbation.is_per_rank:
             return self.accelerator.no_sync(self.model)
-        return self._sync() if self.perturbation.is_per_micro_batch else contextlib.nullcontext()
+        return self._sync() if is_last or self.perturbation.is_per_micro_batch else contextlib.nullcontext()
+
+    def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
+        parameter = shard.parameter
+        values = self._optimizer.state.get(parameter)
+        if not values:
+            return None
+        groups = self._optimizer.param_groups
+        group = next(group for group in groups if any(p is parameter for p in group["params"]))
+        return OptimizerState(values, group, parameter.shape, functools.partial(_as_sharded, parameter))
+
+    def optimizer_name(self) -> str:
+        return type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__
+
+    def layout(self) -> tuple[str, int | None]:
+        if not self.is_sharded:
+            return "whole", None
+        meshes = sorted({f"{p.device_mesh.shape}" for p in self.parameters if isinstance(p, DTensor)})
+        return f"DTensors on {' and '.join(meshes)}", dist.get_rank()
 
     def wants_second_pass(self) -> bool:
         # The norms of ranks differ if each has its own, and a model may synchronise in its forward.
@@ -104,13 +128,9 @@ class NativeEngine(Engine):
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
-        sync_gradients = self.accelerator.sync_gradients
-        set_sync_gradients(self.accelerator, is_last)
-        try:
-            with self._sync() if self._reduces(is_last) else self._no_sync():
-                yield
-        finally:
-            set_sync_gradients(self.accelerator, sync_gradients)
+        reduced = self._sync() if self._reduces(is_last) else self._no_sync()
+        with sync_gradients_set(self.accelerator, is_last), reduced:
+            yield
 
     def keep_weights(self, shards: list[Shard]) -> None:
         self._backup = [shard.weight.clone() for shard in shards]
@@ -143,7 +163,9 @@ class NativeEngine(Engine):
 
     def _keeps_aside(self, shards: list[Shard]) -> bool:
         is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
-        return is_low or has_communication_hook(self.model)
+        # Such a hook sees all that is in `.grad`: tensor parallelism sums it over ranks, which g₁ already is.
+        has_hook = any(parameter._post_accumulate_grad_hooks for parameter in self.parameters)
+        return is_low or has_hook or has_communication_hook(self.model)
 
     def publish(self) -> None:
         # Parameters that FSDP2 kept gathered (reshard_after_backward=False) would not notice a changed shard.
@@ -156,6 +178,14 @@ class NativeEngine(Engine):
             penalty.copy_(self._moved, self._backup)
             self._moved, self._backup = [], []
         self.publish()
+
+    def abandon(self) -> None:
+        # A layer whose forward failed counts as running, and `reshard` leaves one as it is that is not resharded after
+        # its forward: gathered, and moved.
+        for module in self._fsdp_roots:
+            if hasattr(module, "reset_iter_state"):  # older releases of torch have none
+                module.reset_iter_state()
+        super().abandon()
 
     @torch.no_grad()
     def mix(self, alpha: float) -> None:
@@ -266,15 +296,16 @@ class NativeEngine(Engine):
         """Gradients are reduced, also within the `no_sync` that `Trainer` puts around all but the last micro-batch."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(True)
-        with_flag = [self.model] if hasattr(self.model, "require_backward_grad_sync") else []
-        before = [module.require_backward_grad_sync for module in with_flag]
-        for module in with_flag:
-            module.require_backward_grad_sync = True
+        ddp = without_compile(self.model)
+        if not isinstance(ddp, DistributedDataParallel):
+            yield
+            return
+        before = ddp.require_backward_grad_sync
+        ddp.require_backward_grad_sync = True
         try:
             yield
         finally:
-            for module, value in zip(with_flag, before, strict=True):
-                module.require_backward_grad_sync = value
+            ddp.require_backward_grad_sync = before
 
     def _no_sync(self):
         if self._fsdp_modules and not self.accelerator.is_fsdp2:
@@ -285,14 +316,13 @@ class NativeEngine(Engine):
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Tensors of one dtype that are reduced together, as many as fit into `BUCKET` or one."""
     for dtype in {tensor.dtype: None for tensor in tensors}:
-        bucket, size = [], 0
-        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
-            if bucket and size + tensor.nbytes > BUCKET:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(tensor)
-            size += tensor.nbytes
-        yield bucket
+        of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+        yield from penalty.in_groups(of_dtype, lambda tensor: tensor.nbytes, BUCKET)
+
+
+def without_compile(model: nn.Module) -> nn.Module:
+    """What accelerate compiled, which it does last: DDP itself where there is one."""
+    return model._orig_mod if is_compiled_module(model) else model
 
 
 def has_communication_hook(model: nn.Module) -> bool:
@@ -300,10 +330,11 @@ def has_communication_hook(model: nn.Module) -> bool:
     Raises:
         NotImplementedError: for one that carries something from one gradient to the next.
     """
+    model = without_compile(model)
     if not isinstance(model, DistributedDataParallel):
         return False
-    # Private: DDP has no public way to ask.
-    require("torch", model, ["_comm_hooks"], "DistributedDataParallel")
+    # DDP has no public way to ask.
+    require("torch", model, DDP, "DistributedDataParallel")
     if any(isinstance(state, PowerSGDState) for _, state in model._comm_hooks):
         raise NotImplementedError(f"The gradient-norm penalty does not run with {POWER_SGD}, or set gnp_alpha=0.")
     return bool(model._comm_hooks)
@@ -321,6 +352,13 @@ def _copies(parameter: nn.Parameter) -> int:
             if not placement.is_replicate():
                 copies //= size
     return copies
+
+
+def _as_sharded(parameter: nn.Parameter, moment: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a moment: it may be sharded as its gradient was, and not as its parameter."""
+    if isinstance(moment, DTensor) and moment.placements != parameter.placements:
+        moment = moment.redistribute(parameter.device_mesh, parameter.placements)
+    return _local(moment)
 
 
 def _shard_gradient_as_weight(parameter: nn.Parameter) -> None:

@@ -3,8 +3,9 @@ Every private name of torch and accelerate that hf_gnp uses outside of tensors' 
 made. DeepSpeed's are in deepspeed/private.py.
 """
 
+import contextlib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -24,6 +25,9 @@ FOREACH = (
     "_foreach_mul_",
     "_foreach_norm",
 )
+TENSOR = ("_post_accumulate_grad_hooks",)
+# Of torch's DistributedDataParallel: the hooks that gradients go through, and the switch that `no_sync` turns.
+DDP = ("_comm_hooks", "require_backward_grad_sync")
 
 
 def require(package: str, owner: Any, names: Iterable[str], what: str) -> None:
@@ -65,11 +69,18 @@ def missing(package: str, name: str) -> str:
 def check_private_names(accelerator: Accelerator) -> None:
     """Raise a RuntimeError where torch or accelerate lack a private name that every engine uses."""
     require("torch", torch, FOREACH, "torch")
+    require("torch", torch.Tensor, TENSOR, "Tensor")
     require("accelerate", accelerator, ["gradient_state", "scaler", "no_sync"], "Accelerator")
     # Trainer itself calls it before each micro-batch: accelerate has no public setter.
     require("accelerate", accelerator.gradient_state, ["_set_sync_gradients", "plugin_kwargs"], "GradientState")
 
 
-def set_sync_gradients(accelerator: Accelerator, sync_gradients: bool) -> None:
-    """Tell accelerate whether the next backward is the last of a window."""
-    accelerator.gradient_state._set_sync_gradients(sync_gradients)
+@contextlib.contextmanager
+def sync_gradients_set(accelerator: Accelerator, is_last: bool) -> Iterator[None]:
+    """Inside, accelerate takes the next backward for the last of a window, or for one of those before."""
+    before = accelerator.sync_gradients
+    accelerator.gradient_state._set_sync_gradients(is_last)
+    try:
+        yield
+    finally:
+        accelerator.gradient_state._set_sync_gradients(before)

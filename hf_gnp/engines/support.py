@@ -1,16 +1,19 @@
 """What the penalty cannot run with, refused when the trainer is built, by name and with what to use instead."""
 
-from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled
 
 from hf_gnp.direction import Perturbation
+
+from .options import refused_options
 
 
 POWER_SGD = "PowerSGD, which carries an error from one gradient to the next: use the fp16 or bf16 hook, or none"
@@ -31,25 +34,29 @@ def refuse_unsupported(
     optimizer: Any,
     model: nn.Module,
     perturbation: Perturbation | None = None,
+    allow_unchecked: bool = False,
 ) -> None:
     """
     Raise for an optimizer, a parallelism or an engine on which the penalised step would be wrong.
 
     Args:
         optimizer: The optimizer, or the optimizer class, that the user passed; None if `args.optim` decides.
+        allow_unchecked: Whether DeepSpeed options pass that were not checked.
 
     Raises:
         ValueError: for an optimizer that steps inside backward, or a gnp argument that the engine cannot follow.
         NotImplementedError: for an engine or a parallelism.
     """
     _refuse_optimizer(args, optimizer)
-    refuse_engine(accelerator, model, "The gradient-norm penalty does not run with {}, or set gnp_alpha=0.")
+    sentence = "The gradient-norm penalty does not run with {}, or set gnp_alpha=0."
+    refuse_engine(accelerator, model, sentence, allow_unchecked)
     _refuse_perturbation(accelerator, perturbation or Perturbation(), model)
 
 
-def refuse_engine(accelerator: Accelerator, model: nn.Module, sentence: str) -> None:
+def refuse_engine(accelerator: Accelerator, model: nn.Module, sentence: str, allow_unchecked: bool = False) -> None:
     """Raise NotImplementedError where weights cannot be moved: `sentence` with the reason, and what to use instead."""
-    for reason in (_unsupported_engine(accelerator), _unsupported_model(model), *_unsupported_deepspeed(accelerator)):
+    reasons = (_unsupported_engine(accelerator), _unsupported_model(model), _unsupported_tensors(model))
+    for reason in (*reasons, *refused_options(accelerator, allow_unchecked)):
         if reason is not None:
             raise NotImplementedError(sentence.format(reason))
 
@@ -111,41 +118,25 @@ def _unsupported_model(model: nn.Module) -> str | None:
     return None
 
 
-def _unsupported_deepspeed(accelerator: Accelerator) -> Iterator[str]:
-    """What a DeepSpeed configuration asks for that is not known to be right, each with what to use instead."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is None:
-        return
-    config = plugin.hf_ds_config
-    zero = "zero_optimization."
-    for key in ("offload_optimizer", "offload_param"):
-        if config.get_value(f"{zero}{key}.device") == "nvme":
-            yield f"NVMe offload ({zero}{key}): offload to the CPU"
-    if config.get_value(f"{zero}offload_optimizer.super_offload"):
-        yield f"SuperOffload ({zero}offload_optimizer.super_offload): use offload to the CPU without it"
-    if (config.get_value(f"{zero}zero_hpz_partition_size") or 1) > 1:
-        yield f"hpZ ({zero}zero_hpz_partition_size), whose secondary shards would stay: set it to 1"
-    if (config.get_value(f"{zero}mics_shard_size") or 0) > 0:
-        yield f"MiCS ({zero}mics_shard_size): use ZeRO-3, or FSDP2 with replicas (HSDP)"
-    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
-        if config.get_value(f"{zero}{key}"):
-            yield f"ZeRO++ quantisation ({zero}{key}), which rounds a small move away: set it to false"
-    for key, name, instead in (
-        (f"{zero}zenflow", "ZenFlow", "use ZeRO-2 with offload to the CPU"),
-        ("pipeline", "pipeline parallelism", "use ZeRO-3"),
-        ("compile.deepcompile", "DeepCompile", "use torch_compile"),
-        ("sparse_gradients", "sparse gradients", "set it to false"),
-        ("amp.enabled", "Apex AMP", "use the bf16 section"),
-        ("torch_autocast.enabled", "DeepSpeed's torch_autocast", "use the bf16 section"),
-    ):
-        if config.get_value(key):
-            yield f"{name} ({key}): {instead}"
-    if config.get_value(f"{zero}stage", 0) == 0 and config.get_value("fp16.enabled") is True:
-        yield "fp16 in ZeRO stage 0, where DeepSpeed 0.19.8 does not scale the loss: use stage 1 to 3, or bf16"
-    if (config.get_value("tensor_parallel.autotp_size") or 1) > 1:
-        yield "AutoTP (tensor_parallel.autotp_size): use ZeRO-3"
-    if config.get_value("managed_gradient_accumulation") is False:
-        yield "managed_gradient_accumulation=false: leave it out"
-    optimizer = str(config.get_value("optimizer.type") or "").lower()
-    if optimizer.startswith(("onebit", "zeroone", "muon")):
-        yield f"the {optimizer} optimizer, which changes gradients as it communicates them: use AdamW"
+def _unsupported_tensors(model: nn.Module) -> str | None:
+    """Trainable weights of a tensor subclass that lacks the operations by which weights are moved and put back."""
+    for name, parameter in model.named_parameters():
+        is_plain = isinstance(parameter, DTensor) or type(parameter.data) in (torch.Tensor, nn.Parameter)
+        if parameter.requires_grad and not is_plain and not _can_be_moved(parameter):
+            return (
+                f"trainable weights of type {type(parameter.data).__name__} ({name}), which torch._foreach_add_ and "
+                "torch._foreach_copy_ do not change in place (torchao's int8 training is one): train plain weights, "
+                "or an adapter on frozen ones"
+            )
+    return None
+
+
+@torch.no_grad()
+def _can_be_moved(parameter: nn.Parameter) -> bool:
+    try:
+        copy = parameter.detach().clone()
+        torch._foreach_add_([copy], [torch.zeros(copy.shape, dtype=copy.dtype, device=copy.device)])
+        torch._foreach_copy_([copy], [parameter.detach()])
+    except Exception:  # whatever a subclass raises for an operation that it has not
+        return False
+    return True

@@ -24,7 +24,10 @@ SAMPLE = 256  # elements at most
 
 
 class _Watched(NamedTuple):
-    """Where a tensor is (None for a parameter, whose module keeps it), and how it looked when the window began."""
+    """
+    A tensor and how it looked when the window began: `copy` of all of it, or else the `version` and the `storage` that
+    it had and a `sample` of its elements. One that is not dense has neither and counts as not moved.
+    """
 
     key: int
     tensor: torch.Tensor
@@ -72,7 +75,7 @@ class RunningTensors:
         for key, tensor in sorted(found.items(), key=lambda item: _size(item[1])):
             left -= _size(tensor)
             copy = sample = None
-            if _is_dense(tensor):
+            if is_dense(tensor):
                 if left >= 0 or key in self._moving or key in statistics:
                     copy = _local(tensor).clone()
                 else:
@@ -94,12 +97,12 @@ class RunningTensors:
     def kept(self) -> Iterator[None]:
         """On leaving, everything is as the first pass left it."""
         end = [dict(module._buffers) for module in self._modules]
-        values = [(_local(w.tensor), _local(w.tensor).clone()) for w in self._watched if _is_dense(w.tensor)]
+        values = [(_local(w.tensor), _local(w.tensor).clone()) for w in self._watched if is_dense(w.tensor)]
         rebound = [
             (tensor, tensor.clone())
             for now, start in zip(end, self._start, strict=True)
             for name, tensor in now.items()
-            if tensor is not None and start.get(name) is not tensor and _is_dense(tensor)
+            if tensor is not None and start.get(name) is not tensor and is_dense(tensor)
         ]
         try:
             yield
@@ -128,8 +131,11 @@ def _which(flags: list[torch.Tensor | bool]) -> list[bool]:
     return [next(read) if isinstance(flag, torch.Tensor) else flag for flag in flags]
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements can be copied and compared as bytes: not sparse, nested, quantised or lazy ones."""
+def is_dense(tensor: torch.Tensor) -> bool:
+    """
+    Whether its elements can be copied, compared as bytes and written to in place: not those of sparse, nested,
+    quantised, lazy or expanded tensors.
+    """
     local = _local(tensor)
     if type(local) not in (torch.Tensor, nn.Parameter, nn.Buffer) or local.layout != torch.strided:
         return False
@@ -155,12 +161,12 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _size(tensor: torch.Tensor) -> int:
-    return _local(tensor).numel() * tensor.element_size() if _is_dense(tensor) else 0
+    return _local(tensor).numel() * tensor.element_size() if is_dense(tensor) else 0
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return _local(tensor).data_ptr() if _is_dense(tensor) else 0
+    return _local(tensor).data_ptr() if is_dense(tensor) else 0
 
 
 def _version(tensor: torch.Tensor) -> int:
-    return tensor._version if _is_dense(tensor) else 0
+    return tensor._version if is_dense(tensor) else 0

@@ -1,7 +1,6 @@
 """The random generators that a forward may draw from."""
 
 import random
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -35,12 +34,12 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # the one device type with a single generator
 
 
-def random_devices(model: nn.Module, devices: Iterable[torch.device], n_gpu: int = 1) -> list[torch.device]:
+def random_devices(trainer: Any, model: nn.Module) -> list[torch.device]:
     """
-    The accelerators that draw random numbers in a forward of `model`: those of its parameters, and `devices`, on which
-    it computes where its parameters are offloaded.
+    The accelerators that draw random numbers in a forward of `model`: those of its parameters, and the trainer's own,
+    on which it computes where its parameters are offloaded.
     """
-    found = {p.device for p in model.parameters()} | set(devices)
-    if n_gpu > 1:  # DataParallel runs replicas on every visible device
-        found |= {torch.device("cuda", index) for index in range(n_gpu)}
+    found = {p.device for p in model.parameters()} | {trainer.accelerator.device}
+    if trainer.args.n_gpu > 1:  # DataParallel runs replicas on every visible device
+        found |= {torch.device("cuda", index) for index in range(trainer.args.n_gpu)}
     return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)

@@ -12,6 +12,7 @@ import inspect
 import operator
 import random
 import sys
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from .buffers import is_dense
 
 
 # A small tensor or array: a counter, a table of weights; larger ones are activations that a module keeps to look at.
@@ -46,7 +49,11 @@ NOT_OF_A_STEP = {
 }
 OF_EVERY_MODULE = set(vars(nn.Module()))
 IMMUTABLE = (int, float, complex, str, bytes, type(None))
+# Most attributes of a model's modules are of these: nothing in them is looked at, and asking their type is enough.
+OPAQUE = {*IMMUTABLE, bool, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype, torch.device}
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+CONTAINERS = (dict, list, tuple, set, deque)
+WITH_CONTENTS = (*CONTAINERS, torch.Tensor, np.ndarray, *GENERATORS)
 
 
 class PythonState:
@@ -64,11 +71,15 @@ class PythonState:
             if isinstance(owner, GENERATORS):
                 self._contents += _contents(owner)
             else:
-                attributes = vars(owner)
-                kept = {name: value for name, value in attributes.items() if _is_watched(name) and _can_keep(value)}
+                attributes, kept = vars(owner), {}
+                for name, value in attributes.items():
+                    if _is_watched(name):
+                        if _is_opaque(value):
+                            kept[name] = value
+                        elif _can_keep(value):
+                            kept[name] = value
+                            self._contents += _contents(value)
                 self._attributes.append((attributes, set(attributes), kept))
-                for value in kept.values():
-                    self._contents += _contents(value)
 
     def put_back(self) -> None:
         for attributes, names, kept in self._attributes:
@@ -88,9 +99,8 @@ def find_owners(trainer: Any) -> list[Any]:
     roots = [trainer, trainer.state, trainer.control, *_held_by_functions(trainer)]
     for root in roots:
         _collect(root, found, depth=4)
-    for module in [owner for owner in found.values() if isinstance(owner, nn.Module)]:
-        for child in module.modules():
-            _collect(child, found, depth=2)
+    for module in _with_children(owner for owner in found.values() if isinstance(owner, nn.Module)):
+        _collect(module, found, depth=2)
     return list(found.values())
 
 
@@ -99,21 +109,34 @@ def find_modules(trainer: Any) -> list[nn.Module]:
     modules = [trainer.model]
     for value in (*vars(trainer).values(), *_held_by_functions(trainer)):
         modules += [item for item in _items(value) if isinstance(item, nn.Module) and not _is_wrapper(item)]
-    return list(dict.fromkeys(module for root in modules for module in root.modules()))
+    return _with_children(modules)
+
+
+def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules and all that is in them, each once; `modules()` would hand each one up through all its parents."""
+    found, left = {}, list(modules)[::-1]
+    while left:
+        module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            left += [child for child in module._modules.values() if child is not None][::-1]
+    return list(found.values())
 
 
 def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
     """Add `value` if it is an owner or a generator, and what hangs on it."""
-    if isinstance(value, IMMUTABLE) or depth == 0:
+    if depth == 0 or type(value) in OPAQUE:
         return
-    if isinstance(value, dict | list | tuple | set | deque):
+    if issubclass(type(value), CONTAINERS):
         for item in _items(value):
             _collect(item, found, depth - 1)
-    elif id(value) not in found and (isinstance(value, GENERATORS) or _is_owner(value, is_root=depth == 4)):
-        found[id(value)] = value
-        if not isinstance(value, GENERATORS):
+    elif id(value) not in found:
+        if issubclass(type(value), GENERATORS):
+            found[id(value)] = value
+        elif _is_owner(value, is_root=depth == 4):
+            found[id(value)] = value
             for name, attribute in list(vars(value).items()):
-                if _is_watched(name) and not isinstance(attribute, IMMUTABLE):
+                if type(attribute) not in OPAQUE and _is_watched(name):
                     _collect(attribute, found, depth - 1)
 
 
@@ -126,11 +149,13 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def _is_owner(value: Any, is_root: bool) -> bool:
-    if isinstance(value, nn.Module):
+    if issubclass(type(value), nn.Module):
         return not _is_wrapper(value)
+    if not is_root and _library(type(value)) in LIBRARIES:  # before its own __getattribute__ is asked
+        return False
     if inspect.isclass(value) or inspect.ismodule(value) or inspect.isroutine(value):
         return False
-    return hasattr(value, "__dict__") and (is_root or _library(type(value)) not in LIBRARIES)
+    return hasattr(value, "__dict__")
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -144,9 +169,13 @@ def _library(cls: type) -> str:
 
 
 def _held_by_functions(trainer: Any) -> Iterator[Any]:
-    """What the user's loss closes over, or names in its module if that is a generator."""
+    """
+    What the user's functions may draw from or count in: of the loss, of the collator and of the forwards of the user's
+    modules, the object itself if it is one, what a `partial` binds, and the generators and modules that a function
+    closes over, has as defaults, or names in its script.
+    """
     functions = [trainer.compute_loss_func, getattr(trainer, "compute_loss", None), trainer.data_collator]
-    classes = {type(module) for module in trainer.model.modules()}
+    classes = {type(module) for module in _with_children([trainer.model])}
     functions += [cls.forward for cls in classes if _library(cls) not in LIBRARIES]
     for function in functions:
         while isinstance(function, functools.partial):
@@ -165,6 +194,7 @@ def _held_by_functions(trainer: Any) -> Iterator[Any]:
                 yield value
 
 
+@functools.cache  # of the few names that attributes have; asked for each attribute of each module
 def _is_watched(name: str) -> bool:
     # DeepSpeed and FSDP keep their own books on modules.
     is_engine = name.startswith(("ds_", "_ds_", "_fsdp", "_gnp", "__"))
@@ -172,27 +202,39 @@ def _is_watched(name: str) -> bool:
 
 
 def _is_small(value: torch.Tensor | np.ndarray) -> bool:
+    """Whether it may be held until the window ends: not an activation, and not part of a graph."""
     if isinstance(value, np.ndarray):
-        return value.size <= SMALL and value.dtype != object
-    if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_quantized or value.is_inference():
-        return False
-    return value.device.type != "meta" and value.numel() <= SMALL and value.grad_fn is None
+        return value.size <= SMALL
+    return type(value) is torch.Tensor and value.numel() <= SMALL and value.grad_fn is None
+
+
+def _can_write(value: torch.Tensor | np.ndarray) -> bool:
+    """Whether what is in it can be copied, and put back in place."""
+    if isinstance(value, np.ndarray):
+        return value.dtype != object and value.flags.writeable
+    return is_dense(value)
 
 
 def _can_keep(value: Any) -> bool:
     return not isinstance(value, torch.Tensor | np.ndarray) or _is_small(value)
 
 
+def _is_opaque(value: Any) -> bool:
+    """Whether nothing in it is put back: a number, a function, an object (whose attributes are, if it is an owner)."""
+    # Not isinstance, which asks the object for its __class__, and a transformers' config answers slowly.
+    return type(value) in OPAQUE or not issubclass(type(value), WITH_CONTENTS)
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a forward that finds an attribute absent makes it anew: not modules, not objects."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return _is_small(value)
-    return isinstance(value, (*IMMUTABLE, list, dict, set, tuple, deque))
+    return isinstance(value, (*IMMUTABLE, *CONTAINERS))
 
 
 def _contents(value: Any) -> Iterator[Callable[[], Any]]:
     """Functions that put back, in place, what is in `value` now and may change there."""
-    if isinstance(value, IMMUTABLE):
+    if _is_opaque(value):
         return
     if isinstance(value, dict) and len(value) <= LONG:
         yield functools.partial(_put_back_dict, value, {k: item for k, item in value.items() if _can_keep(item)})
@@ -202,9 +244,9 @@ def _contents(value: Any) -> Iterator[Callable[[], Any]]:
         yield functools.partial(operator.delitem, value, slice(len(value), None))
     elif isinstance(value, set):
         yield functools.partial(_put_back_set, value, set(value))
-    elif isinstance(value, torch.Tensor) and _is_small(value):
+    elif isinstance(value, torch.Tensor) and _is_small(value) and _can_write(value):
         yield functools.partial(torch.no_grad()(value.copy_), value.detach().clone())
-    elif isinstance(value, np.ndarray) and _is_small(value):
+    elif isinstance(value, np.ndarray) and _is_small(value) and _can_write(value):
         yield functools.partial(operator.setitem, value, ..., value.copy())
     elif isinstance(value, torch.Generator | np.random.RandomState):
         yield functools.partial(value.set_state, value.get_state())  # type: ignore[arg-type]

@@ -28,7 +28,8 @@ def refuse_unsupported(trainer: Any) -> None:
     parameters = trainer.model.parameters()
     if accelerator.mixed_precision == "fp16" or in_deepspeed or any(p.dtype == torch.float16 for p in parameters):
         raise ValueError(FP16)
-    refuse_engine(accelerator, trainer.model, "Sharpness cannot be measured with {}.")
+    # Options that were not checked pass: the gradient at θ itself is DeepSpeed's own.
+    refuse_engine(accelerator, trainer.model, "Sharpness cannot be measured with {}.", allow_unchecked=True)
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(
             "Sharpness cannot be measured with DataParallel: start one process a GPU (torchrun)."
@@ -80,7 +81,7 @@ def _too_early(engine: str) -> str:
 @contextlib.contextmanager
 def kept_generators(trainer: Any, model: nn.Module) -> Iterator[None]:
     """On leaving, random generators stand where they stood: a collator may draw from them, too."""
-    state = RandomState(random_devices(model, [trainer.accelerator.device], trainer.args.n_gpu))
+    state = RandomState(random_devices(trainer, model))
     try:
         yield
     finally:
@@ -93,7 +94,7 @@ class UntouchedState:
     def __init__(self, trainer: Any, model: nn.Module):
         self._tensors = RunningTensors()
         self._tensors.start(find_modules(trainer))
-        devices = random_devices(model, [trainer.accelerator.device], trainer.args.n_gpu)
+        devices = random_devices(trainer, model)
         self._random_state, self._python_state = RandomState(devices), PythonState(find_owners(trainer))
         self._model, self._training = model, [(module, module.training) for module in model.modules()]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from runs import QUIET
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -38,16 +39,11 @@ SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "nu
 SAMPLES = 32
 # Two micro-batches a step, and dropout: what a replay must get right shows on every client.
 BASE = {
+    **QUIET,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
     "max_steps": 3,
     "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "report_to": [],
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
 }
 
 

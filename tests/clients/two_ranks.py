@@ -4,9 +4,8 @@ Trains clients on every rank of one launch, plainly and with the penalty off or 
     torchrun --nproc_per_node 2 two_ranks.py output_folder
 """
 
-import os
+import itertools
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 # First: it puts the tests' other folders on the path.
-from worker import ENGINES, deepspeed_config, full_weights, reset, save_and_end  # isort: skip
+from worker import ENGINES, deepspeed_config, full_weights, run_all  # isort: skip
 from builders import llama, make_client
 
 
@@ -29,7 +28,8 @@ PENALTIES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(client: str, engine: str, penalty: str, folder: Path) -> dict[str, Any]:
+def run(case: tuple[str, str, str], folder: Path, _: str) -> dict[str, Any]:
+    client, engine, penalty = case
     args: dict[str, Any] = {"ddp_backend": "gloo", "bf16": False, **PENALTIES[penalty]}
     if ENGINES[engine]:
         args["deepspeed"] = deepspeed_config("fp32", ENGINES[engine])
@@ -45,21 +45,11 @@ def run(client: str, engine: str, penalty: str, folder: Path) -> dict[str, Any]:
 def main(output: str) -> None:
     folder = Path(output)
     dist.init_process_group("gloo")
-    environment = dict(os.environ)
     if dist.get_rank() == 0:
         llama(folder)  # saves it, which other ranks never do, and they load it
     dist.barrier()
-    results = {}
-    for client in CLIENTS_ON_RANKS:
-        for engine in ENGINES_OF_CLIENTS:
-            for penalty in PENALTIES:
-                try:
-                    results[f"{client}-{engine}-{penalty}"] = run(client, engine, penalty, folder)
-                except Exception:
-                    traceback.print_exc()  # of the other rank, nothing is saved
-                    results[f"{client}-{engine}-{penalty}"] = {"error": traceback.format_exc()}
-                reset(environment)
-    save_and_end(results, folder / "results.pt")
+    cases = itertools.product(CLIENTS_ON_RANKS, ENGINES_OF_CLIENTS, PENALTIES)
+    run_all(run, {"-".join(case): case for case in cases}, folder)
 
 
 if __name__ == "__main__":

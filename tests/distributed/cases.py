@@ -17,7 +17,9 @@ RANKS = 2
 CASES_PER_LAUNCH = 30
 
 
-def run_cases(cases: dict[str, Any], folder: Path, ranks: int = RANKS, **environment: str) -> dict[str, Any]:
+def run_cases(
+    cases: dict[str, Any], folder: Path, ranks: int = RANKS, worker: Path = WORKER, **environment: str
+) -> dict[str, Any]:
     """The results of all cases, a batch in each launch: the engines of past cases leave busy threads."""
     results = {}
     ordered = list(cases)
@@ -25,7 +27,7 @@ def run_cases(cases: dict[str, Any], folder: Path, ranks: int = RANKS, **environ
         names = ordered[first : first + CASES_PER_LAUNCH]
         cases_file = folder / "cases.json"
         cases_file.write_text(json.dumps({name: cases[name] for name in names}))
-        command = ["torchrun", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", str(WORKER)]
+        command = ["torchrun", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", str(worker)]
         launch([*command, str(cases_file), str(folder)], timeout=2400, **environment)
         results |= torch.load(folder / "results.pt", weights_only=True)
     return results

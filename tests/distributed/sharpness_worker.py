@@ -7,13 +7,12 @@ Measures sharpness during and after training on every rank of one launch, and sa
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from worker import full_weights, make_trainer, reset, save_and_end
+from worker import full_weights, make_trainer, reset, run_all
 
 from hf_gnp import SharpnessCallback, plot_loss_surface
 
@@ -73,17 +72,8 @@ def interrupted(trainer: Any, options: dict[str, Any], call: int) -> torch.Tenso
 
 
 def main(cases_file: str, output: str) -> None:
-    cases = json.loads(Path(cases_file).read_text())
     dist.init_process_group("gloo")
-    environment = dict(os.environ)
-    results = {}
-    for name, case in cases.items():
-        try:
-            results[name] = run_case(case, Path(output), name)
-        except Exception:
-            results[name] = {"error": traceback.format_exc()}
-        reset(environment)
-    save_and_end(results, Path(output) / "results.pt")
+    run_all(run_case, json.loads(Path(cases_file).read_text()), Path(output))
 
 
 if __name__ == "__main__":

@@ -39,10 +39,34 @@ ZERO_SETTINGS = {
     "zero3-offload-sub-groups": ("zero3-offload", {"sub_group_size": 1000}),
     "zero3-nothing-persistent": ("zero3", {"stage3_param_persistence_threshold": 0}),
     "zero3-all-persistent": ("zero3", {"stage3_param_persistence_threshold": 10**9}),
+    "zero2-plain-collectives": (
+        "zero2",
+        {"reduce_scatter": False, "use_multi_rank_bucket_allreduce": False, "allgather_partitions": False},
+    ),
+    "zero3-few-at-once": (
+        "zero3",
+        {
+            "stage3_max_live_parameters": 2000,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 100,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_use_all_reduce_for_fetch_params": True,
+        },
+    ),
+    "zero3-leaf-modules": (
+        "zero3",
+        {"leaf_module": {"classes": ["ViTLayer"]}, "stage3_param_persistence_threshold": 0, "overlap_comm": True},
+    ),
 }
 SETTINGS = {
     name: {"engine": engine, "kind": "vit", "zero": zero, "args": gnp(gradient_accumulation_steps=2)}
     for name, (engine, zero) in ZERO_SETTINGS.items()
+}
+SETTINGS["zero1-prescaled"] = {
+    "engine": "zero1",
+    "kind": "vit",
+    "deepspeed": {"prescale_gradients": True, "gradient_predivide_factor": 2.0, "communication_data_type": "fp32"},
+    "args": gnp(gradient_accumulation_steps=2),
 }
 MODELS = {
     f"{what}-{engine}": {"engine": engine, "args": gnp(gradient_accumulation_steps=2), **case}

@@ -1,12 +1,10 @@
 """Sharpness with two ranks, on every engine: that of one process at the same weights."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from cases import RANKS, untied
-from launch import free_port, launch
+from cases import result_of, run_cases, untied
 from runs import make_trainer
 from tiny import make_data, make_model
 
@@ -51,12 +49,7 @@ CASES = {f"{engine}-llama": case_of(engine, "llama") for engine in ENGINES} | {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharpness")
-    cases_file = folder / "cases.json"
-    cases_file.write_text(json.dumps(CASES))
-    command = ["torchrun", f"--nproc_per_node={RANKS}", f"--master_port={free_port()}", str(WORKER)]
-    launch([*command, str(cases_file), str(folder)], timeout=2400)
-    return torch.load(folder / "results.pt", weights_only=True)
+    return run_cases(CASES, tmp_path_factory.mktemp("sharpness"), worker=WORKER)
 
 
 def measured_on_one_process(folder, case, weights):
@@ -86,8 +79,7 @@ def assert_same(result, expected, tolerance=TOLERANCE, rise=RISE):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_measure_what_one_process_does(tmp_path, results, name):
-    result, case = results[name], CASES[name]
-    assert "error" not in result, result.get("error")
+    result, case = result_of(results, name), CASES[name]
     # Measuring leaves weights as they were, wherever it ends, and training as it is without.
     assert torch.equal(result["weights"], result["plain_weights"])
     assert torch.equal(result["weights"], result["after_measuring"])

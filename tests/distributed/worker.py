@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,10 +95,16 @@ class FaultyLoss:
         fault = self.faults.get(call) or self.faults.get(f"{call}@{dist.get_rank()}")
         if fault == "raise":
             raise RuntimeError(f"injected at {call}")
+        if fault == "raise inside":
+            self.model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(_raise)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if fault is not None:
             loss = loss * float(fault)
         return loss
+
+
+def _raise(*_: Any) -> None:
+    raise RuntimeError("injected in the forward")
 
 
 class LoggingTrainer(GNPTrainer):
@@ -264,20 +270,24 @@ def save_and_end(result: dict[str, Any], path: Path) -> None:
     dist.destroy_process_group()
 
 
-def main(cases_file: str, output: str) -> None:
-    cases = json.loads(Path(cases_file).read_text())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    allow_fp16_on_cpu()
+def run_all(run: Callable[[Any, Path, str], dict[str, Any]], cases: dict[str, Any], folder: Path) -> None:
+    """Save what `run` returns for each case, or the error that it raised, and leave the process group."""
     environment = dict(os.environ)
     results = {}
     for name, case in cases.items():
         try:
-            results[name] = run_case(case, Path(output), name)
+            results[name] = run(case, folder, name)
         except Exception:
             traceback.print_exc()  # the other rank may wait for this one in a collective until the launch is ended
             results[name] = {"error": traceback.format_exc()}
         reset(environment)
-    save_and_end(results, Path(output) / "results.pt")
+    save_and_end(results, folder / "results.pt")
+
+
+def main(cases_file: str, output: str) -> None:
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    allow_fp16_on_cpu()
+    run_all(run_case, json.loads(Path(cases_file).read_text()), Path(output))
 
 
 if __name__ == "__main__":

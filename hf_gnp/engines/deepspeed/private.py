@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from deepspeed.accelerator import get_accelerator
 
 from hf_gnp.engines.private import look_up, missing, require
 
@@ -23,7 +24,7 @@ INITIAL_MICRO_STEP_ID = look_up("deepspeed", _STAGE12, "INITIAL_MICRO_STEP_ID")
 all_gather_dp_groups = look_up("deepspeed", "deepspeed.runtime.utils", "all_gather_dp_groups")
 
 ENGINE_NAMES = ("backward", "module", "optimizer", "set_gradient_accumulation_boundary", "step")
-_SHARDED_NAMES = ("dp_process_group", "loss_scale", "zero_grad")
+_SHARDED_NAMES = ("dp_process_group", "loss_scale", "optimizer", "zero_grad")
 _REPLICATED_NAMES = (
     *_SHARDED_NAMES,
     "allgather_bucket_size",
@@ -84,6 +85,7 @@ OFFLOAD_NAMES = {
     "BF16_Optimizer": (),
     "DeepSpeedZeroOptimizer_Stage3": ("get_param_id", "norm_for_param_grads", "reset_cpu_buffers"),
 }
+PARAMETER_OFFLOAD_NAMES = ("partition_all_parameters", "_DeepSpeedZeRoOffload__allgather_stream")
 # Of a parameter that ZeRO-3 has sharded.
 PARAMETER_NAMES = ("ds_numel", "ds_process_group", "partition_numel")
 
@@ -107,9 +109,19 @@ def check_optimizer(optimizer: Any) -> None:
     if offloads(optimizer):
         require("deepspeed", optimizer, OFFLOAD_NAMES[kind], kind)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
-        require("deepspeed", optimizer.parameter_offload, ["partition_all_parameters"], "DeepSpeedZeRoOffload")
+        require("deepspeed", optimizer.parameter_offload, PARAMETER_OFFLOAD_NAMES, "DeepSpeedZeRoOffload")
         for parameter in [parameter for group in optimizer.fp16_groups for parameter in group][:1]:
             require("deepspeed", parameter, PARAMETER_NAMES, "a parameter's")
+
+
+def order_before_gathers(optimizer: Any) -> None:
+    """
+    Let ZeRO-3's next gathers wait for what was written into shards: with `overlap_comm` they run on a stream of their
+    own, which DeepSpeed makes wait for its own step only by synchronising there.
+    """
+    stream = optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+    if stream is not None:  # none on a CPU
+        stream.wait_stream(get_accelerator().current_stream())
 
 
 def fragment_of(parameter: Any) -> Any | None:
