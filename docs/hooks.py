@@ -16,6 +16,7 @@ SYMBOLS = {
     r"\lambda": "λ",
     r"\theta": "θ",
     r"\nabla": "∇",
+    r"\lVert ": "‖",
     r"\lVert": "‖",
     r"\rVert": "‖",
     r"\, ": " ",
