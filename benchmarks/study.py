@@ -169,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("A quick run: next to no data and training. Its figures show that the script works and prove nothing.")
     study, is_complete = study_of(args), True
     store = Store(args.output_dir / f"study_{args.study}.json")
-    reported, tables = {}, [f"Made by `python benchmarks/study.py {args.study}`.\n"]
+    cases = "".join(f' "{name}"' for name in args.cases or ())
+    command = f"python benchmarks/study.py {args.study}" + (f" --cases{cases}" if cases else "")
+    reported, tables = {}, [f"Made by `{command}`.\n"]
     for name, settings in study.cases.items():
         case = Case(study, settings, store)
         is_complete &= run_case(case, name, args, deadline)
