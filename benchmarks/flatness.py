@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import Store, mean_and_error, p_value
 from scipy import stats
 from sklearn.datasets import load_digits
+from studies.statistics import mean_and_error, p_value
+from studies.store import Store
 from torch import nn
 from transformers import set_seed
 

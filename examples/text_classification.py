@@ -24,17 +24,12 @@ from common import (
     DataArguments,
     ModelArguments,
     compute_accuracy,
-    encode_labels,
-    find_column,
-    find_label_column,
     label_kwargs,
     limit_samples,
     load_own_data,
     parse_args,
     run,
-    select_columns,
     setup_logging,
-    with_mean_loss,
 )
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -74,7 +69,7 @@ class TextDataArguments(DataArguments):
     """Which texts to fine-tune on, and how much of each."""
 
     text_column_name: str | None = field(
-        default=None, metadata={"help": "The column of the texts, where its name and type do not tell."}
+        default=None, metadata={"help": "The column of the texts. Default: text or sentence."}
     )
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to that many tokens."})
 
@@ -110,21 +105,10 @@ def load_docstrings() -> DatasetDict:
     return DatasetDict({name: Dataset.from_dict(split, features) for name, split in splits.items()})
 
 
-def load_texts(args: TextDataArguments, seed: int, token: str | None = None) -> DatasetDict:
+def load_texts(args: TextDataArguments, seed: int) -> DatasetDict:
     """Loads the splits "train" and "test" with the columns "text" and "label" (`ClassLabel`)."""
-    if args.embedded:
-        return limit_samples(load_docstrings(), args, seed)
-    splits = load_own_data(args, seed, token)
-    label = find_label_column(splits, args)
-    text = find_column(
-        splits.remove_columns(label),
-        args.text_column_name,
-        ("text", "sentence"),
-        lambda f: getattr(f, "dtype", None) in ("string", "large_string"),
-        "--text_column_name",
-    )
-    splits = select_columns(splits, {text: "text", label: "label"})
-    return limit_samples(encode_labels(splits), args, seed)
+    splits = load_docstrings() if args.dataset_name is None else load_own_data(args, seed, "text", "sentence")
+    return limit_samples(splits, args, seed)
 
 
 def train_tokenizer(texts: list[str], max_seq_length: int) -> PreTrainedTokenizerBase:
@@ -165,7 +149,7 @@ def load_model(
         tokenizer = train_tokenizer(texts, max_seq_length)
         vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **labels}
         if args.config_name is not None:
-            config = AutoConfig.from_pretrained(args.config_name, **vocabulary, **args.hub_kwargs())
+            config = AutoConfig.from_pretrained(args.config_name, **vocabulary)
         else:
             config = BertConfig(
                 hidden_size=128,
@@ -176,12 +160,12 @@ def load_model(
                 **vocabulary,
             )
         return AutoModelForSequenceClassification.from_config(config), tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **args.hub_kwargs())
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
     model = AutoModelForSequenceClassification.from_pretrained(
         args.model_name_or_path,
         **labels,
         ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-        **args.hub_kwargs(),
+        revision=args.model_revision,
     )
     return model, tokenizer
 
@@ -192,8 +176,12 @@ def build_trainer(
     """Puts data, model and arguments together. The same arguments give the same weights to start from."""
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="loading the data"):
-        splits = load_texts(data_args, training_args.seed, model_args.token)
+        splits = load_texts(data_args, training_args.seed)
     model, tokenizer = load_model(model_args, label_kwargs(splits), splits["train"]["text"], data_args.max_seq_length)
+
+    # The loss is a mean over the batch. `Trainer` takes a forward with **kwargs, such as BERT's, for one that divides
+    # by the items of the whole step, and the loss would grow with the processes and the accumulation steps.
+    model.accepts_loss_kwargs = False
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
         return tokenizer(batch["text"], truncation=True, max_length=data_args.max_seq_length)
@@ -201,7 +189,7 @@ def build_trainer(
     with training_args.main_process_first(desc="tokenizing the data"):
         splits = splits.map(tokenize, batched=True, remove_columns="text")
     return GNPTrainer(
-        model=with_mean_loss(model),
+        model=model,
         args=training_args,
         train_dataset=splits["train"],
         eval_dataset=splits["test"],
@@ -214,13 +202,12 @@ def build_trainer(
 def main() -> None:
     model_args, data_args, training_args = parse_args(TextDataArguments, EMBEDDED_DEFAULTS)
     setup_logging(training_args)
-    trainer = build_trainer(model_args, data_args, training_args)
-    card = {
-        "finetuned_from": model_args.model_name_or_path,
-        "tasks": "text-classification",
-        "dataset": data_args.dataset_name or data_args.train_file or "docstrings of Python's standard library",
-    }
-    run(trainer, trainer.eval_dataset["label"], card)
+    run(
+        build_trainer(model_args, data_args, training_args),
+        finetuned_from=model_args.model_name_or_path,
+        tasks="text-classification",
+        dataset=data_args.dataset_name or "docstrings of Python's standard library",
+    )
 
 
 if __name__ == "__main__":

@@ -22,17 +22,12 @@ from common import (
     DataArguments,
     ModelArguments,
     compute_accuracy,
-    encode_labels,
-    find_column,
-    find_label_column,
     label_kwargs,
     limit_samples,
     load_own_data,
     parse_args,
     run,
-    select_columns,
     setup_logging,
-    with_mean_loss,
 )
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
@@ -69,7 +64,7 @@ class ImageDataArguments(DataArguments):
     """Which images to fine-tune on, and how they are varied."""
 
     image_column_name: str | None = field(
-        default=None, metadata={"help": "The column of the images, where its name and type do not tell."}
+        default=None, metadata={"help": "The column of the images. Default: image or img."}
     )
     crop_padding: float = field(
         default=0.125,
@@ -101,17 +96,12 @@ def load_digits() -> DatasetDict:
     return DatasetDict(train=select(train), test=select(test))
 
 
-def load_images(args: ImageDataArguments, seed: int, token: str | None = None) -> DatasetDict:
+def load_images(args: ImageDataArguments, seed: int) -> DatasetDict:
     """Loads the splits "train" and "test" with the columns "image" (PIL, RGB) and "label" (`ClassLabel`)."""
-    if args.embedded:
+    if args.dataset_name is None:
         return limit_samples(load_digits(), args, seed)
-    splits = load_own_data(args, seed, token)
-    label = find_label_column(splits, args)
-    image = find_column(
-        splits, args.image_column_name, ("image", "img"), lambda f: isinstance(f, Image), "--image_column_name"
-    )
-    splits = select_columns(splits, {image: "image", label: "label"}).cast_column("image", Image(mode="RGB"))
-    return limit_samples(encode_labels(splits), args, seed)
+    splits = load_own_data(args, seed, "image", "img").cast_column("image", Image(mode="RGB"))
+    return limit_samples(splits, args, seed)
 
 
 def load_model(args: ModelArguments, labels: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
@@ -123,7 +113,7 @@ def load_model(args: ModelArguments, labels: dict[str, Any]) -> tuple[PreTrained
     """
     if args.model_name_or_path is None:
         if args.config_name is not None:
-            config = AutoConfig.from_pretrained(args.config_name, **labels, **args.hub_kwargs())
+            config = AutoConfig.from_pretrained(args.config_name, **labels)
         else:
             config = ViTConfig(
                 image_size=32,
@@ -141,10 +131,12 @@ def load_model(args: ModelArguments, labels: dict[str, Any]) -> tuple[PreTrained
         args.model_name_or_path,
         **labels,
         ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-        **args.hub_kwargs(),
+        revision=args.model_revision,
     )
     try:
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, backend="pil", **args.hub_kwargs())
+        processor = AutoImageProcessor.from_pretrained(
+            args.model_name_or_path, backend="pil", revision=args.model_revision
+        )
     except OSError:
         logger.warning(f"{args.model_name_or_path} has no image processor: using ViT's, at the model's image size.")
         processor = default_processor(model.config)
@@ -200,15 +192,19 @@ def build_trainer(
     # No column of the data is an argument of the model before the transform has made it one.
     training_args.remove_unused_columns = False
     with training_args.main_process_first(desc="loading the data"):
-        splits = load_images(data_args, training_args.seed, model_args.token)
+        splits = load_images(data_args, training_args.seed)
     model, processor = load_model(model_args, label_kwargs(splits))
-    flip = not data_args.embedded if data_args.horizontal_flip is None else data_args.horizontal_flip
+    # The loss is a mean over the batch. `Trainer` takes a forward with **kwargs, such as ViT's, for one that divides
+    # by the items of the whole step, and the loss would grow with the processes and the accumulation steps.
+    model.accepts_loss_kwargs = False
+    is_own = data_args.dataset_name is not None
+    flip = is_own if data_args.horizontal_flip is None else data_args.horizontal_flip
 
     def augment(image: PILImage.Image) -> PILImage.Image:
         return random_crop_and_flip(image, data_args.crop_padding, flip)
 
     return GNPTrainer(
-        model=with_mean_loss(model),
+        model=model,
         args=training_args,
         train_dataset=splits["train"].with_transform(make_transform(processor, augment)),
         eval_dataset=splits["test"].with_transform(make_transform(processor)),
@@ -221,14 +217,13 @@ def build_trainer(
 def main() -> None:
     model_args, data_args, training_args = parse_args(ImageDataArguments, EMBEDDED_DEFAULTS)
     setup_logging(training_args)
-    trainer = build_trainer(model_args, data_args, training_args)
-    card = {
-        "finetuned_from": model_args.model_name_or_path,
-        "tasks": "image-classification",
-        "dataset": data_args.dataset_name or data_args.train_file or "scikit-learn digits",
-        "tags": ["image-classification", "vision"],
-    }
-    run(trainer, trainer.eval_dataset.with_format(None)["label"], card)
+    run(
+        build_trainer(model_args, data_args, training_args),
+        finetuned_from=model_args.model_name_or_path,
+        tasks="image-classification",
+        dataset=data_args.dataset_name or "scikit-learn digits",
+        tags=["image-classification", "vision"],
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,24 @@ from transformers import TrainingArguments
 DEFAULT_ALPHA = 0.8
 WARMUP_TYPES = ("auto", "none", "r", "lambda", "zero")
 SCOPES = ("step", "micro_batch", "rank", "rank_micro_batch")
+DIRECTIONS = ("gradient", "momentum")
+# What excludes what, and why.
+EXCLUDE = (
+    (
+        "gnp_direction=momentum",
+        (
+            *("gnp_reuse", "gnp_ascent_fraction", "gnp_scope", "gnp_normalize_gradient", "gnp_adaptive"),
+            *("gnp_precondition", "gnp_warmup_type=lambda"),
+        ),
+        "moves before there is a gradient, along one direction for the whole step",
+    ),
+    (
+        "gnp_reuse",
+        ("gnp_ascent_fraction", "gnp_scope", "gnp_normalize_gradient"),
+        "keeps what g₂ adds to the g₁ of the same examples",
+    ),
+    ("gnp_adaptive", ("gnp_precondition",), "is a metric of its own"),
+)
 
 
 @dataclass
@@ -31,7 +49,8 @@ class GNPArguments:
             r, the distance by which the weights are moved along the normalised gradient for the second pass.
             Published settings: 0.1 for CIFAR, 0.05 for ImageNet.
         gnp_alpha (`float`, *optional*, defaults to 0.8):
-            α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM).
+            α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM). With
+            `gnp_direction="momentum"`, which has one gradient, it is 1.
         gnp_lambda (`float`, *optional*):
             λ = α r, the coefficient of the penalty, instead of `gnp_alpha`; it is folded into `gnp_alpha`.
         gnp_warmup_type (`str`, *optional*, defaults to `"auto"`):
@@ -55,6 +74,20 @@ class GNPArguments:
             `"step"`, the whole global batch; `"micro_batch"`, each micro-batch of all ranks; `"rank"`, all
             micro-batches of each rank; `"rank_micro_batch"`, each micro-batch of each rank. The last two on one
             process and DDP only.
+        gnp_ascent_fraction (`float`, *optional*, defaults to 1.0):
+            f, take g₁ from the first ⌈f M⌉ of the M accumulated micro-batches, scaled to the window, at a cost of
+            1 + f (arXiv 2110.08529). Without accumulation, from the first rows of the micro-batch. For the scopes
+            `"step"` and `"rank"`.
+        gnp_direction (`str`, *optional*, defaults to `"gradient"`):
+            `"gradient"` moves along g₁. `"momentum"` moves by -r m/‖m‖ along the optimizer's first moment and steps
+            with the gradient there: one pass, at a cost of 1 (MSAM, arXiv 2401.12033). Its r is far larger: 3 for a
+            ViT with AdamW. A step without a moment yet, the first, is a plain step.
+        gnp_reuse (`bool`, *optional*, defaults to `False`):
+            With `gnp_interval`, add to the gradients of the steps between the component v of the last g₂ that was
+            orthogonal to its g₁, as α ‖g‖ v/‖v‖ (LookSAM, arXiv 2203.02714).
+        gnp_precondition (`bool`, *optional*, defaults to `False`):
+            Move by r D⁻¹g₁/√(g₁ᵀD⁻¹g₁) with D = √v̂ + ε of Adam's second moment v̂ (arXiv 2502.02407). A step without a
+            second moment yet, the first, is a plain step.
         gnp_normalize_gradient (`bool`, *optional*, defaults to `False`):
             Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default.
         gnp_adaptive (`bool`, *optional*, defaults to `False`):
@@ -118,6 +151,27 @@ class GNPArguments:
             "choices": list(SCOPES),
         },
     )
+    gnp_ascent_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "f: take the direction from the first f of a step's accumulated micro-batches, at a cost of 1 + f."
+        },
+    )
+    gnp_direction: str = field(
+        default="gradient",
+        metadata={
+            "help": "Where to move: along the gradient, or against the optimizer's momentum, in one pass (MSAM).",
+            "choices": list(DIRECTIONS),
+        },
+    )
+    gnp_reuse: bool = field(
+        default=False,
+        metadata={"help": "With gnp_interval, add the last penalty's component to the steps between (LookSAM)."},
+    )
+    gnp_precondition: bool = field(
+        default=False,
+        metadata={"help": "Move along g₁/(√v̂ + ε) with Adam's second moment v̂, normalised in the same metric."},
+    )
     gnp_normalize_gradient: bool = field(
         default=False, metadata={"help": "Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default."}
     )
@@ -155,6 +209,7 @@ class GNPArguments:
         self._check_strength()
         self._check_schedule()
         self._check_perturbation()
+        self._check_pairs()
 
     def _check_strength(self) -> None:
         self.gnp_r = _number("gnp_r", self.gnp_r)
@@ -170,7 +225,8 @@ class GNPArguments:
             # One of the two stays set, so that a copy built from all the fields is valid again.
             self.gnp_alpha = gnp_lambda / self.gnp_r if self.gnp_r > 0 else 0.0
             self.gnp_lambda = None
-        self.gnp_alpha = _number("gnp_alpha", DEFAULT_ALPHA if self.gnp_alpha is None else self.gnp_alpha)
+        default_alpha = 1.0 if self.gnp_direction == "momentum" else DEFAULT_ALPHA
+        self.gnp_alpha = _number("gnp_alpha", default_alpha if self.gnp_alpha is None else self.gnp_alpha)
         if self.gnp_alpha > 1:
             raise ValueError(f"gnp_alpha is the share of the second gradient, at most 1, but it is {self.gnp_alpha}.")
         if self.gnp_r == 0 and self.gnp_alpha > 0:
@@ -211,12 +267,53 @@ class GNPArguments:
     def _check_perturbation(self) -> None:
         if self.gnp_scope not in SCOPES:
             raise ValueError(f"gnp_scope must be one of {SCOPES}, but it is {self.gnp_scope!r}.")
-        for name in ("gnp_normalize_gradient", "gnp_adaptive", "gnp_allow_unchecked"):
+        if self.gnp_direction not in DIRECTIONS:
+            raise ValueError(f"gnp_direction must be one of {DIRECTIONS}, but it is {self.gnp_direction!r}.")
+        self.gnp_ascent_fraction = _number("gnp_ascent_fraction", self.gnp_ascent_fraction)
+        if not 0 < self.gnp_ascent_fraction <= 1:
+            raise ValueError(
+                "gnp_ascent_fraction is the share of a step's examples that give the direction, above 0 and at most "
+                f"1, but it is {self.gnp_ascent_fraction}."
+            )
+        for name in (
+            *("gnp_normalize_gradient", "gnp_adaptive", "gnp_reuse", "gnp_precondition"),
+            "gnp_allow_unchecked",
+        ):
             setattr(self, name, _boolean(name, getattr(self, name)))
         if self.gnp_stochastic_rounding != "auto":
             self.gnp_stochastic_rounding = _boolean("gnp_stochastic_rounding", self.gnp_stochastic_rounding)
         if self.gnp_target_modules is not None and not self.gnp_target_modules:
             raise ValueError("gnp_target_modules is empty: leave it out to move all parameters.")
+
+    def _check_pairs(self) -> None:
+        """Refuse arguments that exclude each other, naming both."""
+        set_by_user = {
+            "gnp_direction=momentum": self.gnp_direction == "momentum",
+            "gnp_reuse": self.gnp_reuse,
+            "gnp_ascent_fraction": self.gnp_ascent_fraction < 1,
+            f"gnp_scope={self.gnp_scope}": self.gnp_scope != "step",
+            "gnp_normalize_gradient": self.gnp_normalize_gradient,
+            "gnp_adaptive": self.gnp_adaptive,
+            "gnp_precondition": self.gnp_precondition,
+            "gnp_warmup_type=lambda": self.gnp_warmup_type == "lambda",
+        }
+        chosen = [name for name, is_set in set_by_user.items() if is_set]
+        for one, excluded, reason in EXCLUDE:
+            others = [name for name in chosen if name != one and name.startswith(excluded)]
+            if one in chosen and others:
+                raise ValueError(f"{one} {reason}: leave out {' and '.join(others)}.")
+        if "gnp_direction=momentum" in chosen and self.gnp_alpha not in (0, 1):
+            raise ValueError(
+                "gnp_direction=momentum has one gradient, that of the moved weights, so gnp_alpha is 1 (or 0, for "
+                f"plain training), but it is {self.gnp_alpha}: leave it out."
+            )
+        if self.gnp_ascent_fraction < 1 and self.gnp_scope.endswith("micro_batch"):
+            raise ValueError(
+                "gnp_ascent_fraction takes the direction from some of a step's micro-batches, and "
+                f"gnp_scope={self.gnp_scope} from each: set one of the two."
+            )
+        if self.gnp_reuse and self.gnp_interval == 1:
+            raise ValueError("gnp_reuse adds to the steps between penalised ones: set gnp_interval to 2 or more.")
 
     def gnp_values(self) -> dict[str, Any]:
         """What a run should say of itself: r, α, and the other `gnp_*` arguments that are not at their defaults."""

@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 
 TAG = "gradient-norm-penalty"
+PAPER = "https://arxiv.org/abs/2202.03599"
 # Where trainer_state.json has the gnp values, among the states of callbacks.
 STATE_KEY = "GNPStateCallback"
 # Before the names of a model that was compiled before `Trainer` got it.
@@ -96,7 +97,8 @@ class _Conversion:
     def convert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Saved tensors under the model's names, merged or split as its parameters are, in their saved dtypes."""
         by_pattern = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
-        converted, collected = {}, {}
+        converted: dict[str, torch.Tensor] = {}
+        collected: dict[str, Any] = {}
         for name, (target, pattern) in self.targets.items():
             if pattern is None:
                 converted[target] = tensors[name]
@@ -127,8 +129,9 @@ def remember_values(state: TrainerState, values: dict[str, Any]) -> str | None:
     Returns:
         A warning, if the checkpoint from which the state was loaded has others.
     """
-    saved = state.stateful_callbacks.get(STATE_KEY, {}).get("args")
-    state.stateful_callbacks[STATE_KEY] = {"args": values, "attributes": {}}
+    states: Any = state.stateful_callbacks  # a dict, once a run has begun
+    saved = states.get(STATE_KEY, {}).get("args")
+    states[STATE_KEY] = {"args": values, "attributes": {}}
     if not saved or saved == values:
         return None
     changed = sorted(name for name in saved | values if saved.get(name) != values.get(name))
@@ -138,13 +141,20 @@ def remember_values(state: TrainerState, values: dict[str, Any]) -> str | None:
 
 
 def add_to_model_card(path: str, values: dict[str, Any]) -> None:
-    """Add the gnp values to the hyperparameters of the model card at `path`, and the tag."""
+    """Say in the model card at `path` what was done, with the gnp values and the tag. α = 0 is plain training."""
+    if values["gnp_alpha"] == 0:
+        return
     card = ModelCard.load(path)
+    sentence = (
+        f"The gradient norm of the loss was penalised ([Zhao et al., 2022]({PAPER})): a penalised step mixes the "
+        f"gradient at the weights with α = {values['gnp_alpha']:g} of that at the weights moved by "
+        f"r = {values['gnp_r']:g} along it."
+    )
     lines = "".join(f"- {name}: {value}\n" for name, value in values.items())
     heading = "The following hyperparameters were used during training:\n"
     if heading in card.text:
-        card.text = card.text.replace(heading, heading + lines, 1)
+        card.text = card.text.replace(heading, f"{sentence}\n\n{heading}{lines}", 1)
     else:
-        card.text += f"\n\n### Gradient-norm penalty\n\n{lines}"
+        card.text += f"\n\n### Gradient-norm penalty\n\n{sentence}\n\n{lines}"
     card.data.tags = [*(tag for tag in card.data.tags or [] if tag != TAG), TAG]
     card.save(path)

@@ -1,8 +1,9 @@
 """How weights are moved for the second pass: what stays the same at every step of a run."""
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,9 @@ class Perturbation:
         adaptive: Move by r θ²g₁/‖θ ⊙ g₁‖ (ASAM).
         normalize_gradient: Mix (1-α) g₁/‖g₁‖ + α g₂.
         scope: The examples that share one direction, of `SCOPES`.
+        ascent_fraction: The share of a step's micro-batches whose gradient gives the direction.
+        is_momentum: Move against the optimizer's first moment: -r m/‖m‖.
+        precondition: Move by r D⁻¹g₁/√(g₁ᵀD⁻¹g₁), with D = √v̂ + ε of the optimizer's second moment.
         stochastic_rounding: Whether a move of 16-bit weights is rounded stochastically; "auto": where they have no
             fp32 master.
     """
@@ -25,6 +29,9 @@ class Perturbation:
     adaptive: bool = False
     normalize_gradient: bool = False
     scope: str = "step"
+    ascent_fraction: float = 1.0
+    is_momentum: bool = False
+    precondition: bool = False
     stochastic_rounding: bool | str = "auto"
 
     @classmethod
@@ -34,6 +41,9 @@ class Perturbation:
             adaptive=args.gnp_adaptive,
             normalize_gradient=args.gnp_normalize_gradient,
             scope=args.gnp_scope,
+            ascent_fraction=args.gnp_ascent_fraction,
+            is_momentum=args.gnp_direction == "momentum",
+            precondition=args.gnp_precondition,
             stochastic_rounding=args.gnp_stochastic_rounding,
         )
 
@@ -50,7 +60,24 @@ class Perturbation:
     @property
     def is_plain(self) -> bool:
         """Whether all weights move along g₁ itself."""
-        return self.targets is None and not self.adaptive
+        return self.targets is None and not self.adaptive and not self.precondition
+
+    def of_plain_step(self) -> "Perturbation":
+        """For a step without penalty, which communicates as a plain one."""
+        return replace(self, scope="step", ascent_fraction=1.0, is_momentum=False)
+
+    def first_passes(self, micro_batches: int) -> float:
+        """How many of a window's micro-batches run at θ before the weights move: as many as come, if g₁ is whole."""
+        if self.is_momentum:
+            return 0
+        return self._share_of(micro_batches) if self.ascent_fraction < 1 else math.inf
+
+    def first_rows(self, rows: int) -> int:
+        """How many rows of a window's only micro-batch run at θ."""
+        return self._share_of(rows)
+
+    def _share_of(self, count: int) -> int:
+        return max(1, math.ceil(self.ascent_fraction * count - 1e-9))  # 0.7 * 10 is 7.000000000000001
 
     def moves(self, parameter: nn.Parameter) -> bool:
         return self.targets is None or id(parameter) in self.targets

@@ -15,7 +15,7 @@ class DeferredSignals:
     clean weights, and an exception that it raises interrupts nothing half way. A second Ctrl-C does not wait.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._pending: dict[int, Any] = {}
 

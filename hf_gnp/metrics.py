@@ -9,35 +9,45 @@ from .schedule import Penalty
 class StepMetrics:
     """Sums over steps, kept on the device: nothing is read back until they are logged."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.steps, self.penalised_steps, self.grad_norms = 0, 0, 0.0
+        self.steps, self.penalised_steps = 0, 0
         self.penalty: Penalty | None = None
         self._is_counted = False
-        self.losses: torch.Tensor | None = None
+        self._counted: set[str] = set()  # in the step at hand
+        self._sums: dict[str, torch.Tensor | float] = {}
+        self._counts: dict[str, int] = {}
         self.fidelity: torch.Tensor | None = None
 
     def begin(self, penalty: Penalty | None) -> None:
         """A step begins, with the penalty that the schedule has for it."""
         self.steps += 1
         self.penalty = penalty
-        self._is_counted = False
+        self._is_counted, self._counted = False, set()
 
-    def add(self, grad_norm: float, clean_loss: torch.Tensor, perturbed_loss: torch.Tensor) -> None:
+    def add(
+        self,
+        grad_norm: float | None = None,
+        perturbed_loss: torch.Tensor | None = None,
+        sharpness: torch.Tensor | None = None,
+    ) -> None:
         """
         A step was penalised, or one of its micro-batches that have a direction each: those of a step are summed. The
         loss of a micro-batch is its share of the step's, so the sums are means over micro-batches.
 
         Args:
             grad_norm: ‖g₁‖.
-            clean_loss, perturbed_loss: Detached scalars of this rank, summed over the micro-batches as `Trainer`
-                sums the loss that it logs.
+            perturbed_loss, sharpness: Detached scalars of this rank, summed over the micro-batches as `Trainer` sums
+                the loss that it logs. None: the step has no such thing.
         """
-        losses = torch.stack([perturbed_loss, perturbed_loss - clean_loss]).float()
-        self.losses = losses if self.losses is None else self.losses + losses
-        self.grad_norms += grad_norm
+        values = {"gnp_grad_norm": grad_norm, "gnp_perturbed_loss": perturbed_loss, "gnp_sharpness": sharpness}
+        for name, value in values.items():
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + (name not in self._counted)
+                self._counted.add(name)
         self.penalised_steps += not self._is_counted
         self._is_counted = True
 
@@ -50,11 +60,11 @@ class StepMetrics:
             "gnp_alpha": self.penalty.alpha if self.penalty else 0.0,
             "gnp_on": self.penalised_steps / self.steps,
         }
-        if self.penalised_steps > 0:
-            grad_norms = torch.tensor([self.grad_norms], device=self.losses.device)
-            means = torch.cat([grad_norms, self.losses]) / self.penalised_steps
-            means = accelerator.reduce(means, reduction="mean").tolist()
-            logs |= dict(zip(("gnp_grad_norm", "gnp_perturbed_loss", "gnp_sharpness"), means, strict=True))
+        if self._sums:
+            sums = [torch.as_tensor(value).float().to(accelerator.device) for value in self._sums.values()]
+            counts = torch.tensor([self._counts[name] for name in self._sums], device=accelerator.device)
+            means = accelerator.reduce(torch.stack(sums) / counts, reduction="mean").tolist()
+            logs |= dict(zip(self._sums, means, strict=True))
         if self.fidelity is not None:
             kept, moved = accelerator.reduce(self.fidelity, reduction="sum").tolist()
             if moved > 0:

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from hf_gnp.moments import SecondMoment
 from hf_gnp.rounding import Place, round_stochastically, uniform_noise
 
 
@@ -60,6 +61,14 @@ def in_groups(items: Iterable[Item], size_of: Callable[[Item], int], limit: int)
         yield group
 
 
+def local_dot(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of products of all elements of local tensors of the same shapes pairwise: a scalar in float32."""
+    total = torch.zeros((), device=tensors[0].device if tensors else "cpu")
+    for tensor, other in zip(tensors, others, strict=True):
+        total = total + torch.dot(tensor.flatten().float(), other.flatten().float()).to(total.device)
+    return total
+
+
 class _Part(NamedTuple):
     """A few rows of one tensor, or all: as much of it as is moved at once."""
 
@@ -67,6 +76,7 @@ class _Part(NamedTuple):
     gradient: torch.Tensor
     master: torch.Tensor
     place: Place
+    second_moment: SecondMoment | None
 
 
 def move_(
@@ -78,10 +88,11 @@ def move_(
     noise_seed: int | None = None,
     places: Sequence[Place] | None = None,
     measure: bool = False,
+    second_moments: Sequence[SecondMoment] | None = None,
 ) -> torch.Tensor | None:
     """
-    Set `weights = masters + e` with `e = scale * gradients`, or `scale * masters² * gradients` if adaptive, rounded
-    once to the dtype of the weights.
+    Set `weights = masters + e` with `e = scale * gradients`, or `scale * masters² * gradients` if adaptive, or
+    `scale * D⁻¹ gradients` if second moments are given, rounded once to the dtype of the weights.
 
     Args:
         weights, gradients, masters: Local tensors, of the same shapes pairwise, each list with its own dtype and
@@ -89,6 +100,7 @@ def move_(
         noise_seed: If given, 16-bit weights are rounded stochastically; equal on all ranks.
         places: Where each tensor lies in its whole parameter, for the noise; None: each is whole.
         measure: Whether to compare the move with what rounding left of it.
+        second_moments: One for each tensor.
 
     Returns:
         If measured, the local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32; else None.
@@ -96,14 +108,15 @@ def move_(
     is_in_place = all(weight is master for weight, master in zip(weights, masters, strict=True))
     if all(weight.dtype.itemsize > 2 for weight in weights):
         noise_seed = None
-    if is_in_place and not adaptive and noise_seed is None and not measure:
+    if is_in_place and not (adaptive or second_moments or measure) and noise_seed is None:
         if weights:
             torch._foreach_add_(weights, gradients, alpha=scale)
         return None
     if places is None:
         places = [Place.whole(i, weight.shape) for i, weight in enumerate(weights)]
     sums = torch.zeros(2, device=weights[0].device if weights else "cpu") if measure else None
-    tensors = [_Part(*parts) for parts in zip(weights, gradients, masters, places, strict=True)]
+    moments = second_moments or [None] * len(weights)
+    tensors = [_Part(*parts) for parts in zip(weights, gradients, masters, places, moments, strict=True)]
     # A group at a time: of all, the moved tensors would be a second copy of the masters.
     for parts in in_groups((part for tensor in tensors for part in _by_rows(tensor)), _numel, PART):
         measured = _move_parts(parts, scale, adaptive, noise_seed, measure)
@@ -126,18 +139,22 @@ def _by_rows(tensor: _Part) -> Iterator[_Part]:
     for start in range(0, rows, at_once):
         end = min(start + at_once, rows)
         weight, gradient, master = (local[start:end] for local in tensor[:3])
-        yield _Part(weight, gradient, master, tensor.place.rows(start, end))
+        moment = tensor.second_moment and tensor.second_moment.rows(start, end)
+        yield _Part(weight, gradient, master, tensor.place.rows(start, end), moment)
 
 
 def _move_parts(
     parts: Sequence[_Part], scale: float, adaptive: bool, noise_seed: int | None, measure: bool
 ) -> torch.Tensor | None:
     """`move_`, for tensors of which a few copies fit."""
-    weights, gradients, masters, places = zip(*parts, strict=True)
+    weights, gradients, masters, places, second_moments = zip(*parts, strict=True)
     starts = [master.to(torch.promote_types(master.dtype, torch.float32)) for master in masters]
     directions = [g.to(start.device, start.dtype) for g, start in zip(gradients, starts, strict=True)]
     if adaptive:
         directions = torch._foreach_mul(torch._foreach_mul(starts, starts), directions)
+    elif second_moments[0] is not None:
+        metrics = [moment.inverse_metric() for moment in second_moments]
+        directions = [d * m.to(d.device, d.dtype) for d, m in zip(directions, metrics, strict=True)]
     moved = list(torch._foreach_add(starts, directions, alpha=scale))
     for i, (weight, place) in enumerate(zip(weights, places, strict=True)):
         if noise_seed is not None and weight.dtype.itemsize == 2:

@@ -70,11 +70,15 @@ class Schedule:
 
     def at(self, step: int) -> Penalty | None:
         """The penalty of optimizer step `step`, counted from 0 (`state.global_step`); None for a plain step."""
+        return self.strength(step) if self._is_chosen(step) else None
+
+    def strength(self, step: int) -> Penalty | None:
+        """The penalty that step `step` has, or would have if interval and probability chose it."""
         warmth = min(1.0, step / self.warmup_steps) if self.warmup_type != "none" and self.warmup_steps > 0 else 1.0
         r = self.r * warmth if self.warmup_type == "r" else self.r
         alpha = self.alpha * warmth if self.warmup_type == "lambda" else self.alpha
         is_warming_up = self.warmup_type == "zero" and warmth < 1
-        is_on = not is_warming_up and self._is_in_range(step) and self._is_chosen(step)
+        is_on = not is_warming_up and self._is_in_range(step)
         return Penalty(r, alpha) if is_on and r > 0 and alpha > 0 else None
 
     def _is_in_range(self, step: int) -> bool:

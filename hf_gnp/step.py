@@ -1,27 +1,25 @@
 """One penalised step, out of engine, window, schedule and mix. It knows of the trainer what a window records."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .direction import Perturbation
-from .engines import Engine, make_engine
+from .engines import Engine, GradientNorms, make_engine
 from .interrupts import DeferredSignals
 from .metrics import StepMetrics
 from .replay.first_pass import is_called_by_training_step, replaced
-from .replay.window import MicroBatch, Window, copied
+from .replay.probe import not_logged, probe
+from .replay.window import Deferred, MicroBatch, Window, first_rows
+from .reuse import OrthogonalComponent
 from .schedule import Penalty, Schedule
 
 
-# Of a loss, what may differ when the same forward runs again on an accelerator, whose kernels add in any order.
-PROBE_TOLERANCE = 1e-3
-PROBE_TOLERANCE_LOW = 5e-2  # in 16 bit
-
-RunPass = Callable[[MicroBatch], torch.Tensor]
+RunPass = Callable[[MicroBatch | Deferred], torch.Tensor]
 
 
 class PenalisedSteps:
@@ -43,6 +41,9 @@ class PenalisedSteps:
         )
         self.step: int | None = None
         self.penalty: Penalty | None = None
+        self.reuse = OrthogonalComponent(self.engine) if trainer.gnp_args.gnp_reuse else None
+        self._first_passes = math.inf
+        self._begins_penalised = False
         self._is_probed = False
         self._hooks = contextlib.ExitStack()
         self._foreign: list[Any] = []
@@ -53,18 +54,24 @@ class PenalisedSteps:
     def is_perturbed(self) -> bool:
         return self.engine.is_perturbed
 
+    @property
+    def _perturbation(self) -> Perturbation:
+        return self.engine.perturbation
+
     def begin_micro_batch(self, step: int, inputs: Any) -> None:
         """Before the first pass of each micro-batch of the step, whose `inputs` are as the data loader gave them."""
         if step != self.step:
-            if self.step is not None and self.window.micro_batches and self.penalty != self.schedule.at(step):
+            penalty = self._penalty_at(step)
+            if self.step is not None and len(self.window) and self.penalty != penalty:
                 self.close()
-            self.step, self.penalty = step, self.schedule.at(step)
+            self.step, self.penalty = step, penalty
             self.metrics.begin(self.penalty)
-        if not self.window.micro_batches:
+        if not len(self.window):
             perturbation = Perturbation.from_args(self.trainer.gnp_args, self.trainer.model)
-            # A step without penalty communicates as a plain one.
-            self.engine.begin_window(perturbation if self.penalty else replace(perturbation, scope="step"))
+            self.engine.begin_window(perturbation if self.penalty else perturbation.of_plain_step())
             self.close()
+            micro_batches = self.trainer.current_gradient_accumulation_steps or 1
+            self._first_passes = self._perturbation.first_passes(micro_batches)
             self._hooks.enter_context(replaced(self.trainer.accelerator, backward=self._backward))
             self._set_foreign_gradient_aside()
         elif inputs is self._inputs:
@@ -75,29 +82,61 @@ class PenalisedSteps:
             )
         self._inputs = inputs
 
+    def _penalty_at(self, step: int) -> Penalty | None:
+        if self._begins_penalised:
+            self._begins_penalised = False
+            return self.schedule.strength(step)
+        return self.schedule.at(step)
+
+    def resume_from(self, checkpoint: str | None) -> None:
+        """Before the first step: what `gnp_reuse` kept. A run that resumes without begins with a penalised step."""
+        if self.reuse is not None and checkpoint is not None:
+            self._begins_penalised = not self.reuse.load(checkpoint)
+
     # The first pass.
 
     @contextlib.contextmanager
     def first_pass(self) -> Iterator[None]:
         """Around a subclass's `training_step`: what `Trainer.training_step` computes in it is recorded."""
-        recorded = len(self.window.micro_batches)
-        with self.engine.first_pass(), replaced(self.trainer, compute_loss=self._compute_loss):
+        recorded = len(self.window)
+        is_last = recorded + 1 == self._first_passes
+        with self.engine.first_pass(is_last), replaced(self.trainer, compute_loss=self._compute_loss):
             yield
-        if len(self.window.micro_batches) == recorded:
+        if len(self.window) == recorded:
             raise NotImplementedError(never_reached(self.trainer))
         self._refuse_foreign_gradient()
+
+    def end_first_pass(self, loss: torch.Tensor) -> None:
+        """What `training_step` returned."""
+        if not self.window.deferred:
+            self.window.micro_batches[-1].loss = loss
 
     def _compute_loss(self, original: Callable, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_called_by_training_step():
             return original(model, inputs, *args, **kwargs)
-        steps = self.trainer.current_gradient_accumulation_steps
-        micro_batch = self.window.record(inputs, kwargs.get("num_items_in_batch"), steps)
-        loss = original(model, inputs, *args, **kwargs)
+        items, steps = kwargs.get("num_items_in_batch"), self.trainer.current_gradient_accumulation_steps
+        if len(self.window) >= self._first_passes:
+            self.window.deferred.append(Deferred(inputs, items, steps))
+            return torch.zeros((), device=self.trainer.accelerator.device, requires_grad=True)
+        micro_batch = self.window.record(inputs, items, steps)
+        if not self._takes_rows:
+            loss = original(model, inputs, *args, **kwargs)
+        else:
+            micro_batch.first_rows = first_rows(inputs, self._perturbation.first_rows)
+            kwargs["num_items_in_batch"] = self._items_in([micro_batch.first_rows])
+            with replaced(self.trainer, log=not_logged):
+                loss = original(model, micro_batch.first_rows, *args, **kwargs)
         micro_batch.forward_loss = loss.detach().clone()
         return loss
 
+    def _items_in(self, batches: list[Any]) -> torch.Tensor | int | None:
+        """The labels in some micro-batches, as `Trainer` counts those of a window: over all ranks. A collective."""
+        return self.trainer._get_num_items_in_batch(batches, self.trainer.args.device)
+
     def _backward(self, original: Callable, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         if is_called_by_training_step():
+            if self.window.deferred:
+                return  # of a loss that is yet to be computed
             if self._marks is None:
                 self._set_foreign_gradient_aside()
             else:
@@ -141,22 +180,24 @@ class PenalisedSteps:
         """Whether a second pass follows now: on the last micro-batch of a step, or on each."""
         return self.trainer.accelerator.sync_gradients or self.engine.perturbation.is_per_micro_batch
 
-    def end_window(self, run_pass: RunPass, noise_seed: int, measure: bool) -> None:
+    def end_window(self, run_pass: RunPass, noise_seed: int, measure: bool) -> torch.Tensor | None:
         """
         The second pass, if there is a penalty and a direction. If the step ends too, that of engines that step in
         backward; else the gradient is held for the rest of the step.
+
+        Returns:
+            What the losses that `training_step` returned lack of the window's, where some micro-batches had no first
+            pass; else None.
         """
-        engine, penalty = self.engine, self.penalty
+        engine, lacking = self.engine, None
         self._hooks.close()
         with DeferredSignals():
-            if penalty is not None:
-                norms = engine.gradient_norms()
-                if engine.wants_second_pass():  # else the norm is 0 or not finite: the step goes on as a plain one
-                    with self.window.kept():
-                        self._probe()
-                        perturbed_loss = self._second_pass(run_pass, penalty, noise_seed, measure)
-                    engine.mix(penalty.alpha)
-                    self.metrics.add(norms.gradient, self.window.loss(), perturbed_loss)
+            if not self.window.micro_batches:
+                self._set_foreign_gradient_aside()
+            if self.penalty is not None:
+                lacking = self._penalise(self.penalty, run_pass, noise_seed, measure)
+            elif self.reuse is not None and (strength := self.schedule.strength(self.step)) is not None:
+                self.reuse.add(strength.alpha)
             for gradient in self._foreign:
                 engine.add_gradient(gradient)
             if self.trainer.accelerator.sync_gradients:
@@ -164,45 +205,90 @@ class PenalisedSteps:
             else:
                 engine.hold_gradient()
         self.close()
+        return lacking
 
-    def _second_pass(self, run_pass: RunPass, penalty: Penalty, noise_seed: int, measure: bool) -> torch.Tensor:
-        perturbed_loss = 0.0
-        with self.engine.perturbed(penalty.r, penalty.alpha, noise_seed, measure) as fidelity:
-            for micro_batch, is_last in self.window.replayed():
-                with self.engine.micro_batch(is_last):
-                    perturbed_loss += run_pass(micro_batch)
+    def _penalise(self, penalty: Penalty, run_pass: RunPass, noise_seed: int, measure: bool) -> torch.Tensor | None:
+        if self._perturbation.is_momentum:
+            _, losses = self._second_pass(run_pass, penalty, noise_seed, measure)
+            if self.engine.has_direction:
+                self.metrics.add()
+            return sum(losses)
+        norms, ratio = self.engine.gradient_norms(), self._ratio()
+        clean_loss = self.window.loss()
+        lacking = clean_loss * (ratio - 1) if self.window.deferred else None
+        if not self._wants_second_pass(norms):
+            return lacking
+        if self.reuse is not None:
+            self.reuse.keep_first()
+        replayed, losses = self._second_pass(run_pass, penalty, noise_seed, measure, ratio)
+        self.engine.mix(penalty.alpha)
+        if self.reuse is not None:
+            self.reuse.keep_orthogonal()
+        if not self._takes_rows:
+            sharpness = (sum(replayed) - clean_loss) * ratio
+            self.metrics.add(norms.gradient * ratio, sum(losses), sharpness)
+        else:
+            self.metrics.add(norms.gradient, sum(losses))
+        return lacking
+
+    @property
+    def _takes_rows(self) -> bool:
+        """Whether g₁ is that of a micro-batch's first rows. The same on all ranks, however many rows each has."""
+        # Not in an incomplete window of a run that accumulates, whose inputs may have no rows.
+        return self.trainer.args.gradient_accumulation_steps == 1 and self._perturbation.ascent_fraction < 1
+
+    def _wants_second_pass(self, norms: GradientNorms) -> bool:
+        """Else the norm is 0 or not finite, and the step goes on as a plain one."""
+        if self.engine.wants_second_pass():
+            return True
+        # What has had no pass yet gets one, also at weights that do not move.
+        return bool(self.window.deferred or self._takes_rows) and math.isfinite(norms.gradient + norms.direction)
+
+    def _ratio(self) -> float:
+        """What g₁ of the first passes lacks in size to that of the window: its tokens, or its micro-batches."""
+        first, deferred = self.window.micro_batches, self.window.deferred
+        if not deferred:
+            return 1.0
+        items = deferred[0].num_items_in_batch
+        first_items = None if items is None else self._items_in([micro_batch.inputs for micro_batch in first])
+        if first_items is None:
+            return (len(first) + len(deferred)) / len(first)
+        return float(items) / float(first_items) if first_items > 0 else 1.0
+
+    def _second_pass(
+        self, run_pass: RunPass, penalty: Penalty, noise_seed: int, measure: bool, ratio: float = 1.0
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """
+        All micro-batches at the moved weights. Those that ran before leave no trace but their gradient; the others run
+        for the first time.
+
+        Returns:
+            The losses of those that ran before, and of all.
+        """
+        engine, window = self.engine, self.window
+        passes = [window.replayed(), iter(tuple(window.deferred))]
+        replayed, losses = [], []
+        with contextlib.ExitStack() as kept:
+            if window.micro_batches and not self._takes_rows:
+                kept.enter_context(window.kept())
+                self._probe()
+            with engine.perturbed(penalty.r, penalty.alpha, noise_seed, measure, ratio) as fidelity:
+                for micro_batches, collected in zip(passes, (replayed, losses), strict=True):
+                    for micro_batch in micro_batches:
+                        with engine.micro_batch(len(replayed) + len(losses) + 1 == len(window)):
+                            collected.append(run_pass(micro_batch))
+                    if window.deferred:
+                        kept.close()
         if fidelity is not None:
             self.metrics.fidelity = fidelity.to(self.trainer.accelerator.device)
-        return perturbed_loss
+        return replayed, replayed + losses
 
     def _probe(self) -> None:
         """Once a run: the window's first micro-batch again at θ must give the loss that it gave."""
-        if self._is_probed:
-            return
-        self._is_probed = True
-        trainer = self.trainer
-        micro_batch, _ = next(self.window.replayed())
-        inputs = copied(micro_batch.inputs)
-        with self.engine.probed(), replaced(trainer, log=_not_logged), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
-        loss, expected = loss.detach().double(), micro_batch.forward_loss.double()
-        if not _is_same(loss, expected, micro_batch.forward_loss.device.type, self._tolerance()):
-            raise RuntimeError(
-                f"The loss of a micro-batch was {expected.mean().item()} and is {loss.mean().item()} when it is run "
-                "again at the same weights, with the same inputs, random numbers, buffers and Python state: something "
-                "else moves between two forwards, and the second pass of the gradient-norm penalty would see another "
-                f"loss than the first. Look in {type(trainer).__name__}.compute_loss and in the model's forward for "
-                "state outside their attributes (globals, class attributes, files, a generator of another library), "
-                "keep it in an attribute of the model or of the trainer, or set gnp_alpha=0."
-            )
-
-    def _tolerance(self) -> float:
-        dtypes = {p.dtype for p in self.engine_parameters()}
-        is_low = any(dtype.itemsize <= 2 for dtype in dtypes) or self.engine.computes_in_16_bit()
-        return PROBE_TOLERANCE_LOW if is_low else PROBE_TOLERANCE
-
-    def engine_parameters(self) -> Iterator[nn.Parameter]:
-        return (p for p in self.model.parameters() if p.requires_grad)
+        if not self._is_probed:
+            self._is_probed = True
+            micro_batch, around = next(self.window.replayed()), self.engine.probed()
+            probe(self.trainer, self.model, micro_batch, around, self.engine.computes_in_16_bit())
 
     def abandon(self) -> None:
         """After any exception in a step: clean weights, no gradient, an empty window."""
@@ -217,19 +303,15 @@ class PenalisedSteps:
         self._foreign, self._marks, self._inputs = [], None, None
 
 
-def _is_same(loss: torch.Tensor, expected: torch.Tensor, device_type: str, tolerance: float) -> bool:
-    if device_type == "cpu":
-        return torch.equal(loss, expected) or (loss.isnan() & expected.isnan()).all().item()
-    return torch.allclose(loss, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
+def replayed_step(trainer: Any, logs: bool = False) -> contextlib.AbstractContextManager:
+    """
+    Around `Trainer.training_step` in a second pass: inputs are prepared already.
 
-
-def _not_logged(original: Callable, *args: Any, **kwargs: Any) -> None:
-    """In place of `log` where only the gradient of a pass is to stay."""
-
-
-def replayed_step(trainer: Any) -> contextlib.AbstractContextManager:
-    """Around `Trainer.training_step` in a second pass: inputs are prepared already, and nothing is logged twice."""
-    return replaced(trainer, _prepare_inputs=lambda original, inputs: inputs, log=_not_logged)
+    Args:
+        logs: Whether what is logged in it is logged; not what the first pass has logged.
+    """
+    silenced = {} if logs else {"log": not_logged}
+    return replaced(trainer, _prepare_inputs=lambda original, inputs: inputs, **silenced)
 
 
 def never_reached(trainer: Any) -> str:

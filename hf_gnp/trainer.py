@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from .arguments import gnp_arguments_of, take_over
 from .checkpoint import add_to_model_card, load_renamed, remember_values
 from .direction import Perturbation
 from .engines import refuse_unsupported
-from .replay.window import MicroBatch
+from .moments import check_optimizer_of, needed
+from .replay.window import Deferred, MicroBatch
 from .schedule import Schedule
 from .sharpness import measure_sharpness
 from .sharpness.callback import callbacks_know
@@ -32,18 +34,23 @@ FIDELITY_FLOOR = 0.9
 ADAPTIVE_OPTIMIZERS = "ada|lamb|rmsprop|prodigy|apollo|sophia"
 
 
-def _take_signature_of_base(cls: type, mixin: type) -> None:
+# For a type checker: the mixin uses what comes after it, a subclass of Trainer.
+_Base: Any = object
+_documented_as: Callable[[Any], Callable[[Any], Any]] = functools.wraps
+
+
+def _take_signature_of_base(cls: Any, mixin: type) -> None:
     """Scripts ask `inspect.signature` which arguments a trainer takes."""
-    base = next(base for base in cls.__mro__ if base is not mixin and "__init__" in vars(base))
+    base: Any = next(base for base in cls.__mro__ if base is not mixin and "__init__" in vars(base))
 
     @functools.wraps(base.__init__)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(cls, self).__init__(*args, **kwargs)
 
     cls.__init__ = __init__
 
 
-class GNPMixin:
+class GNPMixin(_Base):
     r"""
     Penalises the gradient norm of the loss, in any subclass of [`~transformers.Trainer`]. It comes first:
 
@@ -65,7 +72,10 @@ class GNPMixin:
     """
 
     _gnp_run: PenalisedSteps | None = None
+    _gnp_warned: set[str]
+    current_gradient_accumulation_steps: Any
     _gnp_is_trainers_log = False
+    _gnp_resumed_from: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -77,7 +87,7 @@ class GNPMixin:
         if GNPMixin in cls.__bases__ and "__init__" not in vars(cls):
             _take_signature_of_base(cls, GNPMixin)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gnp_args = gnp_arguments_of(self.args)
         self._gnp_check()
@@ -86,7 +96,7 @@ class GNPMixin:
     def _gnp_check(self) -> None:
         """Refuse gnp arguments out of range, and what the penalty cannot run with."""
         take_over(self.gnp_args, self.args)
-        if self.gnp_args.gnp_alpha > 0:
+        if self.gnp_args.gnp_alpha != 0:
             optimizer_cls = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else None
             perturbation = Perturbation.from_args(self.gnp_args, self.model)
             refuse_unsupported(
@@ -97,9 +107,11 @@ class GNPMixin:
                 perturbation,
                 self.gnp_args.gnp_allow_unchecked,
             )
+            if (argument := needed(self.gnp_args)) is not None:
+                check_optimizer_of(self, argument)
 
-    @functools.wraps(Trainer.train)
-    def train(self, *args, **kwargs):
+    @_documented_as(Trainer.train)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._gnp_run is not None:  # the last run ended while weights were moved
             self._gnp_run.abandon()
             if self._gnp_run.is_perturbed:
@@ -117,8 +129,8 @@ class GNPMixin:
             if not self._gnp_run.is_perturbed:
                 self._gnp_run = None
 
-    @functools.wraps(measure_sharpness)
-    def measure_sharpness(self, *args, **kwargs) -> dict[str, Any]:
+    @_documented_as(measure_sharpness)
+    def measure_sharpness(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return measure_sharpness(self, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -149,25 +161,31 @@ class GNPMixin:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             if isinstance(loss, torch.Tensor):
                 loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") write the next pass's over it
-            run.window.micro_batches[-1].loss = loss
+            run.end_first_pass(loss)
             if run.is_end_of_window:
                 noise_seed = run.schedule.noise_seed(self.state.global_step)
-                run.end_window(functools.partial(self._gnp_run_again, model), noise_seed, self._gnp_logs_this_step())
+                run_pass = functools.partial(self._gnp_second_pass, model)
+                lacking = run.end_window(run_pass, noise_seed, self._gnp_logs_this_step())
+                loss = loss if lacking is None else loss + lacking
         except BaseException:
             run.abandon()
             raise
         return loss
 
-    def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    def _gnp_second_pass(self, model: nn.Module, micro_batch: MicroBatch | Deferred) -> torch.Tensor:
         """
-        A micro-batch's second pass, through `Trainer.training_step`: what a subclass does around it happened once.
+        A micro-batch at the moved weights, through `Trainer.training_step`: what a subclass does around it happened
+        once. `Trainer` counts the FLOPs of one pass itself, and logs of the first alone are kept.
         """
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
-        flos = float(self.floating_point_ops(micro_batch.inputs))
-        with replayed_step(self), getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()):
-            loss = Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
-        self._gnp_second_flos += flos
-        return loss
+        ran_before = micro_batch.inputs_of_first_pass
+        if ran_before is not None:
+            self._gnp_second_flos += float(self.floating_point_ops(ran_before))
+        with (
+            replayed_step(self, logs=ran_before is not micro_batch.inputs),
+            getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
+        ):
+            return Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
 
     def _gnp_logs_this_step(self) -> bool:
         """Whether `Trainer` will log when this step ends, as far as its arguments tell."""
@@ -188,6 +206,7 @@ class GNPMixin:
             is_adaptive = _is_adaptive(self.optimizer)
             schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, is_adaptive)
             self._gnp_run = run = PenalisedSteps(self, model, schedule)
+            run.resume_from(self._gnp_resumed_from)
             self._gnp_second_flos, self._gnp_warned = 0.0, set()
             warning = remember_values(self.state, self.gnp_args.gnp_values())
             if warning is not None:
@@ -201,7 +220,7 @@ class GNPMixin:
                 )
         return run
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None):
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         # Trainer calls this between clipping and the optimizer step, on every engine, and the norm is global.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.gnp_args.gnp_alpha == 0:
@@ -218,14 +237,14 @@ class GNPMixin:
             logger.warning(f"Step {self.state.global_step}: the gradient is not finite; the weights stay as they are.")
         return grad_norm
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._gnp_is_trainers_log = self.control.should_log
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
             self._gnp_is_trainers_log = False
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Only in Trainer's own call do all ranks meet: a user's compute_loss may log on the main process alone.
         if self._gnp_is_trainers_log and {"loss", "learning_rate"} <= logs.keys():
             self._gnp_is_trainers_log = False
@@ -239,22 +258,31 @@ class GNPMixin:
                 )
         super().log(logs, *args, **kwargs)
 
-    def save_model(self, *args, **kwargs) -> None:
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Saves as [`~transformers.Trainer.save_model`] does, but never perturbed weights, as a signal handler may."""
         if self._gnp_run is not None and self._gnp_run.is_perturbed:
             raise RuntimeError("The weights are perturbed by an unfinished second pass: nothing was saved.")
         super().save_model(*args, **kwargs)
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             add_to_model_card(os.path.join(self.args.output_dir, "README.md"), self.gnp_args.gnp_values())
 
-    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Passed on as it came: sentence-transformers' trainers take the folder alone.
         loader = super()._load_from_checkpoint
         if not self._gnp_loads_renamed(*inspect.signature(loader).bind(*args, **kwargs).args):
             loader(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._gnp_run is not None and self._gnp_run.reuse is not None:
+            self._gnp_run.reuse.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._gnp_resumed_from = checkpoint
 
     def _load_best_model(self) -> None:
         if not self._gnp_loads_renamed(self.state.best_model_checkpoint):

@@ -1,6 +1,7 @@
 """One training run with a trainer, and the same run with the reference loop."""
 
 import copy
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -172,6 +173,8 @@ def window_loss(
     stock `Trainer` leaves the sum over micro-batches undivided; the penalty is on what `Trainer` differentiates.
     Of a part of a window, its share of that.
     """
+    if isinstance(part, Part):
+        part, window = part
     window = part if window is None else window
     kind = model.config.model_type if hasattr(model, "config") else "net"
     if kind in DECODERS or kind == "vit":
@@ -203,6 +206,38 @@ def by_scope(scope: str, ranks: int = 1) -> dict[str, Any]:
         "groups": lambda window: [Part(part, window) for part in SCOPES[scope](window, ranks)],
         "loss": lambda model, part: window_loss(model, part.micro_batches, part.window),
     }
+
+
+def items_of(micro_batches: Sequence[dict[str, torch.Tensor]]) -> int:
+    """The labels that `Trainer` counts; a causal language model's are shifted."""
+    is_causal = "input_ids" in micro_batches[0] and micro_batches[0]["labels"].ndim == 2
+    labels = [batch["labels"][:, 1:] if is_causal else batch["labels"] for batch in micro_batches]
+    return sum((part != -100).sum().item() for part in labels)
+
+
+def ascent_from(fraction: float, ranks: int = 1, rows: bool = False) -> Callable[[list], tuple[list, float]]:
+    """
+    For `reference_run`: the first micro-batches of a window, of each rank, and the window's labels for one of theirs.
+    Or the first rows of each micro-batch, whose loss is that of a window of these.
+    """
+
+    def count(size: int) -> int:
+        return max(1, math.ceil(round(fraction * size, 6)))
+
+    def ascent(window: list) -> tuple[list, float]:
+        if rows:
+            return [{k: v[: count(len(v))] for k, v in batch.items()} for batch in window], 1.0
+        first = window[: count(len(window) // ranks) * ranks]
+        return first, items_of(window) / items_of(first)
+
+    def of_a_group(group: Any) -> tuple[Part, float]:
+        if isinstance(group, Part):  # one rank's, whose labels are as many as the others'
+            first = group.micro_batches[: count(len(group.micro_batches))]
+            return Part(first, group.window), items_of(group.micro_batches) / items_of(first)
+        first, share = ascent(group)
+        return Part(first, first if rows else group), share
+
+    return of_a_group
 
 
 def reference_run(

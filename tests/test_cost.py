@@ -158,3 +158,34 @@ def test_second_pass_holds_one_copy_of_the_trainable_weights(tmp_path, kind, alp
     assert 0 <= max(forwards[:accumulation]) - max(plain_forwards) <= slack
     assert copy <= max(forwards[accumulation:]) - max(plain_forwards) <= copy + slack
     assert 0 <= step - plain_step <= slack
+
+
+# Beyond plain training, in copies of the trainable weights: at the most of a forward, and when the optimizer steps.
+HELD = {
+    "micro_batch": ({"gnp_scope": "micro_batch"}, 2, 0),  # the weights, and the gradient of earlier micro-batches
+    "fraction": ({"gnp_ascent_fraction": 0.5}, 1, 0),
+    "momentum": ({"gnp_direction": "momentum"}, 1, 0),
+    "reuse": ({"gnp_reuse": True, "gnp_interval": 3}, 2, 1),  # the weights, and g₁, of which the reused part is left
+    "precondition": ({"gnp_precondition": True}, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_what_other_penalised_steps_hold(tmp_path, kind, name):
+    arguments, in_forward, in_step = HELD[name]
+    accumulation, peaks = 2, {}
+    for run, values in (("plain", {"gnp_alpha": 0.0}), ("penalised", arguments)):
+        gc.collect()
+        model = make_model(kind)
+        settings = {"gradient_accumulation_steps": accumulation, "optim": "adamw_torch", "max_steps": 3}
+        trainer = make_trainer(tmp_path, kind, model=model, **settings, **values)
+        live = Live(trainer.model)
+        trainer.add_callback(live)
+        trainer.train()
+        peaks[run] = max(live.forwards[-2 * accumulation + 1 :]), live.steps[-1]
+    copy = sum(p.nbytes for p in make_model(kind).parameters())
+    inputs = sum(value.nbytes for value in collate(make_data(kind)[: accumulation * MICRO_BATCH]).values())
+    slack = inputs + (accumulation + 1) * torch.get_rng_state().nbytes + 512  # as above
+    for copies, plain, penalised in zip((in_forward, in_step), peaks["plain"], peaks["penalised"], strict=True):
+        assert copies * copy <= penalised - plain <= copies * copy + slack

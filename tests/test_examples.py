@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from tiny import make_model, save_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--report_to", "none", "--disable_tqdm", "true"]
-SHARED = ROOT.parent / "shared" / "data"
 
 
 def run_script(name: str, output: Path, *flags: str) -> dict[str, float]:
@@ -44,13 +45,59 @@ def test_text_classification_learns_the_docstrings(tmp_path):
 
 
 def test_demo_compares_and_draws(tmp_path):
-    printed = run_script("demo", tmp_path, "--num_train_epochs", "1", "--max_train_samples", "256")["printed"]
-    plain, penalised = (int(passes) for passes in re.findall(r"(\d+) +[\d.]+ +[\d.]+x, ", printed))
-    # Of 8 steps, those of the warm-up have no second pass.
-    assert plain == 8
-    assert plain < penalised < 2 * plain
-    picture = PILImage.open(tmp_path / "loss_curves.png")
+    command = [sys.executable, "examples/demo.py", "--seeds", "2", "--epochs", "1", "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stderr[-6000:]
+    row = r"^(plain|plain, twice the epochs|penalised) +([\d.]+) +([\d.]+) ± [\d.]+ .* ([\d.]+) ± "
+    passes = {method: float(count) for method, count, *_ in re.findall(row, result.stdout, re.MULTILINE)}
+    assert passes["plain"] == 1 and passes["plain, twice the epochs"] == 2
+    # Of 19 steps, the 2 of the warm-up have no second pass.
+    assert passes["penalised"] == pytest.approx(1 + 17 / 19, abs=0.05)
+    picture = PILImage.open(tmp_path / "demo.png")
     assert len(picture.convert("L").getcolors()) > 10
+
+
+def test_sft_lora_learns_and_merges(tmp_path):
+    pytest.importorskip("trl", reason="TRL needs Python 3.11")
+    metrics = run_script("sft_lora", tmp_path, "--max_steps", "30", "--use_cpu", "true", "--logging_steps", "5")
+    logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    logs = [log for log in logs if "gnp_sharpness" in log]
+    assert logs[-1]["loss"] < logs[0]["loss"] - 0.5  # from ln 1024 = 6.9 on
+    assert_merged(tmp_path, metrics["eval_loss"])
+
+
+def assert_merged(folder: Path, loss: float) -> None:
+    """The merged model, without PEFT, is the adapter on the model it started from."""
+    from peft import PeftModel
+
+    inputs = AutoTokenizer.from_pretrained(folder / "merged")(
+        "Return the next item of the queue.", return_tensors="pt"
+    )
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    start = AutoModelForCausalLM.from_pretrained(folder / "start")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "start"), folder)
+    with torch.no_grad():
+        logits, expected, before = (model(**inputs).logits for model in (merged, adapted, start))
+    # The adapter is added to the weights instead of its output to theirs: another order of fp32 roundings.
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits - before).abs().max() > 0.1
+    assert np.isfinite(loss)
+
+
+def test_search_tries_and_draws(tmp_path):
+    flags = ["--trials", "2", "--num_train_epochs", "1", "--max_train_samples", "64", "--max_eval_samples", "64"]
+    printed = run_script("search", tmp_path, *flags)["printed"]
+    assert len(re.findall(r"accuracy 0\.\d+  gnp_r=[\d.e-]+  gnp_alpha=[\d.]+  gnp_scope=\w+", printed)) == 2
+    picture = PILImage.open(tmp_path / "search.png")
+    assert len(picture.convert("L").getcolors()) > 10
+
+
+def test_a_config_with_an_unknown_key_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("gnp_rr: 0.1\n")
+    command = [sys.executable, "examples/vit_finetune.py", "--config", str(tmp_path / "run.yaml")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert result.returncode != 0
+    assert "run.yaml has keys that are no arguments of this script: ['gnp_rr']" in result.stderr
 
 
 def test_own_model_and_parquet_file(tmp_path):

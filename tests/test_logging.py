@@ -1,5 +1,11 @@
 """The metrics in the logs, and the FLOPs in the state."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from runs import logs_of, make_trainer, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -77,6 +83,38 @@ def test_metrics_reach_tensorboard(tmp_path):
         scalars = events.Scalars(f"train/{name}")
         assert [scalar.step for scalar in scalars] == [1, 2, 3]
         assert [scalar.value for scalar in scalars] == pytest.approx(values, rel=ROUNDING)  # event files hold fp32
+    [arguments] = events.Tensors("args/text_summary")
+    shown = json.loads(arguments.tensor_proto.string_val[0])
+    assert {name: shown[name] for name in trainer.args.gnp_values()} == trainer.args.gnp_values()
+
+
+TRACKIO = """
+import json, sys
+from runs import logs_of, make_trainer
+from trackio.sqlite_storage import SQLiteStorage
+
+trainer = make_trainer(sys.argv[1], "vit", report_to=["trackio"], max_steps=3, project="gnp", run_name="run")
+trainer.train()
+logged = logs_of(trainer, "loss", *sys.argv[2:])
+shown = SQLiteStorage.get_logs("gnp", "run")
+config = SQLiteStorage.get_run_config("gnp", "run")
+print(json.dumps({"logged": logged, "shown": shown, "config": {k: v for k, v in config.items() if "gnp" in k}}))
+"""
+
+
+def test_metrics_reach_trackio(tmp_path):
+    """In a process of its own: trackio takes its folder from the environment when it is imported."""
+    pytest.importorskip("trackio", reason="it asks for pillow below 13, and the tests run with 13")
+    pythonpath = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": pythonpath}
+    command = [sys.executable, "-c", TRACKIO, str(tmp_path / "out"), *METRICS]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    steps = [entry for entry in found["shown"] if "train/gnp_sharpness" in entry]
+    for name, values in found["logged"].items():
+        assert [entry[f"train/{name}"] for entry in steps] == values
+    assert (found["config"]["gnp_r"], found["config"]["gnp_alpha"]) == (0.05, 0.8)
 
 
 @pytest.mark.parametrize("accumulation", [1, 5])

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from runs import WeightsAtSaves, assert_identical, generators, make_trainer, run, snapshot
+from safetensors.torch import load_file
 from tiny import KINDS, Net, make_data, make_model
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -27,6 +28,7 @@ SETTINGS = {
 }
 STEPS_PER_EPOCH, STEPS = 3, 6
 TAG = "gradient-norm-penalty"
+PAPER = "https://arxiv.org/abs/2202.03599"
 
 
 def make_resumable(output_dir, kind: str, cls=GNPTrainer, model=None, **kwargs) -> Trainer:
@@ -182,3 +184,38 @@ def test_model_card_names_the_values_once(tmp_path):
         assert sorted(tag for tag in card.data.tags if tag in ("mine", TAG)) == [TAG, "mine"]
         assert card.text.count("- gnp_r: 0.07\n") == 1
         assert card.text.count("- gnp_alpha: 0.3\n") == 1
+        [sentence] = [line for line in card.text.splitlines() if "gradient norm of the loss was penalised" in line]
+        assert "α = 0.3" in sentence and "r = 0.07" in sentence and PAPER in sentence
+
+
+def test_model_card_of_plain_training_says_nothing(tmp_path):
+    trainer = make_resumable(tmp_path, "vit", max_steps=1, gnp_alpha=0.0)
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "gnp_" not in text and TAG not in text
+
+
+def test_push_to_hub_sends_the_card_and_clean_weights(tmp_path, monkeypatch):
+    """At the hub's public functions: huggingface_hub has no stand-in for its server."""
+    sent = {}
+
+    def create_repo(self, repo_id, **kwargs):
+        return RepoUrl(f"https://huggingface.co/me/{repo_id}", endpoint="https://huggingface.co")
+
+    def upload_folder(self, *, repo_id, folder_path, **kwargs):
+        sent[repo_id] = {
+            "card": (Path(folder_path) / "README.md").read_text(),
+            "weights": load_file(Path(folder_path) / "model.safetensors"),
+        }
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    trainer = make_resumable(tmp_path / "flat", "bert", max_steps=1, gnp_r=0.07, gnp_alpha=0.3)
+    trainer.train()
+    trainer.push_to_hub(tags=["mine"])
+    [(name, pushed)] = sent.items()
+    assert name == "me/flat"
+    assert PAPER in pushed["card"] and TAG in pushed["card"] and "- gnp_r: 0.07\n" in pushed["card"]
+    weights = trainer.model.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in pushed["weights"].items())
+    assert pushed["weights"]

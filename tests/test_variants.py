@@ -60,6 +60,31 @@ def test_normalize_gradient(tmp_path, kind, accumulation):
     assert_matches_reference(trainer, reference_run(kind, accumulation, mix=reference.authors_mix))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_precondition(tmp_path, kind, alpha, accumulation):
+    """Adam's own metric. The first step has none yet, and is a plain one."""
+    settings = {"gnp_alpha": alpha, "gnp_r": 0.01, "gradient_accumulation_steps": accumulation}
+    # With a smaller ε, Adam turns the rounding of gradients that are nearly zero into steps of full length.
+    settings |= {"optim": "adamw_torch", "adam_epsilon": 1e-3}
+    trainer = make_trainer(tmp_path, kind, gnp_precondition=True, **settings)
+    trainer.train()
+    model = make_model(kind)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.0, eps=1e-3)
+    start, expected, logs = reference_run(
+        kind,
+        accumulation,
+        model=model,
+        optimizer=lambda parameters, lr: optimizer,
+        direction=functools.partial(reference.in_the_metric_of_adam, optimizer=optimizer),
+        penalty=lambda step: (0.01, alpha if step > 0 else 0.0),
+    )
+    assert relative_distance(flat_weights(trainer.model), expected, start) < WEIGHTS_TOLERANCE
+    assert logs_of(trainer, "gnp_on")["gnp_on"] == [0.0, *[1.0] * (len(logs) - 1)]
+
+
 TARGETS = {
     "norm": ("norm", {"vit": ("norm",), "bert": ("LayerNorm",), "llama": ("norm",)}),
     "endings": (
@@ -270,26 +295,52 @@ CHOICES = {
     "gnp_interval": {"gnp_interval": 2},
     "gnp_probability": {"gnp_probability": 0.5},
     "gnp_scope": {"gnp_scope": "micro_batch"},
+    "gnp_ascent_fraction": {"gnp_ascent_fraction": 0.5},
+    "gnp_direction": {"gnp_direction": "momentum"},
+    "gnp_reuse": {"gnp_reuse": True, "gnp_interval": 2},
+    "gnp_precondition": {"gnp_precondition": True},
     "gnp_normalize_gradient": {"gnp_normalize_gradient": True},
     "gnp_adaptive": {"gnp_adaptive": True},
     "gnp_target_modules": {"gnp_target_modules": ["layernorm_before", "classifier"]},
     "gnp_stochastic_rounding": {"gnp_stochastic_rounding": True},
     "gnp_lambda": {"gnp_lambda": 0.02},
 }
-REFUSED = {("gnp_interval", "gnp_probability")}
+# Together they are refused, by both names; gnp_reuse comes with an interval.
+REFUSED = {
+    ("gnp_interval", "gnp_probability"): "gnp_interval.*gnp_probability",
+    ("gnp_probability", "gnp_reuse"): "gnp_interval.*gnp_probability",
+    ("gnp_direction", "gnp_lambda"): "gnp_direction=momentum.*gnp_alpha",
+    **{
+        pair: "|".join(f"{a}.*{b}" for a, b in (pair, pair[::-1]))
+        for pair in (
+            ("gnp_scope", "gnp_ascent_fraction"),
+            ("gnp_scope", "gnp_direction"),
+            ("gnp_scope", "gnp_reuse"),
+            ("gnp_ascent_fraction", "gnp_direction"),
+            ("gnp_ascent_fraction", "gnp_reuse"),
+            ("gnp_direction", "gnp_reuse"),
+            ("gnp_direction", "gnp_precondition"),
+            ("gnp_direction", "gnp_normalize_gradient"),
+            ("gnp_direction", "gnp_adaptive"),
+            ("gnp_reuse", "gnp_normalize_gradient"),
+            ("gnp_precondition", "gnp_adaptive"),
+        )
+    },
+}
+PAIRS = [pair for pair in itertools.combinations(CHOICES, 2) if pair != ("gnp_interval", "gnp_reuse")]
 
 
-@pytest.mark.parametrize("one, other", itertools.combinations(CHOICES, 2))
+@pytest.mark.parametrize("one, other", PAIRS)
 def test_every_pair_works_or_is_refused(tmp_path, one, other):
     """
     That both take effect: the run differs from those with one of the two alone, and from plain training. Where a
     choice decides how steps are thinned out, the other must show on the steps that are left.
     """
     if (one, other) in REFUSED:
-        with pytest.raises(ValueError, match=f"{one}.*{other}"):
+        with pytest.raises(ValueError, match=REFUSED[one, other]):
             GNPTrainingArguments(output_dir=str(tmp_path), **CHOICES[one], **CHOICES[other])
         return
-    settings = {"max_steps": 5, "gradient_accumulation_steps": 2}
+    settings = {"max_steps": 5, "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
     rounding = "gnp_stochastic_rounding" in (one, other)
 
     def weights(cls=None, **arguments) -> torch.Tensor:

@@ -8,13 +8,14 @@ from torch import nn
 
 from hf_gnp.direction import Perturbation
 
-from .base import Engine, HeldShard
+from .base import Engine
 from .native import NativeEngine
 from .private import check_private_names
+from .shards import GradientNorms, HeldShard, Shard
 from .support import refuse_engine, refuse_unsupported
 
 
-__all__ = ["Engine", "HeldShard", "make_engine", "refuse_engine", "refuse_unsupported"]
+__all__ = ["Engine", "GradientNorms", "HeldShard", "Shard", "make_engine", "refuse_engine", "refuse_unsupported"]
 
 
 def make_engine(

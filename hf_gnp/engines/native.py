@@ -1,6 +1,7 @@
 """One process, DataParallel, DDP, FSDP2, tensor parallelism: gradients are in `param.grad`, whole or as DTensors."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,8 +20,9 @@ from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.rounding import Place
 
-from .base import Engine, HeldShard, Shard, number_parameters
+from .base import Engine
 from .private import DDP, require, sync_gradients_set
+from .shards import HeldShard, OptimizerState, Shard, number_parameters
 from .support import POWER_SGD
 
 
@@ -97,10 +99,28 @@ class NativeEngine(Engine):
     def is_perturbed(self) -> bool:
         return bool(self._moved)
 
-    def first_pass(self):
+    def first_pass(self, is_last: bool = False):
         if self.perturbation.is_per_rank:
             return self.accelerator.no_sync(self.model)
-        return self._sync() if self.perturbation.is_per_micro_batch else contextlib.nullcontext()
+        return self._sync() if is_last or self.perturbation.is_per_micro_batch else contextlib.nullcontext()
+
+    def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
+        parameter = shard.parameter
+        values = self._optimizer.state.get(parameter)
+        if not values:
+            return None
+        groups = self._optimizer.param_groups
+        group = next(group for group in groups if any(p is parameter for p in group["params"]))
+        return OptimizerState(values, group, parameter.shape, functools.partial(_as_sharded, parameter))
+
+    def optimizer_name(self) -> str:
+        return type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__
+
+    def layout(self) -> tuple[str, int | None]:
+        if not self.is_sharded:
+            return "whole", None
+        meshes = sorted({f"{p.device_mesh.shape}" for p in self.parameters if isinstance(p, DTensor)})
+        return f"DTensors on {' and '.join(meshes)}", dist.get_rank()
 
     def wants_second_pass(self) -> bool:
         # The norms of ranks differ if each has its own, and a model may synchronise in its forward.
@@ -332,6 +352,13 @@ def _copies(parameter: nn.Parameter) -> int:
             if not placement.is_replicate():
                 copies //= size
     return copies
+
+
+def _as_sharded(parameter: nn.Parameter, moment: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a moment: it may be sharded as its gradient was, and not as its parameter."""
+    if isinstance(moment, DTensor) and moment.placements != parameter.placements:
+        moment = moment.redistribute(parameter.device_mesh, parameter.placements)
+    return _local(moment)
 
 
 def _shard_gradient_as_weight(parameter: nn.Parameter) -> None:

@@ -29,6 +29,7 @@ CHECKED = frozenset(
         *(f"{ZERO}{key}" for key in ("stage3_model_persistence_threshold", "stage3_max_live_parameters")),
         *(f"{ZERO}{key}" for key in ("stage3_max_reuse_distance", "stage3_use_all_reduce_for_fetch_params")),
         *(f"{ZERO}{key}" for key in ("stage3_gather_16bit_weights_on_model_save", "allgather_sequential")),
+        f"{ZERO}stage3_gather_fp16_weights_on_model_save",
         *(f"{ZERO}{key}" for key in ("leaf_module", "ignore_unused_parameters", "log_trace_cache_warnings")),
         *(f"{ZERO}offload_optimizer.{key}" for key in ("device", "pin_memory", "buffer_count", "nvme_path")),
         *(f"{ZERO}offload_param.{key}" for key in ("device", "pin_memory", "buffer_count", "buffer_size")),

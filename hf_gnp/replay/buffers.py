@@ -11,7 +11,7 @@ version, or changes in a sample of its elements is copied from the next window o
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class _Watched(NamedTuple):
 class RunningTensors:
     """The buffers and frozen parameters of some modules: put back for the second pass, and after it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._modules: list[nn.Module] = []
         self._moving: set[int] = set()  # ids of tensors that were seen to move
         self._windows = 0
@@ -114,7 +114,7 @@ class RunningTensors:
         self._put_back(self._start, [(_local(w.tensor), w.copy) for w in self._watched if w.copy is not None])
 
     @torch.no_grad()
-    def _put_back(self, buffers: list[dict], values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _put_back(self, buffers: list[dict[str, Any]], values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for module, names in zip(self._modules, buffers, strict=True):
             now = module._buffers
             if list(now) != list(names) or any(now[name] is not tensor for name, tensor in names.items()):

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, **methods: Callable) -> Iterator[None]:
+def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
     """
     Inside, `owner.name(...)` calls `methods[name](original, ...)`. It is an attribute of the one instance, so that it
     is what runs whichever class overrides the method, and nothing else notices.

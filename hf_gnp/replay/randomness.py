@@ -26,11 +26,11 @@ class RandomState:
             _device_module(device).set_rng_state(state, *_index(device))
 
 
-def _device_module(device: torch.device):
+def _device_module(device: torch.device) -> Any:
     return torch.get_device_module(device.type)
 
 
-def _index(device: torch.device) -> tuple:
+def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # the one device type with a single generator
 
 

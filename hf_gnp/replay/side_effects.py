@@ -66,7 +66,7 @@ class PythonState:
 
     def __init__(self, owners: Iterable[Any]):
         self._attributes: list[tuple[dict[str, Any], set[str], dict[str, Any]]] = []
-        self._contents: list[Callable[[], None]] = []
+        self._contents: list[Callable[[], Any]] = []
         for owner in owners:
             if isinstance(owner, GENERATORS):
                 self._contents += _contents(owner)
@@ -232,7 +232,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (*IMMUTABLE, *CONTAINERS))
 
 
-def _contents(value: Any) -> Iterator[Callable[[], None]]:
+def _contents(value: Any) -> Iterator[Callable[[], Any]]:
     """Functions that put back, in place, what is in `value` now and may change there."""
     if _is_opaque(value):
         return
@@ -249,7 +249,7 @@ def _contents(value: Any) -> Iterator[Callable[[], None]]:
     elif isinstance(value, np.ndarray) and _is_small(value) and _can_write(value):
         yield functools.partial(operator.setitem, value, ..., value.copy())
     elif isinstance(value, torch.Generator | np.random.RandomState):
-        yield functools.partial(value.set_state, value.get_state())
+        yield functools.partial(value.set_state, value.get_state())  # type: ignore[arg-type]
     elif isinstance(value, random.Random):
         yield functools.partial(value.setstate, value.getstate())
     elif isinstance(value, np.random.Generator):
@@ -259,19 +259,19 @@ def _contents(value: Any) -> Iterator[Callable[[], None]]:
             yield from _contents(item)
 
 
-def _put_back_dict(value: dict, kept: dict) -> None:
+def _put_back_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
     others = {key: item for key, item in value.items() if key not in kept and not _can_keep(item)}
     if list(value) != [*kept, *others] or any(value[key] is not item for key, item in kept.items()):
         value.clear()
         value.update(kept | others)
 
 
-def _put_back_list(value: Any, kept: list) -> None:
+def _put_back_list(value: Any, kept: list[Any]) -> None:
     if len(kept) != len(value) or any(a is not b for a, b in zip(kept, value, strict=True)):
         value.clear()
         value.extend(kept)
 
 
-def _put_back_set(value: set, kept: set) -> None:
+def _put_back_set(value: set[Any], kept: set[Any]) -> None:
     value.clear()
     value.update(kept)

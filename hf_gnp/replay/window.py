@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,11 +24,26 @@ class MicroBatch:
     python_state: PythonState
     forward_loss: torch.Tensor | None = None  # what compute_loss returned
     loss: torch.Tensor | None = None  # what training_step returned
+    first_rows: Any = None  # the inputs of the first pass, if it ran on a part of them only
+
+    @property
+    def inputs_of_first_pass(self) -> Any:
+        return self.inputs if self.first_rows is None else self.first_rows
+
+
+class Deferred(NamedTuple):
+    """A call of `compute_loss` that waits for the weights to be moved: the one pass of its micro-batch."""
+
+    inputs: Any
+    num_items_in_batch: torch.Tensor | int | None
+    accumulation_steps: int | None
+    inputs_of_first_pass: None = None
 
 
 class Window:
     """
-    The micro-batches since the last penalised step, and the state that their passes move.
+    The micro-batches since the last penalised step, and the state that their passes move: those that had a first pass,
+    and those that wait.
 
     Inputs are copied before the first pass, which may write into them: some stock models clamp theirs in place.
 
@@ -40,6 +55,7 @@ class Window:
         self._trainer = trainer
         self.devices = random_devices(trainer, model)
         self.micro_batches: list[MicroBatch] = []
+        self.deferred: list[Deferred] = []
         self.tensors = RunningTensors()
         self._owners: list[Any] = []
 
@@ -55,9 +71,13 @@ class Window:
         self.micro_batches.append(micro_batch)
         return micro_batch
 
+    def __len__(self) -> int:
+        return len(self.micro_batches) + len(self.deferred)
+
     def loss(self) -> torch.Tensor:
-        """The clean loss of the window: the sum over its micro-batches, as `Trainer` sums them."""
-        return sum(micro_batch.loss for micro_batch in self.micro_batches)
+        """The clean loss of the first passes: the sum over micro-batches, as `Trainer` sums them."""
+        losses: list[Any] = [micro_batch.loss for micro_batch in self.micro_batches]
+        return sum(losses)
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -71,16 +91,18 @@ class Window:
             random_state.restore()
             python_state.put_back()
 
-    def replayed(self) -> Iterator[tuple[MicroBatch, bool]]:
-        """The micro-batches again, each with whether it is the last, each in the state that it had."""
-        self.tensors.rewind()
-        for index, micro_batch in enumerate(tuple(self.micro_batches)):
+    def replayed(self) -> Iterator[MicroBatch]:
+        """The micro-batches again, each in the state that it had."""
+        if self.micro_batches:
+            self.tensors.rewind()
+        for micro_batch in tuple(self.micro_batches):
             micro_batch.random_state.restore()
             micro_batch.python_state.put_back()
-            yield micro_batch, index == len(self.micro_batches) - 1
+            yield micro_batch
 
     def clear(self) -> None:
         self.micro_batches.clear()
+        self.deferred.clear()
         self.tensors.drop()
         self._owners = []
 
@@ -105,8 +127,35 @@ def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
             result[key] = map_tensors(function, value)
         return result
     if isinstance(data, Mapping):
-        return type(data)({key: map_tensors(function, value) for key, value in data.items()})
+        kind: Any = type(data)
+        return kind({key: map_tensors(function, value) for key, value in data.items()})
     if isinstance(data, tuple | list):
         values = [map_tensors(function, value) for value in data]
         return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
     return function(data) if isinstance(data, torch.Tensor) else data
+
+
+def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
+    """
+    The first rows of a micro-batch, as views.
+
+    Args:
+        count: How many of so many rows.
+
+    Returns:
+        `inputs` in new containers.
+
+    Raises:
+        ValueError: where not every tensor has the batch in its first dimension.
+    """
+    sizes: set[int] = set()
+    map_tensors(lambda tensor: sizes.add(len(tensor) if tensor.ndim else -1), inputs)
+    if len(sizes) != 1 or -1 in sizes:
+        found = ", ".join(str(size) if size >= 0 else "a scalar" for size in sorted(sizes))
+        raise ValueError(
+            "gnp_ascent_fraction without accumulation takes the first rows of a micro-batch, but not every tensor of "
+            f"its inputs has the batch in its first dimension (found {found}): set gradient_accumulation_steps to 2 "
+            "or more."
+        )
+    (rows,) = sizes
+    return map_tensors(lambda tensor: tensor[: count(rows)], inputs)

@@ -6,6 +6,7 @@ Products of the Hessian of the loss with vectors: by central differences on any 
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -109,7 +110,7 @@ class ExactHessian(Hessian):
                 value = loss.micro_batch_loss(batch) * batch.share
                 gradients = torch.autograd.grad(value, loss.parameters, create_graph=True, allow_unused=True)
                 pairs = [(g, v) for g, v in zip(gradients, parts, strict=True) if g is not None]
-                slope = sum((g * v.to(g.device, g.dtype)).sum() for g, v in pairs)
+                slope: Any = sum((g * v.to(g.device, g.dtype)).sum() for g, v in pairs)
                 products = torch.autograd.grad(slope, loss.parameters, allow_unused=True)
             vectors.add_(result, products)
         loss.end_pass()

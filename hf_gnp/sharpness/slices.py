@@ -26,7 +26,8 @@ def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tenso
     rows = [shape[0] if len(shape) > 1 else 0 for shape in shapes]
     first_row = np.cumsum([0, *rows])
     sq_norms = torch.zeros(2, first_row[-1], dtype=precise(vectors.device), device=vectors.device)
-    places, origin = [], loss.origin()
+    places: list[Any] = []
+    origin = loss.origin()
     for part, shard in zip(vectors.slices, vectors.held, strict=True):
         number = shard.place.parameter
         if rows[number] == 0:
@@ -84,7 +85,7 @@ def losses_along(loss: SampleLoss, directions: Sequence[torch.Tensor], axes: Seq
     """
     grid = np.empty([len(axis) for axis in axes])
     for index in np.ndindex(grid.shape):
-        point = sum(float(axis[i]) * d for axis, i, d in zip(axes, index, directions, strict=True))
+        point: Any = sum(float(axis[i]) * d for axis, i, d in zip(axes, index, directions, strict=True))
         loss.move(point)
         grid[index] = loss.value()
     return grid

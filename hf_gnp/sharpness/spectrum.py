@@ -88,11 +88,11 @@ def _orthogonalize_(rest: torch.Tensor, vectors: list[torch.Tensor], space: Shar
 def _rotated(vectors: list[torch.Tensor], rotation: np.ndarray) -> list[torch.Tensor]:
     """The combinations of `vectors` in the columns of `rotation`, one at a time: no copy of all of them at once."""
     size, block = vectors[0].numel(), 2**22
-    rotation = torch.from_numpy(np.ascontiguousarray(rotation)).to(vectors[0].device, precise(vectors[0].device))
-    result = vectors[: rotation.shape[1]]
+    matrix = torch.from_numpy(np.ascontiguousarray(rotation)).to(vectors[0].device, precise(vectors[0].device))
+    result = vectors[: matrix.shape[1]]
     for first in range(0, max(size, 1), block):
         place = slice(first, first + block)
-        rotated = rotation.T @ torch.stack([vector[place] for vector in vectors]).to(rotation.dtype)
+        rotated = matrix.T @ torch.stack([vector[place] for vector in vectors]).to(matrix.dtype)
         for vector, row in zip(result, rotated, strict=True):
             vector[place] = row
     return result

@@ -81,7 +81,8 @@ def plot_loss_surface(
             axes = [np.linspace(-distance / 4, 1 + distance / 4, points)]
             slices.append(_along_line(loss, checkpoints, axes))
         else:
-            for checkpoint in checkpoints or [None]:
+            own: list[Any] = [None]
+            for checkpoint in checkpoints or own:
                 loss.set_origin(None if checkpoint is None else to_checkpoint(loss, str(checkpoint)))
                 name = "the trainer's weights" if checkpoint is None else name_of(checkpoint)
                 if directions == "eigenvectors":

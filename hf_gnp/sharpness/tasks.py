@@ -43,7 +43,7 @@ def load_model(checkpoint: str) -> PreTrainedModel:
     )
 
 
-def load_data(args: Namespace, model: PreTrainedModel, checkpoint: str) -> tuple[Any, Callable]:
+def load_data(args: Namespace, model: PreTrainedModel, checkpoint: str) -> tuple[Any, Callable[..., Any]]:
     """The dataset as the model takes it, and its collator."""
     data = _read(args.data, args.split)
     if model.main_input_name == "pixel_values":
@@ -54,7 +54,7 @@ def load_data(args: Namespace, model: PreTrainedModel, checkpoint: str) -> tuple
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+    def tokenize(batch: dict[str, list[Any]]) -> Any:
         return tokenizer(batch[text], truncation=True, max_length=args.max_length)
 
     if is_language_model:
@@ -91,7 +91,7 @@ def _column(data: Any, wanted: str | None, names: Sequence[str], flag: str) -> s
     return found[0]
 
 
-def _images(args: Namespace, data: Any, checkpoint: str) -> tuple[Any, Callable]:
+def _images(args: Namespace, data: Any, checkpoint: str) -> tuple[Any, Callable[..., Any]]:
     from datasets import Image
 
     image = _column(data, args.image_column, ("image", "img"), "--image_column")

@@ -108,6 +108,17 @@ def test_what_is_not_moved_is_not_changed(client, folder, plain):
     assert result["generations"] == expected["generations"]
 
 
+# It draws tokens between the forwards of a step's micro-batches: where these wait, it draws others.
+@pytest.mark.parametrize("client", [name for name in PENALISED if name != "gkd-on-policy"], indirect=True)
+def test_what_waits_for_the_move_is_not_changed(client, folder, plain):
+    """Of a single pass too, which runs when the step ends, metrics are those of plain training, in their order."""
+    result, expected = run(client, folder, gnp_direction="momentum", gnp_r=1e-30), plain(client)
+    assert [entry["gnp_on"] for entry in result["history"] if "gnp_on" in entry][1:]
+    assert_identical(logs_without(result["history"]), logs_without(expected["history"]))
+    assert_identical(result["weights"], expected["weights"])
+    assert result["generations"] == expected["generations"]
+
+
 @pytest.mark.parametrize("client", PENALISED, indirect=True)
 def test_the_first_step_logs_and_generates_as_plain(client, folder, plain):
     result, expected = run(client, folder, gnp_alpha=1.0, gnp_r=0.05), plain(client)

@@ -30,6 +30,17 @@ RESUME = {
         "resumed": {"resume": f"{engine}-whole/checkpoint-2"},
     }.items()
 }
+# What the penalty itself keeps: the step that resumes is one that adds what the step before has left.
+KEEPING = {
+    "reuse": {"gnp_reuse": True, "gnp_interval": 2},
+    "momentum": {"gnp_direction": "momentum", "gnp_alpha": 1.0},
+}
+RESUME_KEEPING = {
+    f"{kept}-{engine}-{run}": {"engine": engine, "kind": "vit", "args": {**SAVING, **arguments}, **more}
+    for kept, arguments in KEEPING.items()
+    for engine in ("ddp", "zero2", "zero3-offload")
+    for run, more in {"whole": {}, "resumed": {"resume": f"{kept}-{engine}-whole/checkpoint-2"}}.items()
+}
 STEPS = 6  # 48 samples, 2 ranks, micro-batches of 4
 COUNTED_STEPS = STEPS - CountCollectives.first_step
 COUNTED = {
@@ -81,7 +92,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def results(folder) -> dict[str, Any]:
-    return run_cases(RESUME | COUNTED | GENERATING | SAVED, folder)
+    return run_cases(RESUME | RESUME_KEEPING | COUNTED | GENERATING | SAVED, folder)
 
 
 @pytest.mark.parametrize("engine", RESUMABLE)
@@ -89,6 +100,12 @@ def test_a_resumed_run_is_the_run_that_never_stopped(results, engine):
     whole, resumed = (result_of(results, f"{engine}-{run}") for run in ("whole", "resumed"))
     assert torch.equal(whole["weights"], resumed["weights"])
     assert whole["logs"] == resumed["logs"]
+
+
+@pytest.mark.parametrize("name", [name.removesuffix("-whole") for name in RESUME_KEEPING if name.endswith("-whole")])
+def test_a_resumed_run_has_what_the_penalty_keeps(results, name):
+    whole, resumed = (result_of(results, f"{name}-{run}") for run in ("whole", "resumed"))
+    assert torch.equal(whole["weights"], resumed["weights"])
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])

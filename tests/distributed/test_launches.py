@@ -159,3 +159,18 @@ def test_two_machines(tmp_path, config):
     penalty = estimate_memory(estimated_as, sum(sizes), ranks=2, precision="fp32")[0].penalty
     assert sum(result["held_bytes"]) == pytest.approx(2 * penalty, abs=PADDING)
     assert max(result["held_bytes"]) == pytest.approx(penalty, rel=0.01)
+
+
+def test_language_model_with_lora_on_zero3(tmp_path):
+    """The adapter is gathered from the ranks, and merged on one of them."""
+    pytest.importorskip("trl", reason="TRL needs Python 3.11")
+    command = accelerate_launch("zero3", "--num_processes", "2", "--main_process_port", str(free_port()))
+    flags = ["--output_dir", str(tmp_path), "--max_steps", "3", "--max_length", "64", "--logging_steps", "1"]
+    flags += ["--use_cpu", "true", "--ddp_backend", "gloo", "--report_to", "none", "--warmup_steps", "0"]
+    launch([*command, "examples/sft_lora.py", *flags], TIMEOUT)
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][:3]]
+    assert losses[-1] < losses[0]
+    start, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("start", "merged"))
+    assert merged.keys() == start.keys()
+    changed = {name for name in start if not torch.equal(start[name], merged[name])}
+    assert changed == {name for name in start if "norm" not in name}  # all linear layers, embeddings and the head

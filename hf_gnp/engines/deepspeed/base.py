@@ -6,6 +6,7 @@ there, and its equivalence tests fail when the insides change.
 """
 
 import contextlib
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +17,9 @@ from accelerate import Accelerator
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import Engine, Shard
+from hf_gnp.engines.base import Engine
 from hf_gnp.engines.private import sync_gradients_set
+from hf_gnp.engines.shards import HeldShard, OptimizerState, Shard
 
 from . import private
 
@@ -50,8 +52,8 @@ class DeepSpeedSteps:
     engine: Any
     perturbation: Perturbation
 
-    def first_pass(self):
-        return _backward_only(self.accelerator, always_reduces=self.perturbation.is_per_micro_batch)
+    def first_pass(self, is_last: bool = False):
+        return _backward_only(self.accelerator, always_reduces=is_last or self.perturbation.is_per_micro_batch)
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
@@ -137,6 +139,45 @@ class ShardedEngine(DeepSpeedSteps, Engine):
         if hasattr(self.optimizer, "local_overflow") and not penalty.local_sq_norm(gradient).isfinite():
             self.optimizer.local_overflow = True  # which DeepSpeed notes as gradients arrive
 
+    def gradients_changed(self) -> None:
+        self._update_offloaded_norms()
+
+    def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
+        """By its place in memory: the base optimizer steps on the flat partitions of which masters are views."""
+        master = shard.theta if isinstance(shard, HeldShard) else shard.master
+        base = self.optimizer.optimizer
+        for flat, values in base.state.items():
+            start = (master.data_ptr() - flat.data_ptr()) // flat.element_size()
+            if values and 0 <= start < flat.numel():
+                part = functools.partial(_part, start=start, shape=master.shape)
+                return OptimizerState(values, _common_group(base), flat.shape, part)
+        return None
+
+    def optimizer_name(self) -> str:
+        return type(self.optimizer.optimizer).__name__
+
+    def layout(self) -> tuple[str, int | None]:
+        return f"{type(self).__name__} on {ds_comm.get_world_size()} ranks", ds_comm.get_rank()
+
     def gradients(self) -> list[torch.Tensor]:
         """This rank's shards of the gradient, after a pass that reduced it."""
         return [shard.gradient for shard in self.shards()]
+
+
+def _part(moment: torch.Tensor, start: int, shape: torch.Size) -> torch.Tensor:
+    return moment.view(-1).narrow(0, start, shape.numel()).view(shape)
+
+
+def _common_group(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """
+    ZeRO-3 takes the partitions out of their groups between steps, so a partition's group is not known: what a metric
+    is made of has to be the same in all.
+    """
+    first, *others = optimizer.param_groups
+    for name in ("betas", "eps"):
+        if any(group.get(name) != first.get(name) for group in others):
+            raise ValueError(
+                f"gnp_precondition under DeepSpeed: the optimizer's parameter groups differ in {name}. Give all "
+                "groups the same, or leave out gnp_precondition."
+            )
+    return first

@@ -24,7 +24,7 @@ INITIAL_MICRO_STEP_ID = look_up("deepspeed", _STAGE12, "INITIAL_MICRO_STEP_ID")
 all_gather_dp_groups = look_up("deepspeed", "deepspeed.runtime.utils", "all_gather_dp_groups")
 
 ENGINE_NAMES = ("backward", "module", "optimizer", "set_gradient_accumulation_boundary", "step")
-_SHARDED_NAMES = ("dp_process_group", "loss_scale", "zero_grad")
+_SHARDED_NAMES = ("dp_process_group", "loss_scale", "optimizer", "zero_grad")
 _REPLICATED_NAMES = (
     *_SHARDED_NAMES,
     "allgather_bucket_size",

@@ -17,8 +17,15 @@ class Zero0Engine(DeepSpeedSteps, NativeEngine):
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
         self.engine = accelerator.deepspeed_engine_wrapped.engine
-        self.has_master = not isinstance(self.engine.optimizer, torch.optim.Optimizer)
-        super().__init__(accelerator, perturbation, self.engine.module)
+        optimizer = self.engine.optimizer
+        self.has_master = not isinstance(optimizer, torch.optim.Optimizer)
+        if self.has_master and (perturbation.is_momentum or perturbation.precondition):
+            argument = "gnp_direction=momentum" if perturbation.is_momentum else "gnp_precondition"
+            raise ValueError(
+                f"{argument} under ZeRO stage 0 in 16 bit: DeepSpeed's {type(optimizer).__name__} keeps the moments "
+                "in an order of its own. Use ZeRO stage 1, or fp32."
+            )
+        super().__init__(accelerator, perturbation, self.engine.module, None if self.has_master else optimizer)
 
     @torch.no_grad()
     def finish(self) -> None:

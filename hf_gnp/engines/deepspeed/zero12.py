@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import HeldShard, Shard, number_parameters
+from hf_gnp.engines.shards import HeldShard, Shard, number_parameters
 from hf_gnp.rounding import Place
 
 from .base import ShardedEngine

@@ -1,0 +1,157 @@
+"""The studies: which cases, which methods, which r to choose from."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .images import image_task
+from .methods import METHODS, PLAIN, TWICE
+from .sentences import sentence_task
+from .task import Task
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    Args:
+        cases: The settings of each case, all that makes its results what they are besides method and seed.
+        methods: Names of `METHODS`.
+        radii: r is chosen of these, for each case and method, by the accuracy on the validation data.
+        tuning_seeds: Those that r is chosen on; none of them is reported.
+        seeds: How many are reported, from 0.
+    """
+
+    cases: dict[str, dict[str, Any]]
+    methods: tuple[str, ...]
+    radii: tuple[float, ...]
+    tuning_seeds: tuple[int, ...] = (100,)
+    seeds: int = 5
+
+
+CIFAR10 = {
+    "task": "images",
+    "source": "cifar10",
+    "train_size": 1500,
+    "validation_size": 500,
+    "test_size": 2000,
+    "wrong": 0,
+    "wrong_kind": "uniform",
+    "batch_size": 32,
+    "epochs": 16,
+}
+VIT = CIFAR10 | {"model": "vit", "width": 96, "layers": 3, "learning_rate": 1e-3}
+# ReLU: products of its Hessian by differences see the kinks (docs/sharpness.md).
+RESNET = CIFAR10 | {"model": "resnet", "width": 32, "learning_rate": 0.05, "flatness": False}
+PRETRAINED = CIFAR10 | {
+    "model": "pretrained",
+    "image_size": 98,
+    "learning_rate": 5e-5,
+    "epochs": 3,
+    "flatness": False,
+}
+DIGITS = VIT | {
+    "source": "digits",
+    "train_size": 500,
+    "validation_size": 297,
+    "test_size": 1000,
+    "width": 64,
+    "layers": 2,
+    "learning_rate": 2e-3,
+    "epochs": 20,
+}
+SST2 = {
+    "task": "sentences",
+    "train_size": 1000,
+    "validation_size": 500,
+    "test_size": 872,
+    "max_length": 64,
+    "wrong": 0,
+    "batch_size": 32,
+    "epochs": 3,
+    "learning_rate": 2e-4,
+    "bf16": True,
+    "flatness": False,
+}
+AG_NEWS = {
+    "classes": 4,
+    "steps": 60,
+    "every": 5,
+    "batch_size": 16,
+    "learning_rate": 5e-5,
+    "target_loss": 0.5,
+}
+SMALL_M = ("m = 32", "m = 8", "m = 4", "m = 8, every 2nd step")
+
+STUDIES = {
+    "vit": Study(
+        {"ViT from scratch": VIT}, (PLAIN, TWICE, "m = 32", "m = 8", "m = 32, every 2nd step"), (0.02, 0.05, 0.1, 0.2)
+    ),
+    "resnet": Study(
+        {"right labels": RESNET, "40% wrong": RESNET | {"wrong": 40}}, (PLAIN, TWICE, "m = 32"), (0.05, 0.1, 0.2)
+    ),
+    "wrong_labels": Study(
+        {f"{wrong}% wrong": DIGITS | {"wrong": wrong} for wrong in (20, 40, 60)},
+        (PLAIN, TWICE, *SMALL_M),
+        (0.1, 0.2, 0.4),
+    ),
+    "settings": Study(
+        {"40% wrong": DIGITS | {"wrong": 40}},
+        (PLAIN, TWICE, "m = 8", "m = 8, α = 0.8", "m = 8, no warm-up"),
+        (0.1, 0.2, 0.4),
+    ),
+    "cheaper_steps": Study(
+        {"40% wrong": DIGITS | {"wrong": 40}},
+        (PLAIN, TWICE, "m = 8", "direction from a quarter", "every 2nd step, reused", "momentum"),
+        (0.1, 0.2, 0.4, 0.8),
+    ),
+    "wrong_labels_cifar10": Study(
+        {f"{wrong}% wrong": VIT | {"wrong": wrong} for wrong in (20, 40, 60)},
+        (PLAIN, TWICE, *SMALL_M),
+        (0.05, 0.1, 0.2),
+    ),
+    "human_labels": Study(
+        {f"{wrong}% wrong": VIT | {"wrong": wrong, "wrong_kind": "human"} for wrong in (9, 17, 40)},
+        (PLAIN, TWICE, *SMALL_M),
+        (0.05, 0.1, 0.2),
+    ),
+    "pretrained_vit": Study(
+        {f"{size} images": PRETRAINED | {"train_size": size} for size in (1000, 4000)},
+        (PLAIN, TWICE, "m = 32", "m = 8", "m = 32, every 2nd step"),
+        (0.02, 0.05, 0.1),
+    ),
+    "sst2": Study(
+        {f"{wrong}% wrong": SST2 | {"wrong": wrong} for wrong in (0, 20, 40)},
+        (PLAIN, TWICE, "m = 32", "m = 8", "m = 4"),
+        (0.01, 0.02, 0.05, 0.1),
+    ),
+    "forgetting": Study(
+        {"SST-2, then AG News": SST2 | {"second": AG_NEWS}}, (PLAIN, TWICE, "m = 32", "m = 8"), (0.02, 0.05, 0.1)
+    ),
+}
+# What a run of --quick is: seconds, on next to no data.
+QUICK = {
+    "train_size": 128,
+    "validation_size": 32,
+    "test_size": 32,
+    "epochs": 1,
+    "width": 8,
+    "layers": 1,
+    "second": AG_NEWS | {"steps": 2, "every": 1, "target_loss": 10.0},
+}
+
+
+def quick(study: Study) -> Study:
+    """The study's first case and three methods on next to no data: shows that it runs, and proves nothing."""
+    name, settings = next(iter(study.cases.items()))
+    small = settings | {key: value for key, value in QUICK.items() if key in settings}
+    return replace(study, cases={name: small}, methods=(*study.methods[:2], study.methods[-1]), seeds=2)
+
+
+def task_of(settings: dict[str, Any], data: str, model_path: str | None) -> Task:
+    return {"images": image_task, "sentences": sentence_task}[settings["task"]](settings, data, model_path)
+
+
+def needs_model(study: Study) -> bool:
+    return any(case["task"] == "sentences" or case["model"] == "pretrained" for case in study.cases.values())
+
+
+__all__ = ["METHODS", "STUDIES", "Study", "needs_model", "quick", "task_of"]

@@ -1,0 +1,221 @@
+"""Where an engine moves its weights, and how far: the norms that this takes, and the moves."""
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate import Accelerator
+
+from hf_gnp import moments, penalty
+from hf_gnp.direction import Perturbation
+
+from .shards import GradientNorms, HeldShard, OptimizerState, Shard
+
+
+class Moves(ABC):
+    """
+    The moves of an engine, in terms of its shards and sums over ranks:
+
+        e = r g₁/‖g₁‖                          g₁ of the step, or of a part of it
+        e = r θ²g₁/‖θ ⊙ g₁‖                    gnp_adaptive
+        e = r D⁻¹g₁/√(g₁ᵀD⁻¹g₁)                gnp_precondition
+        e = -r m/‖m‖                           gnp_direction="momentum"
+    """
+
+    has_master = True  # whether 16-bit forward weights have an fp32 master
+
+    def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
+        self.accelerator = accelerator
+        self.perturbation = perturbation
+        self._norms = GradientNorms(0.0, 0.0)
+
+    # What each engine says of itself.
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """This rank's shards, after a pass has ended. Their gradients are those that the step will use."""
+
+    @abstractmethod
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a small tensor over the ranks that hold distinct shards: one all-reduce at most."""
+
+    @abstractmethod
+    def loss_scale(self) -> float:
+        """The factor that the gradients in `shards` carry."""
+
+    @abstractmethod
+    def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
+        """What the optimizer keeps of this shard; None before its first step."""
+
+    @abstractmethod
+    def optimizer_name(self) -> str:
+        """For messages."""
+
+    @abstractmethod
+    def keep_weights(self, shards: list[Shard]) -> None:
+        """Keep what `restore` needs, before these shards are moved."""
+
+    @abstractmethod
+    def hold_weights(self) -> list[HeldShard]:
+        """`keep_weights` of all trainable weights, to be moved any number of times until `restore`."""
+
+    @abstractmethod
+    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
+        """Keep what `mix` needs of scale * g₁, and make room for g₂."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the next forward on all ranks see the shards. A collective where weights are replicated."""
+
+    # What follows from it.
+
+    @torch.no_grad()
+    def gradient_norms(self) -> GradientNorms:
+        """The norms of g₁ at the window's end. Each element counts once, whether it is sharded or replicated."""
+        shards = self.shards()
+        sq_norms = [self._local_sq_norm(shards)]
+        if not self.perturbation.is_plain:
+            sq_norms.append(self._local_sq_norm_to_move(shards))
+        sq_norms = self.sum_over_ranks(torch.stack(sq_norms)).tolist()
+        scale = self.loss_scale()
+        self._norms = GradientNorms(math.sqrt(sq_norms[0]) / scale, math.sqrt(sq_norms[-1]) / scale)
+        return self._norms
+
+    def wants_second_pass(self) -> bool:
+        """The same on all ranks: whether there is a direction to move along."""
+        return self.has_direction
+
+    @property
+    def has_direction(self) -> bool:
+        """Whether the last move, or the next, is one."""
+        return self._has(self._norms.direction)
+
+    @torch.no_grad()
+    def perturb(
+        self, r: float, alpha: float, noise_seed: int | None, measure: bool, first_scale: float = 1.0
+    ) -> torch.Tensor | None:
+        shards = self.shards()
+        moved = self._to_move(shards) if self.has_direction else []
+        self.keep_weights(moved)
+        fidelity = penalty.move_(
+            [shard.weight for shard in moved],
+            [shard.gradient for shard in moved],
+            [shard.master for shard in moved],
+            scale=r / (self._norms.direction * self.loss_scale()) if moved else 0.0,
+            adaptive=self.perturbation.adaptive,
+            noise_seed=noise_seed if self._rounds_stochastically() else None,
+            places=[shard.place for shard in moved],
+            measure=measure,
+            second_moments=self._second_moments(moved) if self.perturbation.precondition else None,
+        )
+        if self.perturbation.normalize_gradient and self._has(self._norms.gradient):
+            first_scale = 1 / self._norms.gradient
+        self.keep_gradients(shards, alpha, first_scale)
+        self.publish()
+        return fidelity
+
+    @torch.no_grad()
+    def move_against_momentum(self, r: float, noise_seed: int | None, measure: bool) -> torch.Tensor | None:
+        """The weights moved to θ - r m/‖m‖ with the optimizer's first moment m; not moved where it has none yet."""
+        held = self.hold_weights()
+        found = [(shard, self._first_moment(shard)) for shard in held if self.perturbation.moves(shard.parameter)]
+        moved, momentum = [], []
+        for shard, moment in found:
+            if moment is not None:
+                moved.append(shard)
+                momentum.append(moment)
+        (sq_norm,) = self.dots(moved, [(momentum, momentum)])
+        self._norms = GradientNorms(math.nan, math.sqrt(sq_norm))
+        fidelity = None
+        if self.has_direction:
+            fidelity = penalty.move_(
+                [shard.weight for shard in moved],
+                momentum,
+                [shard.theta for shard in moved],
+                scale=-r / self._norms.direction,
+                noise_seed=noise_seed if self._rounds_stochastically() else None,
+                places=[shard.place for shard in moved],
+                measure=measure,
+            )
+        self.publish()
+        return fidelity
+
+    def _first_moment(self, shard: HeldShard) -> torch.Tensor | None:
+        state = self.optimizer_state(shard)
+        if state is None:
+            return None
+        moment = moments.moment_of(state.values, moments.FIRST, state.shape)
+        if moment is None:
+            moments.refuse_optimizer("gnp_direction=momentum", self.optimizer_name())
+        return state.part(moment)
+
+    def _second_moments(self, shards: Sequence[Shard]) -> list[moments.SecondMoment]:
+        """Those of the optimizer; zeros, which move nothing, where it has none yet."""
+        found = []
+        for shard in shards:
+            state = self.optimizer_state(shard)
+            if state is None:
+                found.append(moments.SecondMoment(torch.zeros_like(shard.master), 1.0, 1.0))
+                continue
+            moment = moments.moment_of(state.values, moments.SECOND, state.shape)
+            if moment is None or "betas" not in state.group:
+                moments.refuse_optimizer("gnp_precondition", self.optimizer_name())
+            found.append(moments.second_moment_of(state.part(moment), state.values, state.group))
+        return found
+
+    def dots(
+        self, shards: Sequence[Shard | HeldShard], pairs: Sequence[tuple[Sequence[torch.Tensor], ...]]
+    ) -> list[float]:
+        """
+        Global inner products of vectors that are sharded as `shards` are, each given as this rank's parts: one
+        all-reduce at most. An element that k ranks hold counts once.
+        """
+        totals = [torch.zeros((), device=self.accelerator.device) for _ in pairs]
+        for copies in sorted({shard.copies for shard in shards}):
+            held = [i for i, shard in enumerate(shards) if shard.copies == copies]
+            for number, (one, other) in enumerate(pairs):
+                local = penalty.local_dot([one[i] for i in held], [other[i] for i in held])
+                totals[number] = totals[number] + local.to(totals[number].device) / copies
+        return self.sum_over_ranks(torch.stack(totals)).tolist()
+
+    @staticmethod
+    def _has(norm: float) -> bool:
+        return 0 < norm < math.inf
+
+    def _to_move(self, shards: Sequence[Shard]) -> list[Shard]:
+        return [shard for shard in shards if self.perturbation.moves(shard.parameter)]
+
+    def _rounds_stochastically(self) -> bool:
+        rounding = self.perturbation.stochastic_rounding
+        return rounding is True or (rounding == "auto" and not self.has_master)
+
+    def _local_sq_norm_to_move(self, shards: Sequence[Shard]) -> torch.Tensor:
+        """In the metric of the move."""
+        moved = self._to_move(shards)
+        if self.perturbation.adaptive:  # one product at a time: a list of them would be another copy of the gradient
+            return self._weighted(
+                moved, (penalty.local_sq_norm([s.master * s.gradient.to(s.master.device)]) for s in moved)
+            )
+        if self.perturbation.precondition:
+            second = self._second_moments(moved)
+            return self._weighted(moved, (m.sq_norm(s.gradient) for m, s in zip(second, moved, strict=True)))
+        return self._local_sq_norm(moved)
+
+    def _weighted(self, shards: Sequence[Shard], parts: Iterator[torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros((), device=self.accelerator.device)
+        for shard, part in zip(shards, parts, strict=True):
+            total = total + part.to(total.device) / shard.copies
+        return total
+
+    def _local_sq_norm(self, shards: Sequence[Shard]) -> torch.Tensor:
+        """Summed over ranks it is the global one: an element that k ranks hold counts 1/k on each."""
+        by_copies = defaultdict(list)
+        for shard in shards:
+            by_copies[shard.copies].append(shard)
+        total = torch.zeros((), device=self.accelerator.device)
+        for copies, group in by_copies.items():
+            sq_norm = penalty.local_sq_norm([shard.gradient for shard in group]).to(total.device)
+            total = total + sq_norm / copies
+        return total

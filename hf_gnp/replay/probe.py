@@ -1,0 +1,58 @@
+"""Whether a forward that runs again is the same forward."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .first_pass import replaced
+from .window import MicroBatch, copied
+
+
+# Of a loss, what may differ when the same forward runs again on an accelerator, whose kernels add in any order.
+TOLERANCE = 1e-3
+TOLERANCE_LOW = 5e-2  # in 16 bit
+
+
+def probe(
+    trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager, in_16_bit: bool
+) -> None:
+    """
+    Run the forward of a micro-batch again, whose state is put back: its loss must be that of the first pass.
+
+    Args:
+        around: The engine's, for a forward without backward.
+        in_16_bit: Whether the forward computes so, whatever the weights' dtype.
+
+    Raises:
+        RuntimeError: where it is another, with both and with where to look.
+    """
+    inputs = copied(micro_batch.inputs)
+    with around, replaced(trainer, log=not_logged), trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
+    loss, expected = loss.detach().double(), micro_batch.forward_loss.double()
+    if not _is_same(loss, expected, micro_batch.forward_loss.device.type, _tolerance(model, in_16_bit)):
+        raise RuntimeError(
+            f"The loss of a micro-batch was {expected.mean().item()} and is {loss.mean().item()} when it is run "
+            "again at the same weights, with the same inputs, random numbers, buffers and Python state: something "
+            "else moves between two forwards, and the second pass of the gradient-norm penalty would see another "
+            f"loss than the first. Look in {type(trainer).__name__}.compute_loss and in the model's forward for "
+            "state outside their attributes (globals, class attributes, files, a generator of another library), "
+            "keep it in an attribute of the model or of the trainer, or set gnp_alpha=0."
+        )
+
+
+def _tolerance(model: nn.Module, in_16_bit: bool) -> float:
+    is_low = any(p.requires_grad and p.dtype.itemsize <= 2 for p in model.parameters())
+    return TOLERANCE_LOW if is_low or in_16_bit else TOLERANCE
+
+
+def _is_same(loss: torch.Tensor, expected: torch.Tensor, device_type: str, tolerance: float) -> bool:
+    if device_type == "cpu":
+        return torch.equal(loss, expected) or (loss.isnan() & expected.isnan()).all().item()
+    return torch.allclose(loss, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
+
+
+def not_logged(original: Any, *args: Any, **kwargs: Any) -> None:
+    """In place of `log` where only the gradient of a pass is to stay."""

@@ -1,0 +1,17 @@
+"""
+TRL's trainers and their arguments with the penalty: `GNPSFTTrainer`, `GNPSFTConfig`, `GNPDPOTrainer`, and so on.
+
+```python
+>>> from hf_gnp.trl import GNPSFTConfig, GNPSFTTrainer
+
+>>> args = GNPSFTConfig(output_dir="out", packing=True, gnp_r=0.05)
+>>> GNPSFTTrainer("Qwen/Qwen3-0.6B", args, train_dataset=train_dataset).train()
+```
+"""
+
+import trl
+
+from .ready_made import classes_of
+
+
+__getattr__ = classes_of(trl, __name__)
