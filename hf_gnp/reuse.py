@@ -52,12 +52,13 @@ class OrthogonalComponent:
         """Before the second pass: g₁, in the place of the last v."""
         self._norm = 0.0
         shards = self._engine.shards()
-        kept = {shard.place.parameter: shard.gradient for shard in shards}
-        self._kept = {number: self._kept.get(number) for number in kept}
-        for number, gradient in kept.items():
-            old = self._kept[number]
-            is_fit = old is not None and old.shape == gradient.shape and old.dtype == gradient.dtype
-            self._kept[number] = old.copy_(gradient) if is_fit else gradient.clone()
+        last, self._kept = self._kept, {}
+        for shard in shards:
+            old = last.pop(shard.place.parameter, None)
+            is_fit = old is not None and old.shape == shard.gradient.shape and old.dtype == shard.gradient.dtype
+            self._kept[shard.place.parameter] = (
+                old.copy_(shard.gradient) if old is not None and is_fit else shard.gradient.clone()
+            )
 
     @torch.no_grad()
     def keep_orthogonal(self) -> None:
@@ -113,7 +114,7 @@ class OrthogonalComponent:
         saved = torch.load(file, map_location="cpu", weights_only=True) if os.path.isfile(file) else None
         accelerator = self._engine.accelerator
         is_ours = torch.tensor([saved is not None and saved["layout"] == layout], device=accelerator.device)
-        if not accelerator.gather(is_ours).all():
+        if not accelerator.gather(is_ours).all() or saved is None:
             return False
         self._kept, self._norm = saved["kept"], saved["norm"]
         return True

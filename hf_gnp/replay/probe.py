@@ -31,8 +31,9 @@ def probe(
     inputs = copied(micro_batch.inputs)
     with around, replaced(trainer, log=not_logged), trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
-    loss, expected = loss.detach().double(), micro_batch.forward_loss.double()
-    if not _is_same(loss, expected, micro_batch.forward_loss.device.type, _tolerance(model, is_low)):
+    first: Any = micro_batch.forward_loss
+    loss, expected = loss.detach().double(), first.double()
+    if not _is_same(loss, expected, first.device.type, _tolerance(model, is_low)):
         raise RuntimeError(
             f"The loss of a micro-batch was {expected.mean().item()} and is {loss.mean().item()} when it is run "
             "again at the same weights, with the same inputs, random numbers, buffers and Python state: something "
@@ -50,7 +51,7 @@ def _tolerance(model: nn.Module, is_low: bool) -> float:
 
 def _is_same(loss: torch.Tensor, expected: torch.Tensor, device_type: str, tolerance: float) -> bool:
     if device_type == "cpu":
-        return torch.equal(loss, expected) or (loss.isnan() & expected.isnan()).all().item()
+        return torch.equal(loss, expected) or bool((loss.isnan() & expected.isnan()).all())
     return torch.allclose(loss, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
 
 
