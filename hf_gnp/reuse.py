@@ -55,10 +55,10 @@ class OrthogonalComponent:
         last, self._kept = self._kept, {}
         for shard in shards:
             old = last.pop(shard.place.parameter, None)
-            is_fit = old is not None and old.shape == shard.gradient.shape and old.dtype == shard.gradient.dtype
-            self._kept[shard.place.parameter] = (
-                old.copy_(shard.gradient) if old is not None and is_fit else shard.gradient.clone()
-            )
+            if old is not None and old.shape == shard.gradient.shape and old.dtype == shard.gradient.dtype:
+                self._kept[shard.place.parameter] = old.copy_(shard.gradient)
+            else:
+                self._kept[shard.place.parameter] = shard.gradient.clone()
 
     @torch.no_grad()
     def keep_orthogonal(self) -> None:

@@ -16,7 +16,7 @@ TOLERANCE_LOW = 5e-2  # in 16 bit
 
 
 def probe(
-    trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager, is_low: bool
+    trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager[Any], is_low: bool
 ) -> None:
     """
     Run the forward of a micro-batch again, whose state is put back: its loss must be that of the first pass.
