@@ -37,6 +37,7 @@ DEFAULTS = {
     "warmup_steps": 0.03,
     "logging_steps": 10,
     "dataloader_pin_memory": torch.accelerator.is_available(),
+    "use_cpu": not torch.accelerator.is_available(),  # else bf16, TRL's default, is refused on one
 }
 # For the small model: nobody trained its embeddings, which an adapter would leave as they are.
 EMBEDDED_DEFAULTS = {

@@ -59,7 +59,7 @@ def test_demo_compares_and_draws(tmp_path):
 
 def test_sft_lora_learns_and_merges(tmp_path):
     pytest.importorskip("trl", reason="TRL needs Python 3.11")
-    metrics = run_script("sft_lora", tmp_path, "--max_steps", "30", "--use_cpu", "true", "--logging_steps", "5")
+    metrics = run_script("sft_lora", tmp_path, "--max_steps", "30", "--logging_steps", "5")
     logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     logs = [log for log in logs if "gnp_sharpness" in log]
     assert logs[-1]["loss"] < logs[0]["loss"] - 0.5  # from ln 1024 = 6.9 on

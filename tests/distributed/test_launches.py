@@ -166,7 +166,7 @@ def test_language_model_with_lora_on_zero3(tmp_path):
     pytest.importorskip("trl", reason="TRL needs Python 3.11")
     command = accelerate_launch("zero3", "--num_processes", "2", "--main_process_port", str(free_port()))
     flags = ["--output_dir", str(tmp_path), "--max_steps", "3", "--max_length", "64", "--logging_steps", "1"]
-    flags += ["--use_cpu", "true", "--ddp_backend", "gloo", "--report_to", "none", "--warmup_steps", "0"]
+    flags += ["--ddp_backend", "gloo", "--report_to", "none", "--warmup_steps", "0"]
     launch([*command, "examples/sft_lora.py", *flags], TIMEOUT)
     losses = [entry["loss"] for entry in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][:3]]
     assert losses[-1] < losses[0]
