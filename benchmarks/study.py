@@ -151,6 +151,9 @@ def study_of(args: argparse.Namespace) -> Study:
     study = STUDIES[args.study]
     cases = {name: study.cases[name] for name in args.cases or study.cases}
     changes = {name: getattr(args, name) for name in ("train_size", "epochs") if getattr(args, name)}
+    if needs_model(study):
+        # The folder that a model lies in is no part of what it is.
+        changes["pretrained"] = "/".join(Path(args.model_path).parts[-2:])
     study = replace(study, cases={name: settings | changes for name, settings in cases.items()})
     study = quick(study) if args.quick else study
     return replace(study, methods=tuple(args.methods or study.methods), seeds=args.seeds or study.seeds)
@@ -166,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("A quick run: next to no data and training. Its figures show that the script works and prove nothing.")
     study, is_complete = study_of(args), True
     store = Store(args.output_dir / f"study_{args.study}.json")
-    reported, tables = {}, [f"Made by `python benchmarks/study.py {args.study}`.\n"]
+    cases = "".join(f' "{name}"' for name in args.cases or ())
+    command = f"python benchmarks/study.py {args.study}" + (f" --cases{cases}" if cases else "")
+    reported, tables = {}, [f"Made by `{command}`.\n"]
     for name, settings in study.cases.items():
         case = Case(study, settings, store)
         is_complete &= run_case(case, name, args, deadline)

@@ -4,9 +4,11 @@ import re
 
 
 # To files of the repository that are not documentation.
-LEAVES_DOCS = re.compile(r"\[([^\]]+)\]\((?:\.\./|figures\)|figures/[^)]*\.json)[^)]*\)?")
+LEAVES_DOCS = re.compile(r"\[([^\]]+)\]\((?:\.\./[^)]*|figures|figures/[^)]*\.json)\)")
 # transformers' own docs make a link of [`~module.Class`]; here it is the name.
 CLASS_NAME = re.compile(r"\[<code>~?(?:[\w]+\.)*(\w+)</code>\]")
+# The type of an argument: its default has a column of its own.
+TYPE = re.compile(r"<code>`([^`<]+)`(?: or `([^`<]+)`)?, \*optional\*[^<]*</code>")
 # The docstrings' formulas, as transformers writes them.
 FORMULA = re.compile(r"\\+\((.+?)\\+\)", re.DOTALL)
 SYMBOLS = {
@@ -14,9 +16,10 @@ SYMBOLS = {
     r"\lambda": "λ",
     r"\theta": "θ",
     r"\nabla": "∇",
+    r"\lVert ": "‖",
     r"\lVert": "‖",
     r"\rVert": "‖",
-    r"\,": " ",
+    r"\, ": " ",
     "_1": "₁",
     "_2": "₂",
 }
@@ -33,4 +36,7 @@ def on_page_content(html: str, **_: object) -> str:
             formula = formula.replace(command, symbol)
         return f"<em>{formula}</em>"
 
-    return FORMULA.sub(plain, CLASS_NAME.sub(r"<code>\1</code>", html))
+    def names(match: re.Match) -> str:
+        return " or ".join(f"<code>{name}</code>" for name in match.groups() if name)
+
+    return FORMULA.sub(plain, CLASS_NAME.sub(r"<code>\1</code>", TYPE.sub(names, html)))

@@ -44,7 +44,7 @@ class GNPArguments:
     \\(g_2 = \nabla L(\theta + r\, g_1/\lVert g_1\rVert)\\), a first-order estimate of the gradient of
     \\(L(\theta) + \lambda \lVert\nabla L(\theta)\rVert\\) with \\(\lambda = \alpha r\\).
 
-    Args:
+    Args: Strength
         gnp_r (`float`, *optional*, defaults to 0.05):
             r, the distance by which the weights are moved along the normalised gradient for the second pass.
             Published settings: 0.1 for CIFAR, 0.05 for ImageNet.
@@ -53,6 +53,8 @@ class GNPArguments:
             `gnp_direction="momentum"`, which has one gradient, it is 1.
         gnp_lambda (`float`, *optional*):
             λ = α r, the coefficient of the penalty, instead of `gnp_alpha`; it is folded into `gnp_alpha`.
+
+    Args: Schedule
         gnp_warmup_type (`str`, *optional*, defaults to `"auto"`):
             How the penalty starts: `"r"` raises r linearly at fixed α, `"lambda"` raises α linearly at fixed r,
             `"zero"` has no penalty during the warm-up, `"none"` the full penalty from the first step. `"auto"` is
@@ -69,6 +71,8 @@ class GNPArguments:
         gnp_probability (`float`, *optional*, defaults to 1.0):
             p, penalise a step with this probability, drawn from `seed` and the step: equal on all ranks, unchanged by
             resuming. Costs 1 + p on average.
+
+    Args: Perturbation
         gnp_scope (`str`, *optional*, defaults to `"step"`):
             The examples that share one perturbation (m of m-sharpness, arXiv 2206.06232; the gain grows as it falls):
             `"step"`, the whole global batch; `"micro_batch"`, each micro-batch of all ranks; `"rank"`, all
@@ -96,6 +100,8 @@ class GNPArguments:
         gnp_target_modules (`list[str]`, *optional*):
             Move only these parameters: a regular expression for the whole name, name endings (as in PEFT), or `"norm"`
             for those of normalisation layers (SAM-ON, arXiv 2306.04226).
+
+    Args: Precision and engines
         gnp_stochastic_rounding (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether the moved 16-bit weights are rounded stochastically, so that a small move is not rounded away.
             `"auto"`: where no fp32 master exists.
@@ -110,6 +116,7 @@ class GNPArguments:
         ICML 2022, arXiv 2202.03599, Algorithm 1.
     """
 
+    # Strength
     gnp_r: float = field(
         default=0.05,
         metadata={
@@ -124,6 +131,7 @@ class GNPArguments:
         default=None,
         metadata={"help": "λ = α r: the coefficient of the gradient-norm penalty, to be given instead of gnp_alpha."},
     )
+    # Schedule
     gnp_warmup_type: str = field(
         default="auto",
         metadata={
@@ -144,6 +152,7 @@ class GNPArguments:
     gnp_probability: float = field(
         default=1.0, metadata={"help": "p: penalise a step with this probability, at a cost of 1 + p on average."}
     )
+    # Perturbation
     gnp_scope: str = field(
         default="step",
         metadata={
@@ -182,13 +191,13 @@ class GNPArguments:
         default=None,
         metadata={"help": "Move only these parameters: a regular expression, name endings, or norm (SAM-ON)."},
     )
+    # Precision and engines
     gnp_stochastic_rounding: str = field(
         default="auto",
         metadata={
             "help": "Round moved 16-bit weights stochastically: true, false, or auto (where no fp32 master exists)."
         },
     )
-
     gnp_allow_unchecked: bool = field(
         default=False, metadata={"help": "Run with DeepSpeed options that the penalty was not checked with."}
     )
@@ -225,8 +234,12 @@ class GNPArguments:
             # One of the two stays set, so that a copy built from all the fields is valid again.
             self.gnp_alpha = gnp_lambda / self.gnp_r if self.gnp_r > 0 else 0.0
             self.gnp_lambda = None
-        default_alpha = 1.0 if self.gnp_direction == "momentum" else DEFAULT_ALPHA
-        self.gnp_alpha = _number("gnp_alpha", default_alpha if self.gnp_alpha is None else self.gnp_alpha)
+        if vars(self).get("_gnp_default_alpha") == self.gnp_alpha:  # no user's, as another direction has another
+            self.gnp_alpha = None
+        self._gnp_default_alpha = None
+        if self.gnp_alpha is None:
+            self.gnp_alpha = self._gnp_default_alpha = 1.0 if self.gnp_direction == "momentum" else DEFAULT_ALPHA
+        self.gnp_alpha = _number("gnp_alpha", self.gnp_alpha)
         if self.gnp_alpha > 1:
             raise ValueError(f"gnp_alpha is the share of the second gradient, at most 1, but it is {self.gnp_alpha}.")
         if self.gnp_r == 0 and self.gnp_alpha > 0:

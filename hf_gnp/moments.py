@@ -76,7 +76,8 @@ def check_optimizer(argument: str, cls: type, kwargs: Mapping[str, Any], name: s
         state = optimizer.state[parameter]
     except Exception:  # it asks for groups of its own, or for an accelerator
         return
-    if moment_of(state, NAMES[argument], parameter.shape) is None:
+    found = moment_of(state, NAMES[argument], parameter.shape)
+    if found is None or (NAMES[argument] is SECOND and not has_second(state, optimizer.param_groups[0])):
         refuse_optimizer(argument, name)
 
 
@@ -91,7 +92,9 @@ def check_optimizer_of(trainer: Any, argument: str) -> None:
         kwargs = {name: value for name, value in group.items() if name in accepted and name != "params"}
         check_optimizer(argument, cls, kwargs, cls.__name__)
     elif optimizer is None and not _is_made_by_deepspeed(trainer):
-        cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args)
+        cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
+            trainer.args, trainer.model
+        )
         name = cls.__name__ if trainer.optimizer_cls_and_kwargs else f"optim={trainer.args.optim.value}"
         check_optimizer(argument, cls, kwargs, name)
 
@@ -109,6 +112,11 @@ def moment_of(state: Mapping[str, Any], names: tuple[str, ...], shape: torch.Siz
         if is_plain and moment.dtype.is_floating_point and moment.dtype.itemsize > 1 and moment.shape == shape:
             return moment
     return None
+
+
+def has_second(state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether all is there by which Adam corrects its second moment."""
+    return {"betas", "eps"} <= group.keys() and ("step" in state or "step" in group)
 
 
 def second_moment_of(moment: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> SecondMoment:

@@ -29,6 +29,16 @@ class OrthogonalComponent:
     """
 
     def __init__(self, engine: Engine):
+        """
+        Raises:
+            ValueError: for an engine whose optimizer steps with more than the shards.
+        """
+        if not engine.steps_with_shards:
+            raise ValueError(
+                "gnp_reuse under ZeRO-1 in bf16 with fp32 accumulation: DeepSpeed clips by the norm of the whole "
+                "gradient that each rank holds, of which a rank would change its own part. Use ZeRO-2, or leave out "
+                "gnp_reuse."
+            )
         self._engine = engine
         self._kept: dict[int, torch.Tensor] = {}  # by the parameter's number; g₁ while the second pass runs
         self._norm = 0.0
@@ -42,18 +52,21 @@ class OrthogonalComponent:
         """Before the second pass: g₁, in the place of the last v."""
         self._norm = 0.0
         shards = self._engine.shards()
-        kept = {shard.place.parameter: shard.gradient for shard in shards}
-        self._kept = {number: self._kept.get(number) for number in kept}
-        for number, gradient in kept.items():
-            old = self._kept[number]
-            is_fit = old is not None and old.shape == gradient.shape and old.dtype == gradient.dtype
-            self._kept[number] = old.copy_(gradient) if is_fit else gradient.clone()
+        last, self._kept = self._kept, {}
+        for shard in shards:
+            old = last.pop(shard.place.parameter, None)
+            if old is not None and old.shape == shard.gradient.shape and old.dtype == shard.gradient.dtype:
+                self._kept[shard.place.parameter] = old.copy_(shard.gradient)
+            else:
+                self._kept[shard.place.parameter] = shard.gradient.clone()
 
     @torch.no_grad()
     def keep_orthogonal(self) -> None:
         """After the gradients were mixed: what of the gradient is orthogonal to g₁."""
         shards = [shard for shard in self._engine.shards() if shard.place.parameter in self._kept]
         gradients, first = [shard.gradient for shard in shards], self._of(shards)
+        # Not what the loss reached at θ alone: an expert that was not chosen again.
+        self._kept = {shard.place.parameter: kept for shard, kept in zip(shards, first, strict=True)}
         along, first_sq = self._engine.dots(shards, [(gradients, first), (first, first)])
         penalty.scale_(first, -along / first_sq if first_sq > 0 else 0.0)
         penalty.add_(first, gradients)
@@ -85,6 +98,7 @@ class OrthogonalComponent:
     def save(self, folder: str) -> None:
         """Beside the optimizer's state: a file for each rank, or one where all ranks hold the same."""
         layout, rank = self._engine.layout()
+        os.makedirs(folder, exist_ok=True)
         if rank is not None or self._engine.accelerator.is_main_process:
             torch.save({"layout": layout, "norm": self._norm, "kept": self._kept}, _file(folder, rank))
 
@@ -100,7 +114,7 @@ class OrthogonalComponent:
         saved = torch.load(file, map_location="cpu", weights_only=True) if os.path.isfile(file) else None
         accelerator = self._engine.accelerator
         is_ours = torch.tensor([saved is not None and saved["layout"] == layout], device=accelerator.device)
-        if not accelerator.gather(is_ours).all():
+        if not accelerator.gather(is_ours).all() or saved is None:
             return False
         self._kept, self._norm = saved["kept"], saved["norm"]
         return True

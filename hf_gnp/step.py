@@ -122,10 +122,13 @@ class PenalisedSteps:
         if not self._takes_rows:
             loss = original(model, inputs, *args, **kwargs)
         else:
+            # A pass without a trace: that of the whole micro-batch is yet to come, at the moved weights.
             micro_batch.first_rows = first_rows(inputs, self._perturbation.first_rows)
             kwargs["num_items_in_batch"] = self._items_in([micro_batch.first_rows])
             with replaced(self.trainer, log=not_logged):
                 loss = original(model, micro_batch.first_rows, *args, **kwargs)
+            micro_batch.random_state.restore()
+            micro_batch.python_state.put_back()
         micro_batch.forward_loss = loss.detach().clone()
         return loss
 
@@ -143,6 +146,9 @@ class PenalisedSteps:
                 self._refuse_foreign_gradient()
             original(loss, *args, **kwargs)
             self._marks = self.engine.gradient_marks()
+            if self._takes_rows:  # only now: backward asks whether buffers are as the forward left them
+                self.window.tensors.end()
+                self.window.tensors.rewind()
         elif not self.engine.sets_gradients_aside:
             raise NotImplementedError(
                 f"{type(self.trainer).__name__} calls accelerator.backward outside of Trainer.training_step. Under "
@@ -218,6 +224,12 @@ class PenalisedSteps:
         lacking = clean_loss * (ratio - 1) if self.window.deferred else None
         if not self._wants_second_pass(norms):
             return lacking
+        is_partial = bool(self.window.deferred) or self._takes_rows
+        if is_partial and not self.engine.has_direction:
+            # Nothing moves, and the second pass is the first one of the step: a plain step.
+            self._second_pass(run_pass, Penalty(penalty.r, 1.0), noise_seed, measure)
+            self.engine.mix(1.0)
+            return lacking
         if self.reuse is not None:
             self.reuse.keep_first()
         replayed, losses = self._second_pass(run_pass, penalty, noise_seed, measure, ratio)
@@ -250,10 +262,17 @@ class PenalisedSteps:
         if not deferred:
             return 1.0
         items = deferred[0].num_items_in_batch
-        first_items = None if items is None else self._items_in([micro_batch.inputs for micro_batch in first])
+        args, is_scaled = self.trainer.args, getattr(self.trainer, "loss_is_scaled_for_ga", None)
+        # Of labels only where the loss is a mean over those of all ranks and of this window alone.
+        is_global = args.average_tokens_across_devices or args.world_size == 1
+        is_one_window = all(micro_batch.num_items_in_batch is items for micro_batch in (*first, *deferred))
+        first_items = None
+        if items is not None and is_scaled is not False and is_global and is_one_window:
+            first_items = self._items_in([micro_batch.inputs for micro_batch in first])
         if first_items is None:
             return (len(first) + len(deferred)) / len(first)
-        return float(items) / float(first_items) if first_items > 0 else 1.0
+        counts = [float(torch.as_tensor(count).flatten()[0]) for count in (items, first_items)]
+        return counts[0] / counts[1] if counts[1] > 0 else 1.0
 
     def _second_pass(
         self, run_pass: RunPass, penalty: Penalty, noise_seed: int, measure: bool, ratio: float = 1.0
@@ -266,18 +285,23 @@ class PenalisedSteps:
             The losses of those that ran before, and of all.
         """
         engine, window = self.engine, self.window
-        passes = [window.replayed(), iter(tuple(window.deferred))]
-        replayed, losses = [], []
+        again, first = window.replayed(), tuple(window.deferred)
+        if self._takes_rows:
+            again, first = iter(()), tuple(window.micro_batches)
+        passes = len(first) if self._takes_rows else len(window)
+        replayed: list[torch.Tensor] = []
+        losses: list[torch.Tensor] = []
         with contextlib.ExitStack() as kept:
             if window.micro_batches and not self._takes_rows:
                 kept.enter_context(window.kept())
                 self._probe()
             with engine.perturbed(penalty.r, penalty.alpha, noise_seed, measure, ratio) as fidelity:
-                for micro_batches, collected in zip(passes, (replayed, losses), strict=True):
+                for micro_batches, collected in ((again, replayed), (first, losses)):
                     for micro_batch in micro_batches:
-                        with engine.micro_batch(len(replayed) + len(losses) + 1 == len(window)):
-                            collected.append(run_pass(micro_batch))
-                    if window.deferred:
+                        with engine.micro_batch(len(replayed) + len(losses) + 1 == passes):
+                            # CUDA graphs write the next pass's loss over it.
+                            collected.append(run_pass(micro_batch).clone())
+                    if first:
                         kept.close()
         if fidelity is not None:
             self.metrics.fidelity = fidelity.to(self.trainer.accelerator.device)
@@ -287,8 +311,8 @@ class PenalisedSteps:
         """Once a run: the window's first micro-batch again at θ must give the loss that it gave."""
         if not self._is_probed:
             self._is_probed = True
-            micro_batch, around = next(self.window.replayed()), self.engine.probed()
-            probe(self.trainer, self.model, micro_batch, around, self.engine.computes_in_16_bit())
+            engine, micro_batch = self.engine, next(self.window.replayed())
+            probe(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
 
     def abandon(self) -> None:
         """After any exception in a step: clean weights, no gradient, an empty window."""

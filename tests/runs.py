@@ -15,7 +15,7 @@ from tiny import collate, flat_weights, make_data, make_model, relative_distance
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_gnp import GNPTrainer, GNPTrainingArguments
+from hf_gnp import GNPMixin, GNPTrainer, GNPTrainingArguments
 
 
 # Both sides round in fp32 in another order: a prototype was 1.3e-5 of the way apart; losses are sums of a few numbers.
@@ -65,7 +65,7 @@ def make_args(output_dir: Any, cls: type[TrainingArguments] = GNPTrainingArgumen
 def make_trainer(output_dir: Any, kind: str, cls: type[Trainer] = GNPTrainer, model=None, data=None, **kwargs: Any):
     """`kwargs` are the training arguments, and those of the trainer that `TRAINER_OPTIONS` names."""
     options = {name: kwargs.pop(name) for name in TRAINER_OPTIONS if name in kwargs}
-    args_cls = GNPTrainingArguments if issubclass(cls, GNPTrainer) else TrainingArguments
+    args_cls = GNPTrainingArguments if issubclass(cls, GNPMixin) else TrainingArguments
     args = make_args(output_dir, args_cls, **kwargs)
     model = make_model(kind) if model is None else model
     data = make_data(kind) if data is None else data

@@ -74,6 +74,15 @@ def test_field_is_documented(field):
         assert f"\n        {field.name} (`" in cls.__doc__
 
 
+def test_arguments_are_in_groups():
+    """In the docstring under titles, and in the order in which --help lists them."""
+    lines = GNPArguments.__doc__.splitlines()
+    titles = [line.strip().removeprefix("Args: ") for line in lines if line.strip().startswith("Args: ")]
+    assert titles == ["Strength", "Schedule", "Perturbation", "Precision and engines"]
+    documented = [line.split()[0] for line in lines if line.startswith("        gnp_")]
+    assert documented == [field.name for field in GNP_FIELDS]
+
+
 def test_help_texts_reach_the_command_line():
     text = " ".join(HfArgumentParser(GNPTrainingArguments).format_help().split())
     for field in GNP_FIELDS:

@@ -13,6 +13,7 @@ from runs import (
     ascent_from,
     assert_identical,
     logs_of,
+    make_args,
     make_trainer,
     reference_run,
     run,
@@ -23,7 +24,7 @@ from tiny import KINDS, Net, flat_weights, make_data, make_model, relative_dista
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
-from hf_gnp import GNPTrainer
+from hf_gnp import GNPMixin, GNPTrainer
 from hf_gnp.replay.window import first_rows
 
 
@@ -93,37 +94,115 @@ def test_rows_where_there_are_none(tmp_path):
         first_rows(inputs, lambda rows: 1)
     with pytest.raises(ValueError, match="gnp_ascent_fraction"):
         first_rows({"x": torch.zeros(4), "scale": torch.tensor(1.0)}, lambda rows: 1)
-    part = first_rows({"x": torch.arange(4), "use_cache": False}, lambda rows: 3)
-    assert part["x"].tolist() == [0, 1, 2] and part["use_cache"] is False
+    part = first_rows({"x": torch.arange(4), "texts": list("abcd"), "use_cache": False}, lambda rows: 3)
+    assert part["x"].tolist() == [0, 1, 2] and part["texts"] == ["a", "b", "c"] and part["use_cache"] is False
 
 
-class Counting(GNPTrainer):
-    """Counts in its own state, of which a second pass of the same micro-batch leaves no trace."""
+class CountingStep(Trainer):
+    """Counts in its own state, before and after what `Trainer` does."""
 
-    counted = 0
+    losses = steps = 0
 
     def compute_loss(self, *args, **kwargs):
-        self.counted += 1
+        self.losses += 1
         return super().compute_loss(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.steps += 1
+        return loss
+
+
+class GNPCountingStep(GNPMixin, CountingStep):
+    pass
+
+
+class CountingLayer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.forwards += 1
+        return x
 
 
 @pytest.mark.parametrize("settings", [{"gnp_ascent_fraction": 0.5}, {"gnp_direction": "momentum", **ADAMW}])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_each_micro_batch_leaves_its_traces_once(tmp_path, settings, accumulation):
-    """Counters, running statistics and generators are moved once for each micro-batch, as in plain training."""
+    """Counters, buffers and running statistics are moved once for each micro-batch, as in plain training."""
     ends = {}
-    for name, cls, arguments in (("plain", Trainer, {}), ("gnp", Counting, {"gnp_r": 1e-30, **settings})):
-        model = Net(lambda: torch.nn.BatchNorm1d(7), lambda: torch.nn.Dropout(0.3))
+    for name, cls, arguments in (("plain", CountingStep, {}), ("gnp", GNPCountingStep, {"gnp_r": 1e-30, **settings})):
+        model = Net(lambda: torch.nn.BatchNorm1d(7), lambda: torch.nn.Dropout(0.3), CountingLayer)
         optim = {"optim": settings.get("optim", "sgd"), "learning_rate": 0.0}
         trainer = make_trainer(
             tmp_path, "net", cls, model=model, gradient_accumulation_steps=accumulation, **(optim | arguments)
         )
         trainer.train()
         ends[name] = trainer
-    assert ends["gnp"].counted == 12
+    assert (ends["gnp"].losses, ends["gnp"].steps) == (ends["plain"].losses, ends["plain"].steps) == (12, 12)
     plain, penalised = (dict(ends[name].model.named_buffers()) for name in ends)
     assert plain["layers.1.num_batches_tracked"] == penalised["layers.1.num_batches_tracked"] == 12
+    assert plain["layers.3.forwards"] == penalised["layers.3.forwards"] == 12
     assert torch.allclose(plain["layers.1.running_mean"], penalised["layers.1.running_mean"], atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_first_part_without_labels_gives_a_plain_step(tmp_path, accumulation):
+    """Its gradient is 0: it says neither where to move, nor anything of the step's gradient."""
+    data = make_data("llama", 8 * accumulation)
+    for index, sample in enumerate(data):
+        if index % (4 * accumulation) < 2 * accumulation:
+            sample["labels"] = torch.full_like(sample["labels"], -100)
+    settings = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.0}
+    ends = []
+    for cls, arguments in ((Trainer, {}), (GNPTrainer, {"gnp_ascent_fraction": 0.5, "gnp_alpha": 0.5})):
+        trainer = make_trainer(tmp_path, "llama", cls, data=data, **settings, **arguments)
+        trainer.train()
+        ends.append(flat_weights(trainer.model))
+    assert relative_distance(ends[1], ends[0], flat_weights(make_model("llama"))) < WEIGHTS_TOLERANCE
+    assert logs_of(trainer, "gnp_on")["gnp_on"] == [0.0, 0.0]
+
+
+class MeanOfMicroBatches(GNPTrainer):
+    """A loss that is a mean over the labels of each micro-batch by itself, and says so."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+
+
+def test_a_loss_that_does_not_count_labels_is_scaled_by_micro_batches(tmp_path):
+    data = make_data("llama", 16)
+    for sample in data[:4]:
+        sample["labels"][:-1] = -100  # a label each in the first micro-batch
+    trainer = make_trainer(
+        tmp_path, "llama", MeanOfMicroBatches, data=data, gradient_accumulation_steps=2, gnp_ascent_fraction=0.5
+    )
+    trainer.train()
+    steps = windows("llama", 2, data)
+
+    def loss(model, window):
+        return sum(window_loss(model, [batch]) for batch in window) / len(window)
+
+    start, expected, logs = reference_run("llama", 2, steps=steps, loss=loss, ascent=lambda window: (window[:1], 1.0))
+    assert relative_distance(flat_weights(trainer.model), expected, start) < WEIGHTS_TOLERANCE
+    assert logs_of(trainer, "loss")["loss"] == pytest.approx([log["loss"] for log in logs], rel=1e-5)
+
+
+def test_alpha_goes_with_the_direction_unless_it_was_set(tmp_path):
+    args = make_args(tmp_path)
+    args.gnp_direction = "momentum"  # as a hyperparameter search does
+    args.check_gnp_values()
+    assert args.gnp_alpha == 1.0
+    args.gnp_direction = "gradient"
+    args.check_gnp_values()
+    assert args.gnp_alpha == 0.8
+    args.gnp_direction, args.gnp_alpha = "momentum", 0.7
+    with pytest.raises(ValueError, match=r"gnp_direction=momentum .*gnp_alpha is 1 .*0\.7"):
+        args.check_gnp_values()
 
 
 class Failing(GNPTrainer):

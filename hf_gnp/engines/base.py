@@ -28,6 +28,7 @@ class Engine(Moves):
         engine.drop_nonfinite_gradient(grad_norm)
     """
 
+    steps_with_shards = True  # whether the gradients in `shards` are all that the optimizer's step looks at
     sets_gradients_aside = False  # whether `take_gradient` works in the middle of a window
 
     def begin_window(self, perturbation: Perturbation) -> None:

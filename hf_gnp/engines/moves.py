@@ -58,8 +58,13 @@ class Moves(ABC):
         """Keep what `restore` needs, before these shards are moved."""
 
     @abstractmethod
-    def hold_weights(self) -> list[HeldShard]:
-        """`keep_weights` of all trainable weights, to be moved any number of times until `restore`."""
+    def hold_weights(self, moved_only: bool = False) -> list[HeldShard]:
+        """
+        `keep_weights` of all trainable weights, to be moved any number of times until `restore`.
+
+        Args:
+            moved_only: Whether those suffice that the perturbation moves.
+        """
 
     @abstractmethod
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
@@ -119,7 +124,7 @@ class Moves(ABC):
     @torch.no_grad()
     def move_against_momentum(self, r: float, noise_seed: int | None, measure: bool) -> torch.Tensor | None:
         """The weights moved to θ - r m/‖m‖ with the optimizer's first moment m; not moved where it has none yet."""
-        held = self.hold_weights()
+        held = self.hold_weights(moved_only=True)
         found = [(shard, self._first_moment(shard)) for shard in held if self.perturbation.moves(shard.parameter)]
         moved, momentum = [], []
         for shard, moment in found:
@@ -160,7 +165,7 @@ class Moves(ABC):
                 found.append(moments.SecondMoment(torch.zeros_like(shard.master), 1.0, 1.0))
                 continue
             moment = moments.moment_of(state.values, moments.SECOND, state.shape)
-            if moment is None or "betas" not in state.group:
+            if moment is None or not moments.has_second(state.values, state.group):
                 moments.refuse_optimizer("gnp_precondition", self.optimizer_name())
             found.append(moments.second_moment_of(state.part(moment), state.values, state.group))
         return found

@@ -137,11 +137,12 @@ class NativeEngine(Engine):
         self._moved = [shard.weight for shard in shards]  # only now: `restore` needs both
 
     @torch.no_grad()
-    def hold_weights(self) -> list[HeldShard]:
-        weights, numbers, held = [_local(p) for p in self.parameters], number_parameters(self.model), []
+    def hold_weights(self, moved_only: bool = False) -> list[HeldShard]:
+        parameters = [p for p in self.parameters if not moved_only or self.perturbation.moves(p)]
+        weights, numbers, held = [_local(p) for p in parameters], number_parameters(self.model), []
         self._backup = [weight.clone() for weight in weights]
         self._moved = weights  # only now: `restore` needs both
-        for parameter, weight, theta in zip(self.parameters, weights, self._backup, strict=True):
+        for parameter, weight, theta in zip(parameters, weights, self._backup, strict=True):
             place = self._place(numbers[id(parameter)], parameter)
             copies = _copies(parameter) if self.is_sharded else 1
             held.append(HeldShard(parameter, weight, theta, place, copies))

@@ -16,14 +16,14 @@ TOLERANCE_LOW = 5e-2  # in 16 bit
 
 
 def probe(
-    trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager, in_16_bit: bool
+    trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager[Any], is_low: bool
 ) -> None:
     """
     Run the forward of a micro-batch again, whose state is put back: its loss must be that of the first pass.
 
     Args:
         around: The engine's, for a forward without backward.
-        in_16_bit: Whether the forward computes so, whatever the weights' dtype.
+        is_low: Whether the engine computes in 16 bit, whatever the weights' dtype.
 
     Raises:
         RuntimeError: where it is another, with both and with where to look.
@@ -31,8 +31,9 @@ def probe(
     inputs = copied(micro_batch.inputs)
     with around, replaced(trainer, log=not_logged), trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
-    loss, expected = loss.detach().double(), micro_batch.forward_loss.double()
-    if not _is_same(loss, expected, micro_batch.forward_loss.device.type, _tolerance(model, in_16_bit)):
+    first: Any = micro_batch.forward_loss
+    loss, expected = loss.detach().double(), first.double()
+    if not _is_same(loss, expected, first.device.type, _tolerance(model, is_low)):
         raise RuntimeError(
             f"The loss of a micro-batch was {expected.mean().item()} and is {loss.mean().item()} when it is run "
             "again at the same weights, with the same inputs, random numbers, buffers and Python state: something "
@@ -43,14 +44,14 @@ def probe(
         )
 
 
-def _tolerance(model: nn.Module, in_16_bit: bool) -> float:
-    is_low = any(p.requires_grad and p.dtype.itemsize <= 2 for p in model.parameters())
-    return TOLERANCE_LOW if is_low or in_16_bit else TOLERANCE
+def _tolerance(model: nn.Module, is_low: bool) -> float:
+    is_low = is_low or any(p.requires_grad and p.dtype.itemsize <= 2 for p in model.parameters())
+    return TOLERANCE_LOW if is_low else TOLERANCE
 
 
 def _is_same(loss: torch.Tensor, expected: torch.Tensor, device_type: str, tolerance: float) -> bool:
     if device_type == "cpu":
-        return torch.equal(loss, expected) or (loss.isnan() & expected.isnan()).all().item()
+        return torch.equal(loss, expected) or bool((loss.isnan() & expected.isnan()).all())
     return torch.allclose(loss, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
 
 

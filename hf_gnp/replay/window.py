@@ -158,4 +158,9 @@ def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
             "or more."
         )
     (rows,) = sizes
-    return map_tensors(lambda tensor: tensor[: count(rows)], inputs)
+    first = map_tensors(lambda tensor: tensor[: count(rows)], inputs)
+    if isinstance(first, MutableMapping):  # texts beside the tensors
+        lists = [name for name, value in first.items() if isinstance(value, list) and len(value) == rows]
+        for name in lists:
+            first[name] = first[name][: count(rows)]
+    return first

@@ -73,7 +73,25 @@ REFUSED = {
         "args": {**CHEAPER["momentum_adam"], "max_steps": 2},
     },
 }
-CASES = ON_ENGINES | CHEAPER_LOW | COUNTED_ON_ENGINES | REFUSED
+REFUSED["reuse-zero1-fp32-accumulation"] = {
+    "engine": "zero1",
+    "kind": "vit",
+    "precision": "bf16",
+    "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}},
+    "args": {**CHEAPER["reuse"], "max_steps": 2},
+}
+# bf16 gradients are kept aside, so that nothing after it makes up for a scale of each rank's own.
+LOCAL_TOKENS = {
+    "fraction-local-tokens": {
+        "engine": "ddp",
+        "kind": "llama",
+        "dtype": "bfloat16",
+        "faults": {},
+        "compare_ranks": True,
+        "args": {**CHEAPER["fraction"], "average_tokens_across_devices": False, "max_steps": 3, **ACCUMULATION},
+    }
+}
+CASES = ON_ENGINES | CHEAPER_LOW | COUNTED_ON_ENGINES | REFUSED | LOCAL_TOKENS
 
 
 @pytest.fixture(scope="session")
@@ -176,3 +194,8 @@ def test_what_other_directions_communicate(results, engine):
 
 def test_refused_where_moments_cannot_be_found(results):
     assert "ValueError: gnp_direction=momentum under ZeRO stage 0" in results["momentum-zero0-bf16"]["error"]
+    assert "ValueError: gnp_reuse under ZeRO-1 in bf16" in results["reuse-zero1-fp32-accumulation"]["error"]
+
+
+def test_ranks_stay_together_where_each_counts_its_own_labels(results):
+    assert result_of(results, "fraction-local-tokens")["ranks_agree"]

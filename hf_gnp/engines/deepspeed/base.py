@@ -150,7 +150,8 @@ class ShardedEngine(DeepSpeedSteps, Engine):
             start = (master.data_ptr() - flat.data_ptr()) // flat.element_size()
             if values and 0 <= start < flat.numel():
                 part = functools.partial(_part, start=start, shape=master.shape)
-                return OptimizerState(values, _common_group(base), flat.shape, part)
+                group = _common_group(base) if self.perturbation.precondition else base.param_groups[0]
+                return OptimizerState(values, group, flat.shape, part)
         return None
 
     def optimizer_name(self) -> str:
@@ -174,8 +175,8 @@ def _common_group(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     is made of has to be the same in all.
     """
     first, *others = optimizer.param_groups
-    for name in ("betas", "eps"):
-        if any(group.get(name) != first.get(name) for group in others):
+    for name, value_of in (("betas[1]", lambda group: group["betas"][1]), ("eps", lambda group: group["eps"])):
+        if any("betas" in group and value_of(group) != value_of(first) for group in others):
             raise ValueError(
                 f"gnp_precondition under DeepSpeed: the optimizer's parameter groups differ in {name}. Give all "
                 "groups the same, or leave out gnp_precondition."

@@ -71,7 +71,7 @@ class _ReplicatedEngine(ShardedEngine):
     def keep_weights(self, shards: list[Shard]) -> None:
         self._is_perturbed = True  # the masters keep them
 
-    def hold_weights(self) -> list[HeldShard]:
+    def hold_weights(self, moved_only: bool = False) -> list[HeldShard]:
         self.keep_weights([])
         held, numbers = [], number_parameters(self.engine.module)
         for (weight, master), parameters in zip(self.partitions(), self._lists("parameters"), strict=True):
@@ -190,6 +190,7 @@ class Bf16Zero1Engine(_ReplicatedEngine):
     pass accumulates as in `NativeEngine`, so that no g₁ is kept aside.
     """
 
+    steps_with_shards = False
     names: ClassVar[dict[str, str]] = {
         "parameters": "bf16_groups",
         "flat_weights": "bf16_groups_flat",

@@ -85,7 +85,7 @@ class Zero3Engine(ShardedEngine):
             for weight, master in zip(weights, masters, strict=True)
         ]
 
-    def hold_weights(self) -> list[HeldShard]:
+    def hold_weights(self, moved_only: bool = False) -> list[HeldShard]:
         self.keep_weights([])
         weights, theta = self.optimizer.fp16_partitioned_groups_flat, self._theta()
         return [HeldShard(part.parameter, part.of(weights), part.of(theta), part.place) for part in self._parts()]
