@@ -6,15 +6,15 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo docs quality style clean
+.PHONY: help venv test test-lowest demo docs quality style clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## create .venv and install the pinned releases
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hf_gnp needs Python 3.10 or newer: make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_gnp needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
 	@touch $@
@@ -22,6 +22,15 @@ $(STAMP): pyproject.toml constraints.txt
 # PATH: DeepSpeed looks there for ninja, to compile its CPU collectives.
 test: $(STAMP) ## run the whole test suite (PYTEST_ARGS="-x tests/test_trainer.py" for a part)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+LOWEST := PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest
+
+test-lowest: ## run the tests of one process and a case of each engine with the lowest releases promised
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt -e ".[deepspeed,sharpness]" bitsandbytes peft \
+		pytest pytest-xdist psutil scikit-learn tensorboard
+	$(LOWEST) --ignore tests/distributed --ignore tests/clients --ignore tests/gpu
+	$(LOWEST) "tests/distributed/test_engines.py::test_three_ranks[ddp zero1 zero2 zero3]"
 
 demo: $(STAMP) ## train a small ViT on digits with wrong labels, with and without the penalty (four minutes)
 	$(BIN)/python examples/demo.py
@@ -39,5 +48,5 @@ style: $(STAMP) ## fix lint and format
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -107,8 +107,6 @@ def test_the_readme_runs(tmp_path):
     [change] = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     new = "\n".join(line[1:] for line in change.splitlines() if not line.startswith("-"))
     blocks = python_blocks("README.md")
-    if sys.version_info < (3, 11):  # TRL needs it
-        blocks = ["\n".join(line for line in block.splitlines() if "hf_gnp.trl" not in line) for block in blocks]
     assert "GNPTrainer(" in new and any("GNPMixin" in block for block in blocks)
     run("\n".join([README_SETTING.format(tests=str(ROOT / "tests")), new, *blocks]), tmp_path)
     assert (tmp_path / "out").is_dir()

@@ -25,16 +25,19 @@ VOCABULARY, LENGTH, LABELS = 61, 12, 3
 def make_model(kind: str, dropout: float = 0.0, loaded_from: Any = None, adapter: bool = True, **kwargs: Any):
     """
     A model with seeded weights, or one that `from_pretrained` loads. The sizes divide by neither 2 nor 3, so that
-    shards come out uneven. "llama" has tied embeddings, "llama-untied" has not, "llama-lora" has an adapter.
+    shards come out uneven. "llama" has tied embeddings, "llama-untied" has not, "llama-lora" and
+    "llama-dora" have an adapter.
     """
     torch.manual_seed(0)
     model_class, config = _model_config(kind, dropout)
     model = model_class(config) if loaded_from is None else model_class.from_pretrained(loaded_from, **kwargs)
-    if kind == "llama-lora" and adapter:
+    if kind in ("llama-lora", "llama-dora") and adapter:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        modules, is_dora = ["q_proj", "v_proj"], kind == "llama-dora"
+        config = LoraConfig(r=2, target_modules=modules, init_lora_weights=False, use_dora=is_dora)
+        model = get_peft_model(model, config)
     return model
 
 

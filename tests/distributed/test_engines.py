@@ -77,6 +77,10 @@ MODELS = {
         "lora": {"kind": "llama-lora"},
     }.items()
 }
+MODELS |= {
+    f"dora-{engine}": {"engine": engine, "kind": "llama-dora", "args": gnp(gradient_accumulation_steps=2)}
+    for engine in ("ddp", "zero2", "zero3")
+}
 LOW_PRECISION = {"learning_rate": 0.1, "num_train_epochs": 2}
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 PRECISION = {
@@ -175,8 +179,10 @@ def test_the_logged_grad_norm_is_that_of_the_combined_gradient(results):
         assert logged == pytest.approx(expected, rel=LOG_TOLERANCE), engine
 
 
-def test_three_ranks(tmp_path):
-    names = [f"{engine}-llama-accumulation1-alpha0.8" for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")]
+# Apart for `make test-lowest`: transformers 5.17 cannot train what it shards unevenly, without the penalty either.
+@pytest.mark.parametrize("engines", ["ddp zero1 zero2 zero3", "fsdp2"])
+def test_three_ranks(tmp_path, engines):
+    names = [f"{engine}-llama-accumulation1-alpha0.8" for engine in engines.split()]
     results = run_cases({name: CASES[name] for name in names}, tmp_path, ranks=3)
     for name in names:
         assert_matches_reference(result_of(results, name), CASES[name], ranks=3)

@@ -129,7 +129,8 @@ class Zero12Engine(_ReplicatedEngine):
     def shards(self) -> list[Shard]:
         shards, numbers = [], number_parameters(self.engine.module)
         for i, (weight, master) in enumerate(self.partitions()):
-            skipped = self.optimizer.first_offset[i]  # of the first parameter: the rank before has its beginning
+            # Of the first parameter: the rank before has its beginning. DeepSpeed 0.19.0 counts in floats.
+            skipped = int(self.optimizer.first_offset[i])
             for parameter, offset, gradient in self._gradients(i):
                 shape, size = gradient.shape, gradient.numel()
                 weight_part, master_part = (flat.narrow(0, offset, size).view(shape) for flat in (weight, master))
@@ -156,7 +157,7 @@ class Zero12Engine(_ReplicatedEngine):
                 offset += fragment.numel()
             check_fragments([fragment for _, fragment in fragments], parameters)
             for parameter, (offset, fragment) in zip(parameters, fragments, strict=False):
-                size = min(fragment.numel(), optimizer.partition_size[group] - offset)
+                size = min(fragment.numel(), int(optimizer.partition_size[group]) - offset)
                 is_whole = size == fragment.numel()
                 yield parameter, offset, fragment if is_whole else fragment.view(-1).narrow(0, 0, size)
 
