@@ -41,10 +41,22 @@ class Unlucky(Net):
 
 
 class Watch(TrainerCallback):
-    """The weights after each step, and how many tensors are alive now and then."""
+    """The weights after each step, how many tensors are alive now and then, and Ctrl-C soon after a step begins."""
 
     def __init__(self):
         self.weights, self.live = {}, []
+        self.rng, self.interrupt_at, self.timer = random.Random(0), None, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.interrupt_at is not None and state.global_step >= self.interrupt_at:
+            self.interrupt_at += 25  # again, if Python drops the exception: it does where it comes in a destructor
+            self.timer = threading.Timer(0.02 * self.rng.random(), os.kill, (os.getpid(), signal.SIGINT))
+            self.timer.start()
+
+    def calm(self):
+        self.interrupt_at = None
+        if self.timer is not None:
+            self.timer.cancel()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.weights[state.global_step] = flat(model)
@@ -110,7 +122,6 @@ def writes_weights(error: BaseException) -> bool:
 @pytest.mark.slow
 def test_a_long_run_with_every_mishap_is_the_reference(tmp_path):
     expected = reference_weights()
-    rng = random.Random(0)
     watch, interrupted = Watch(), 0
     while True:
         model = Unlucky(nn.Tanh)
@@ -135,14 +146,12 @@ def test_a_long_run_with_every_mishap_is_the_reference(tmp_path):
             save_total_limit=2,
         )
         model.trainer = trainer
-        timer = None
-        if interrupted < INTERRUPTIONS:
-            timer = threading.Timer(0.5 + 2 * rng.random(), os.kill, (os.getpid(), signal.SIGINT))
         watch.live.clear()
         checkpoint = newest_checkpoint(tmp_path)
+        if interrupted < INTERRUPTIONS:
+            done = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+            watch.interrupt_at = done + watch.rng.randrange(5, 100)
         try:
-            if timer is not None:
-                timer.start()
             trainer.train(resume_from_checkpoint=checkpoint)
             break
         except KeyboardInterrupt as error:
@@ -151,10 +160,9 @@ def test_a_long_run_with_every_mishap_is_the_reference(tmp_path):
             assert writes_weights(error) or any(torch.equal(flat(model), weights) for weights in expected)
             trainer.save_model(tmp_path / "saved")
         finally:
-            if timer is not None:
-                timer.cancel()
+            watch.calm()
             model.trainer = None
-    assert interrupted >= INTERRUPTIONS // 2  # Python drops the exception where it comes in a destructor
+    assert interrupted == INTERRUPTIONS
     assert sorted(watch.weights) == list(range(1, STEPS + 1))
     different = [step for step, weights in watch.weights.items() if not torch.equal(weights, expected[step])]
     assert different == []
