@@ -54,6 +54,41 @@ def authors_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
     return paper_mix([g / norm(g1) for g in g1], g2, alpha)
 
 
+def add_(parameters: Tensors, moves: Tensors) -> None:
+    with torch.no_grad():
+        for p, move in zip(parameters, moves, strict=True):
+            p += move
+
+
+def gradient_at(
+    model: torch.nn.Module,
+    moves: Tensors,
+    loss_function: Callable[[torch.nn.Module, Any], torch.Tensor],
+    batch: Any,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss and its gradient at θ + e; the weights are θ again, bit for bit."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in parameters]
+    add_(parameters, moves)  # climb
+    loss = loss_function(model, batch)
+    result = gradient(model, loss)
+    with torch.no_grad():
+        for p, origin in zip(parameters, start, strict=True):
+            p.copy_(origin)
+    return loss, result
+
+
+def step_along(
+    optimizer: torch.optim.Optimizer, parameters: Tensors, gradients: Tensors, max_norm: float | None
+) -> None:
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = g.to(p.dtype)
+    if max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def train(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -82,26 +117,13 @@ def train(
             part, share = ascent(group)
             loss = share * loss_function(model, part)
             g1 = gradient(model, loss)
-            start = [p.detach().clone() for p in parameters]
-            with torch.no_grad():
-                for p, d in zip(parameters, direction(start, g1), strict=True):
-                    p += r * d  # climb
-            perturbed_loss = loss_function(model, group)
-            g2 = gradient(model, perturbed_loss)
-            mixed = mix(g1, g2, alpha) if alpha > 0 else g1
-            with torch.no_grad():
-                for p, origin, g, sum_of_g in zip(parameters, start, mixed, total, strict=True):
-                    p.copy_(origin)
-                    sum_of_g += g
+            e = [r * d for d in direction([p.detach() for p in parameters], g1)]
+            perturbed_loss, g2 = gradient_at(model, e, loss_function, group)
+            add_(total, mix(g1, g2, alpha) if alpha > 0 else g1)
             log["loss"] += loss.item()
             log["gnp_grad_norm"] += norm(g1).item()
             log["gnp_perturbed_loss"] += perturbed_loss.item()
-        for p, g in zip(parameters, total, strict=True):
-            p.grad = g
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        step_along(optimizer, parameters, total, max_norm)
         logs.append(log)
     return logs
 
@@ -122,25 +144,16 @@ def train_msam(
     losses, e = [], [torch.zeros_like(p) for p in parameters]
     for batch in batches:
         loss = loss_function(model, batch)
-        for p, g in zip(parameters, gradient(model, loss), strict=True):
-            p.grad = g
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        with torch.no_grad():
-            for p, moved_by in zip(parameters, e, strict=True):
-                p -= moved_by
-        optimizer.step()
+        g = gradient(model, loss)
+        add_(parameters, [-moved_by for moved_by in e])
+        step_along(optimizer, parameters, g, max_norm)
         states = [optimizer.state[p] for p in parameters]
         momentum = [state["exp_avg" if "exp_avg" in state else "momentum_buffer"] for state in states]
         length = norm(momentum)
-        with torch.no_grad():
-            e = [-r * m / length for m in momentum]
-            for p, moved_by in zip(parameters, e, strict=True):
-                p += moved_by
+        e = [-r * m / length for m in momentum]
+        add_(parameters, e)
         losses.append(loss.item())
-    with torch.no_grad():
-        for p, moved_by in zip(parameters, e, strict=True):
-            p -= moved_by
+    add_(parameters, [-moved_by for moved_by in e])
     return losses
 
 
@@ -165,23 +178,12 @@ def train_looksam(
         g1 = gradient(model, loss)
         step_gradient = g1
         if (step + 1) % interval == 0:
-            start = [p.detach().clone() for p in parameters]
-            with torch.no_grad():
-                for p, g in zip(parameters, g1, strict=True):
-                    p += r * g / norm(g1)
-            g2 = gradient(model, loss_function(model, batch))
-            with torch.no_grad():
-                for p, origin in zip(parameters, start, strict=True):
-                    p.copy_(origin)
+            _, g2 = gradient_at(model, [r * g / norm(g1) for g in g1], loss_function, batch)
             cosine = sum((a.double() * b.double()).sum() for a, b in zip(g1, g2, strict=True)) / norm(g1) / norm(g2)
             v = [b - norm(g2) * cosine * a / norm(g1) for a, b in zip(g1, g2, strict=True)]
             step_gradient = paper_mix(g1, g2, alpha)
         elif v is not None:
             step_gradient = [a + alpha * norm(g1) / norm(v) * b for a, b in zip(g1, v, strict=True)]
-        for p, g in zip(parameters, step_gradient, strict=True):
-            p.grad = g.to(p.dtype)
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        optimizer.step()
+        step_along(optimizer, parameters, step_gradient, max_norm)
         losses.append(loss.item())
     return losses

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import parallelism_config, state
-from runs import logs_of, make_args
+from runs import make_args
 from tiny import collate, make_data
 from transformers import (
     LlamaConfig,
@@ -34,7 +34,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.distributed import DistributedConfig
-from worker import FaultyGNPTrainer, full_weights, run_all
+from worker import FaultyGNPTrainer, run_all, trained
 
 from hf_gnp import GNPTrainer
 
@@ -127,18 +127,7 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
         )
     trainer = (Trainer if stock else cls)(model=model, args=args, train_dataset=data, data_collator=collate, **options)
     trainer.seen, trainer.faults = SimpleNamespace(calls={}, differs=[]), faults
-    result: dict[str, Any] = {}
-    try:
-        trainer.train(resume_from_checkpoint=case.get("resume") and str(folder / case["resume"]))
-    except RuntimeError as error:
-        if "injected" not in str(error):
-            raise
-        result |= {"raised": str(error), "start_of_step": trainer.seen.start_of_step}
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = ("loss", "grad_norm", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_fidelity")
-    result["logs"] = logs_of(trainer, *[n for n in names if logged and n in logged[0]])
-    result["weights"], result["differs"] = full_weights(trainer.model), trainer.seen.differs
-    return result
+    return trained(trainer, case, folder) | {"differs": trainer.seen.differs}
 
 
 def main(cases_file: str, output: str) -> None:

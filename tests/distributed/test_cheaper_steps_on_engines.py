@@ -72,13 +72,13 @@ REFUSED = {
         "precision": "bf16",
         "args": {**CHEAPER["momentum_adam"], "max_steps": 2},
     },
-}
-REFUSED["reuse-zero1-fp32-accumulation"] = {
-    "engine": "zero1",
-    "kind": "vit",
-    "precision": "bf16",
-    "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}},
-    "args": {**CHEAPER["reuse"], "max_steps": 2},
+    "reuse-zero1-fp32-accumulation": {
+        "engine": "zero1",
+        "kind": "vit",
+        "precision": "bf16",
+        "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}},
+        "args": {**CHEAPER["reuse"], "max_steps": 2},
+    },
 }
 # bf16 gradients are kept aside, so that nothing after it makes up for a scale of each rank's own.
 LOCAL_TOKENS = {
@@ -139,7 +139,7 @@ def test_other_directions_match_their_formulas(results, name):
 @pytest.mark.parametrize("name", CHEAPER_LOW)
 def test_other_directions_in_low_precision_are_near_their_formulas(results, name):
     start, expected = end_of_reference(CHEAPER_LOW[name])
-    # As above: two passes round a gradient to 8 bits (bf16; 11 in fp16) in ten operations.
+    # Two passes round a gradient to 8 bits (bf16; 11 in fp16) in ten operations, as for scopes.
     assert relative_distance(result_of(results, name)["masters"], expected, start) < 20 * 2.0**-8
 
 

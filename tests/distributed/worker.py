@@ -207,8 +207,8 @@ def loss_scale(trainer: Trainer) -> float | None:
     return trainer.accelerator.scaler.get_scale() if trainer.accelerator.scaler is not None else None
 
 
-def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
-    trainer = make_trainer(case, folder, name)
+def trained(trainer: Trainer, case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train, also to an injected failure, and return the logs and weights that the run leaves."""
     result: dict[str, Any] = {}
     try:
         trainer.train(resume_from_checkpoint=case.get("resume") and str(folder / case["resume"]))
@@ -223,6 +223,12 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     names = ("loss", "grad_norm", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_fidelity")
     result["logs"] = logs_of(trainer, *[n for n in names if logged and n in logged[0]])
     result["weights"] = full_weights(trainer.model)
+    return result
+
+
+def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
+    trainer = make_trainer(case, folder, name)
+    result = trained(trainer, case, folder)
     result["masters"] = full_weights(trainer.model, masters=True)
     result["loss_scale"] = loss_scale(trainer)
     if case.get("compare_ranks"):
