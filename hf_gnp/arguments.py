@@ -26,6 +26,11 @@ EXCLUDE = (
         ("gnp_ascent_fraction", "gnp_scope", "gnp_normalize_gradient"),
         "keeps what g₂ adds to the g₁ of the same examples",
     ),
+    (
+        "gnp_ascent_fraction",
+        ("gnp_scope=micro_batch", "gnp_scope=rank_micro_batch"),
+        "takes the direction from some of a step's micro-batches, and a micro-batch scope from each",
+    ),
     ("gnp_adaptive", ("gnp_precondition",), "is a metric of its own"),
 )
 
@@ -288,10 +293,7 @@ class GNPArguments:
                 "gnp_ascent_fraction is the share of a step's examples that give the direction, above 0 and at most "
                 f"1, but it is {self.gnp_ascent_fraction}."
             )
-        for name in (
-            *("gnp_normalize_gradient", "gnp_adaptive", "gnp_reuse", "gnp_precondition"),
-            "gnp_allow_unchecked",
-        ):
+        for name in (f.name for f in fields(GNPArguments) if f.type is bool):
             setattr(self, name, _boolean(name, getattr(self, name)))
         if self.gnp_stochastic_rounding != "auto":
             self.gnp_stochastic_rounding = _boolean("gnp_stochastic_rounding", self.gnp_stochastic_rounding)
@@ -319,11 +321,6 @@ class GNPArguments:
             raise ValueError(
                 "gnp_direction=momentum has one gradient, that of the moved weights, so gnp_alpha is 1 (or 0, for "
                 f"plain training), but it is {self.gnp_alpha}: leave it out."
-            )
-        if self.gnp_ascent_fraction < 1 and self.gnp_scope.endswith("micro_batch"):
-            raise ValueError(
-                "gnp_ascent_fraction takes the direction from some of a step's micro-batches, and "
-                f"gnp_scope={self.gnp_scope} from each: set one of the two."
             )
         if self.gnp_reuse and self.gnp_interval == 1:
             raise ValueError("gnp_reuse adds to the steps between penalised ones: set gnp_interval to 2 or more.")

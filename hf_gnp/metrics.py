@@ -16,7 +16,6 @@ class StepMetrics:
         self.steps, self.penalised_steps = 0, 0
         self.penalty: Penalty | None = None
         self._is_counted = False
-        self._counted: set[str] = set()  # in the step at hand
         self._sums: dict[str, torch.Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self.fidelity: torch.Tensor | None = None
@@ -25,7 +24,7 @@ class StepMetrics:
         """A step begins, with the penalty that the schedule has for it."""
         self.steps += 1
         self.penalty = penalty
-        self._is_counted, self._counted = False, set()
+        self._is_counted = False
 
     def add(
         self,
@@ -46,8 +45,7 @@ class StepMetrics:
         for name, value in values.items():
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0.0) + value
-                self._counts[name] = self._counts.get(name, 0) + (name not in self._counted)
-                self._counted.add(name)
+                self._counts[name] = self._counts.get(name, 0) + (not self._is_counted)
         self.penalised_steps += not self._is_counted
         self._is_counted = True
 

@@ -50,6 +50,13 @@ def needed(args: Any) -> str | None:
     return "gnp_precondition" if args.gnp_precondition else None
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that steps, inside accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def refuse_optimizer(argument: str, name: str) -> None:
     """
     Raises:
@@ -83,9 +90,7 @@ def check_optimizer(argument: str, cls: type, kwargs: Mapping[str, Any], name: s
 
 def check_optimizer_of(trainer: Any, argument: str) -> None:
     """`check_optimizer` of what a trainer will train with, as far as it is known before it trains."""
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
-        optimizer = optimizer.optimizer
+    optimizer = unwrapped(trainer.optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         cls, group = type(optimizer), optimizer.param_groups[0]
         accepted = inspect.signature(cls).parameters

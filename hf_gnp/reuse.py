@@ -74,20 +74,19 @@ class OrthogonalComponent:
         self._norm = math.sqrt(sq_norm)
 
     @torch.no_grad()
-    def add(self, alpha: float) -> bool:
-        """At a step between: add v to the gradient. Returns whether there was something to add."""
+    def add(self, alpha: float) -> None:
+        """At a step between: add v to the gradient, if there are a v and a gradient."""
         if not self.is_there:
-            return False
+            return
         every = self._engine.shards()
         gradients = [shard.gradient for shard in every]
         (sq_norm,) = self._engine.dots(every, [(gradients, gradients)])
         if not 0 < sq_norm < math.inf:
-            return False
+            return
         shards = [shard for shard in every if shard.place.parameter in self._kept]
         scale = alpha * math.sqrt(sq_norm) / self._norm
         torch._foreach_add_([shard.gradient for shard in shards], self._of(shards), alpha=scale)
         self._engine.gradients_changed()
-        return True
 
     def _of(self, shards: list[Shard]) -> list[torch.Tensor]:
         for shard in shards:  # a checkpoint's are on the CPU

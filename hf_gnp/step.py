@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .direction import Perturbation
-from .engines import Engine, GradientNorms, make_engine
+from .engines import Engine, make_engine
 from .interrupts import DeferredSignals
 from .metrics import StepMetrics
 from .replay.first_pass import is_called_by_training_step, replaced
@@ -222,13 +222,12 @@ class PenalisedSteps:
         norms, ratio = self.engine.gradient_norms(), self._ratio()
         clean_loss = self.window.loss()
         lacking = clean_loss * (ratio - 1) if self.window.deferred else None
-        if not self._wants_second_pass(norms):
-            return lacking
+        # What has had no pass yet gets one, also at weights that do not move: of these alone, that is a plain step.
         is_partial = bool(self.window.deferred) or self._takes_rows
-        if is_partial and not self.engine.has_direction:
-            # Nothing moves, and the second pass is the first one of the step: a plain step.
-            self._second_pass(run_pass, Penalty(penalty.r, 1.0), noise_seed, measure)
-            self.engine.mix(1.0)
+        is_plain = is_partial and not self.engine.has_direction and math.isfinite(norms.gradient + norms.direction)
+        if is_plain:
+            penalty = Penalty(penalty.r, 1.0)
+        elif not self.engine.wants_second_pass():
             return lacking
         if self.reuse is not None:
             self.reuse.keep_first()
@@ -236,6 +235,8 @@ class PenalisedSteps:
         self.engine.mix(penalty.alpha)
         if self.reuse is not None:
             self.reuse.keep_orthogonal()
+        if is_plain:
+            return lacking
         if not self._takes_rows:
             sharpness = (sum(replayed) - clean_loss) * ratio
             self.metrics.add(norms.gradient * ratio, sum(losses), sharpness)
@@ -248,13 +249,6 @@ class PenalisedSteps:
         """Whether g₁ is that of a micro-batch's first rows. The same on all ranks, however many rows each has."""
         # Not in an incomplete window of a run that accumulates, whose inputs may have no rows.
         return self.trainer.args.gradient_accumulation_steps == 1 and self._perturbation.ascent_fraction < 1
-
-    def _wants_second_pass(self, norms: GradientNorms) -> bool:
-        """Else the norm is 0 or not finite, and the step goes on as a plain one."""
-        if self.engine.wants_second_pass():
-            return True
-        # What has had no pass yet gets one, also at weights that do not move.
-        return bool(self.window.deferred or self._takes_rows) and math.isfinite(norms.gradient + norms.direction)
 
     def _ratio(self) -> float:
         """What g₁ of the first passes lacks in size to that of the window: its tokens, or its micro-batches."""

@@ -18,7 +18,7 @@ from .arguments import gnp_arguments_of, take_over
 from .checkpoint import add_to_model_card, load_renamed, remember_values
 from .direction import Perturbation
 from .engines import refuse_unsupported
-from .moments import check_optimizer_of, needed
+from .moments import check_optimizer_of, needed, unwrapped
 from .replay.window import Deferred, MicroBatch
 from .schedule import Schedule
 from .sharpness import measure_sharpness
@@ -314,6 +314,4 @@ class GNPTrainer(GNPMixin, Trainer):
 
 
 def _is_adaptive(optimizer: Any) -> bool:
-    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
-        optimizer = optimizer.optimizer
-    return re.search(ADAPTIVE_OPTIMIZERS, type(optimizer).__name__, re.IGNORECASE) is not None
+    return re.search(ADAPTIVE_OPTIMIZERS, type(unwrapped(optimizer)).__name__, re.IGNORECASE) is not None

@@ -11,11 +11,11 @@ from hf_gnp.direction import Perturbation
 from .base import Engine
 from .native import NativeEngine
 from .private import check_private_names
-from .shards import GradientNorms, HeldShard, Shard
+from .shards import HeldShard, Shard
 from .support import refuse_engine, refuse_unsupported
 
 
-__all__ = ["Engine", "GradientNorms", "HeldShard", "Shard", "make_engine", "refuse_engine", "refuse_unsupported"]
+__all__ = ["Engine", "HeldShard", "Shard", "make_engine", "refuse_engine", "refuse_unsupported"]
 
 
 def make_engine(

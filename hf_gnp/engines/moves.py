@@ -3,7 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,9 @@ from hf_gnp import moments, penalty
 from hf_gnp.direction import Perturbation
 
 from .shards import GradientNorms, HeldShard, OptimizerState, Shard
+
+
+AnyShard = TypeVar("AnyShard", Shard, HeldShard)
 
 
 class Moves(ABC):
@@ -125,12 +129,9 @@ class Moves(ABC):
     def move_against_momentum(self, r: float, noise_seed: int | None, measure: bool) -> torch.Tensor | None:
         """The weights moved to θ - r m/‖m‖ with the optimizer's first moment m; not moved where it has none yet."""
         held = self.hold_weights(moved_only=True)
-        found = [(shard, self._first_moment(shard)) for shard in held if self.perturbation.moves(shard.parameter)]
-        moved, momentum = [], []
-        for shard, moment in found:
-            if moment is not None:
-                moved.append(shard)
-                momentum.append(moment)
+        found = [(shard, self._first_moment(shard)) for shard in self._to_move(held)]
+        moved = [shard for shard, moment in found if moment is not None]
+        momentum = [moment for _, moment in found if moment is not None]
         (sq_norm,) = self.dots(moved, [(momentum, momentum)])
         self._norms = GradientNorms(math.nan, math.sqrt(sq_norm))
         fidelity = None
@@ -177,19 +178,17 @@ class Moves(ABC):
         Global inner products of vectors that are sharded as `shards` are, each given as this rank's parts: one
         all-reduce at most. An element that k ranks hold counts once.
         """
-        totals = [torch.zeros((), device=self.accelerator.device) for _ in pairs]
-        for copies in sorted({shard.copies for shard in shards}):
-            held = [i for i, shard in enumerate(shards) if shard.copies == copies]
-            for number, (one, other) in enumerate(pairs):
-                local = penalty.local_dot([one[i] for i in held], [other[i] for i in held])
-                totals[number] = totals[number] + local.to(totals[number].device) / copies
-        return self.sum_over_ranks(torch.stack(totals)).tolist()
+        sums = [
+            self._each_once(shards, lambda held, one=one, other=other: penalty.local_dot(*_of(held, one, other)))
+            for one, other in pairs
+        ]
+        return self.sum_over_ranks(torch.stack(sums)).tolist()
 
     @staticmethod
     def _has(norm: float) -> bool:
         return 0 < norm < math.inf
 
-    def _to_move(self, shards: Sequence[Shard]) -> list[Shard]:
+    def _to_move(self, shards: Sequence[AnyShard]) -> list[AnyShard]:
         return [shard for shard in shards if self.perturbation.moves(shard.parameter)]
 
     def _rounds_stochastically(self) -> bool:
@@ -197,30 +196,39 @@ class Moves(ABC):
         return rounding is True or (rounding == "auto" and not self.has_master)
 
     def _local_sq_norm_to_move(self, shards: Sequence[Shard]) -> torch.Tensor:
-        """In the metric of the move."""
+        """In the metric of the move, a shard at a time: all products together would be a copy of the gradient."""
         moved = self._to_move(shards)
-        if self.perturbation.adaptive:  # one product at a time: a list of them would be another copy of the gradient
-            return self._weighted(
-                moved, (penalty.local_sq_norm([s.master * s.gradient.to(s.master.device)]) for s in moved)
-            )
-        if self.perturbation.precondition:
-            second = self._second_moments(moved)
-            return self._weighted(moved, (m.sq_norm(s.gradient) for m, s in zip(second, moved, strict=True)))
-        return self._local_sq_norm(moved)
-
-    def _weighted(self, shards: Sequence[Shard], parts: Iterator[torch.Tensor]) -> torch.Tensor:
-        total = torch.zeros((), device=self.accelerator.device)
-        for shard, part in zip(shards, parts, strict=True):
-            total = total + part.to(total.device) / shard.copies
-        return total
+        if self.perturbation.adaptive:
+            sq_norms = (penalty.local_sq_norm([s.master * s.gradient.to(s.master.device)]) for s in moved)
+        elif self.perturbation.precondition:
+            sq_norms = (m.sq_norm(s.gradient) for m, s in zip(self._second_moments(moved), moved, strict=True))
+        else:
+            return self._local_sq_norm(moved)
+        scalars = [sq_norm.to(self.accelerator.device) for sq_norm in sq_norms]
+        return self._each_once(moved, lambda held: torch.stack(*_of(held, scalars)).sum())
 
     def _local_sq_norm(self, shards: Sequence[Shard]) -> torch.Tensor:
-        """Summed over ranks it is the global one: an element that k ranks hold counts 1/k on each."""
+        gradients = [shard.gradient for shard in shards]
+        return self._each_once(shards, lambda held: penalty.local_sq_norm(*_of(held, gradients)))
+
+    def _each_once(
+        self, shards: Sequence[Shard | HeldShard], local_sum: Callable[[list[int]], torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        A sum over elements, of which those that k ranks hold count 1/k on each: over ranks they add up to the global
+        one.
+
+        Args:
+            local_sum: Of the shards with these indices, whose elements are on as many ranks.
+        """
         by_copies = defaultdict(list)
-        for shard in shards:
-            by_copies[shard.copies].append(shard)
+        for i, shard in enumerate(shards):
+            by_copies[shard.copies].append(i)
         total = torch.zeros((), device=self.accelerator.device)
-        for copies, group in by_copies.items():
-            sq_norm = penalty.local_sq_norm([shard.gradient for shard in group]).to(total.device)
-            total = total + sq_norm / copies
+        for copies, held in by_copies.items():
+            total = total + local_sum(held).to(total.device) / copies
         return total
+
+
+def _of(indices: list[int], *lists: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    return [[tensors[i] for i in indices] for tensors in lists]

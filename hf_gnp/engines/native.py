@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
+from hf_gnp.moments import unwrapped
 from hf_gnp.rounding import Place
 
 from .base import Engine
@@ -65,6 +66,7 @@ class NativeEngine(Engine):
         self.is_sharded = any(isinstance(p, DTensor) for p in self.parameters)
         in_model = {id(p) for p in self.model.parameters()}
         groups = [] if self._optimizer is None else self._optimizer.param_groups
+        self._group_of = {id(p): group for group in groups for p in group["params"]}
         in_optimizer = [p for group in groups for p in group["params"] if p.requires_grad]
         self._outside = [p for p in in_optimizer if id(p) not in in_model]
 
@@ -109,12 +111,11 @@ class NativeEngine(Engine):
         values = self._optimizer.state.get(parameter)
         if not values:
             return None
-        groups = self._optimizer.param_groups
-        group = next(group for group in groups if any(p is parameter for p in group["params"]))
-        return OptimizerState(values, group, parameter.shape, functools.partial(_as_sharded, parameter))
+        part = functools.partial(_as_sharded, parameter)
+        return OptimizerState(values, self._group_of[id(parameter)], parameter.shape, part)
 
     def optimizer_name(self) -> str:
-        return type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__
+        return type(unwrapped(self._optimizer)).__name__
 
     def layout(self) -> tuple[str, int | None]:
         if not self.is_sharded:

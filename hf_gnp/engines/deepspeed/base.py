@@ -174,11 +174,10 @@ def _common_group(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     ZeRO-3 takes the partitions out of their groups between steps, so a partition's group is not known: what a metric
     is made of has to be the same in all.
     """
-    first, *others = optimizer.param_groups
-    for name, value_of in (("betas[1]", lambda group: group["betas"][1]), ("eps", lambda group: group["eps"])):
-        if any("betas" in group and value_of(group) != value_of(first) for group in others):
-            raise ValueError(
-                f"gnp_precondition under DeepSpeed: the optimizer's parameter groups differ in {name}. Give all "
-                "groups the same, or leave out gnp_precondition."
-            )
-    return first
+    groups = optimizer.param_groups
+    if len({(group["betas"][1], group["eps"]) for group in groups if "betas" in group}) > 1:
+        raise ValueError(
+            "gnp_precondition under DeepSpeed: the optimizer's parameter groups differ in β₂ or ε. Give all groups "
+            "the same, or leave out gnp_precondition."
+        )
+    return groups[0]
