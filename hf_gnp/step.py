@@ -235,7 +235,7 @@ class PenalisedSteps:
         self.engine.mix(penalty.alpha)
         if self.reuse is not None:
             self.reuse.keep_orthogonal()
-        if is_plain:
+        if is_plain and not self._perturbation.is_per_rank:  # else other ranks have something to log together
             return lacking
         if not self._takes_rows:
             sharpness = (sum(replayed) - clean_loss) * ratio

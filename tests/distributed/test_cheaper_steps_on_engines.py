@@ -91,7 +91,16 @@ LOCAL_TOKENS = {
         "args": {**CHEAPER["fraction"], "average_tokens_across_devices": False, "max_steps": 3, **ACCUMULATION},
     }
 }
-CASES = ON_ENGINES | CHEAPER_LOW | COUNTED_ON_ENGINES | REFUSED | LOCAL_TOKENS
+# The first part of one rank gives no direction, in the second step.
+NO_DIRECTION = {
+    "fraction_of_rank-no-direction": {
+        "engine": "ddp",
+        "kind": "vit",
+        "faults": {"1.1@0": "0.0"},
+        "args": {**CHEAPER["fraction"], "gnp_scope": "rank", "max_steps": 3, **ACCUMULATION},
+    }
+}
+CASES = ON_ENGINES | CHEAPER_LOW | COUNTED_ON_ENGINES | REFUSED | LOCAL_TOKENS | NO_DIRECTION
 
 
 @pytest.fixture(scope="session")
@@ -199,3 +208,8 @@ def test_refused_where_moments_cannot_be_found(results):
 
 def test_ranks_stay_together_where_each_counts_its_own_labels(results):
     assert result_of(results, "fraction-local-tokens")["ranks_agree"]
+
+
+def test_ranks_log_together_when_one_has_no_direction(results):
+    logs = result_of(results, "fraction_of_rank-no-direction")["logs"]
+    assert len(logs["gnp_grad_norm"]) == 3 and all(norm > 0 for norm in logs["gnp_grad_norm"])
