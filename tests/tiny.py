@@ -1,4 +1,4 @@
-"""Tiny models and data that every test shares: a ViT, a BERT, and a Llama with ragged labels."""
+"""Tiny models and data that every test shares: a ViT, a BERT, and decoders with ragged labels."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,8 +9,11 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -26,12 +29,14 @@ def make_model(kind: str, dropout: float = 0.0, loaded_from: Any = None, adapter
     """
     A model with seeded weights, or one that `from_pretrained` loads. The sizes divide by neither 2 nor 3, so that
     shards come out uneven. "llama" has tied embeddings, "llama-untied" has not, "llama-lora" and
-    "llama-dora" have an adapter.
+    "llama-dora" have an adapter, "llama-qlora" has one on layers of 4 bit. "mixtral" has five experts.
     """
     torch.manual_seed(0)
     model_class, config = _model_config(kind, dropout)
     model = model_class(config) if loaded_from is None else model_class.from_pretrained(loaded_from, **kwargs)
-    if kind in ("llama-lora", "llama-dora") and adapter:
+    if kind == "llama-qlora":
+        model = _in_4_bit(model)
+    if kind in ("llama-lora", "llama-dora", "llama-qlora") and adapter:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(1)
@@ -52,7 +57,19 @@ def _model_config(kind: str, dropout: float) -> tuple[type[PreTrainedModel], Pre
         return BertForSequenceClassification, BertConfig(**sizes, **small, **dropouts)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 36, "intermediate_size": 35, "num_key_value_heads": 3}
     tied = {"attention_dropout": dropout, "tie_word_embeddings": kind == "llama"}
+    if kind == "mixtral":
+        sizes |= {"intermediate_size": 36, "num_local_experts": 5}  # torch multiplies experts of rows of 16 bytes
+        return MixtralForCausalLM, MixtralConfig(**sizes, **small, **tied, num_experts_per_tok=2)
     return LlamaForCausalLM, LlamaConfig(**sizes, **small, **tied)
+
+
+def _in_4_bit(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as `from_pretrained` quantises it: all linear layers but the head."""
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    state_dict = model.state_dict()
+    return type(model).from_pretrained(
+        None, config=model.config, state_dict=state_dict, quantization_config=quantisation
+    )
 
 
 class Net(nn.Module):

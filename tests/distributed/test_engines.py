@@ -24,6 +24,7 @@ EQUIVALENT = {
     for accumulation in ((1, 2) if engine != "ddp" else (1, 2, 4))
     for alpha in (0.8, 1.0)
 }
+NOTHING_PERSISTENT = {"stage3_param_persistence_threshold": 0}
 ZERO_SETTINGS = {
     "zero1-overlap": ("zero1", {"overlap_comm": True}),
     "zero1-not-contiguous": ("zero1", {"contiguous_gradients": False}),
@@ -37,7 +38,7 @@ ZERO_SETTINGS = {
     "zero3-small-buckets": ("zero3", {"reduce_bucket_size": 500}),
     "zero3-sub-groups": ("zero3", {"sub_group_size": 1000}),
     "zero3-offload-sub-groups": ("zero3-offload", {"sub_group_size": 1000}),
-    "zero3-nothing-persistent": ("zero3", {"stage3_param_persistence_threshold": 0}),
+    "zero3-nothing-persistent": ("zero3", NOTHING_PERSISTENT),
     "zero3-all-persistent": ("zero3", {"stage3_param_persistence_threshold": 10**9}),
     "zero2-plain-collectives": (
         "zero2",
@@ -55,7 +56,7 @@ ZERO_SETTINGS = {
     ),
     "zero3-leaf-modules": (
         "zero3",
-        {"leaf_module": {"classes": ["ViTLayer"]}, "stage3_param_persistence_threshold": 0, "overlap_comm": True},
+        NOTHING_PERSISTENT | {"leaf_module": {"classes": ["ViTLayer"]}, "overlap_comm": True},
     ),
 }
 SETTINGS = {
@@ -80,6 +81,24 @@ MODELS = {
 MODELS |= {
     f"dora-{engine}": {"engine": engine, "kind": "llama-dora", "args": gnp(gradient_accumulation_steps=2)}
     for engine in ("ddp", "zero2", "zero3")
+}
+MODELS |= {
+    f"qlora-{engine}": {
+        "engine": engine,
+        "kind": "llama-qlora",
+        "zero": NOTHING_PERSISTENT if "zero3" in engine else {},
+        "args": gnp(gradient_accumulation_steps=2),
+    }
+    for engine in ("ddp", "zero2", "zero3", "zero3-offload")
+}
+# The experts that a rank uses differ from pass to pass: DeepSpeed asks for leaf modules, which it gathers as one.
+MODELS |= {
+    f"moe-{name}": {"kind": "mixtral", "args": gnp(gradient_accumulation_steps=2), **case}
+    for name, case in {
+        "ddp": {"engine": "ddp"},
+        "zero3": {"engine": "zero3"},
+        "zero3-leaf": {"engine": "zero3", "leaf": "MixtralSparseMoeBlock", "zero": NOTHING_PERSISTENT},
+    }.items()
 }
 LOW_PRECISION = {"learning_rate": 0.1, "num_train_epochs": 2}
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}

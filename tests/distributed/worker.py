@@ -183,6 +183,10 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
             parameter.requires_grad_(case["frozen"] not in parameter_name)
     if case.get("unused"):
         model.unused = torch.nn.Parameter(torch.ones(7))
+    if "leaf" in case:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [case["leaf"]])
     classes = (FaultyTrainer, FaultyGNPTrainer) if "faults" in case else (Trainer, GNPTrainer)
     cls = LoggingTrainer if case.get("logs_in_loss") else HookedTrainer if "comm_hook" in case else classes[not stock]
     data = make_data(case["kind"], case.get("size", 48))
