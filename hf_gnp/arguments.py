@@ -207,9 +207,10 @@ class GNPArguments:
         default=False, metadata={"help": "Run with DeepSpeed options that the penalty was not checked with."}
     )
 
-    def __post_init__(self):
-        if hasattr(super(), "__post_init__"):
-            super().__post_init__()
+    def __post_init__(self) -> None:
+        post_init = getattr(super(), "__post_init__", None)
+        if post_init is not None:
+            post_init()
         self.check_gnp_values()
 
     def check_gnp_values(self) -> None:
@@ -293,10 +294,11 @@ class GNPArguments:
                 "gnp_ascent_fraction is the share of a step's examples that give the direction, above 0 and at most "
                 f"1, but it is {self.gnp_ascent_fraction}."
             )
-        for name in (f.name for f in fields(GNPArguments) if f.type is bool):
+        names = [f.name for f in fields(GNPArguments) if f.type is bool]
+        if self.gnp_stochastic_rounding != "auto":  # a string for argparse, which has no bool that may be a word too
+            names.append("gnp_stochastic_rounding")
+        for name in names:
             setattr(self, name, _boolean(name, getattr(self, name)))
-        if self.gnp_stochastic_rounding != "auto":
-            self.gnp_stochastic_rounding = _boolean("gnp_stochastic_rounding", self.gnp_stochastic_rounding)
         if self.gnp_target_modules is not None and not self.gnp_target_modules:
             raise ValueError("gnp_target_modules is empty: leave it out to move all parameters.")
 
@@ -366,7 +368,7 @@ def gnp_arguments_of(args: TrainingArguments) -> GNPArguments:
     return args if isinstance(args, GNPArguments) else GNPArguments()
 
 
-def take_over(gnp_args: GNPArguments, args: TrainingArguments | dict[str, Any]) -> None:
+def take_over(gnp_args: GNPArguments, args: TrainingArguments | GNPArguments | dict[str, Any]) -> None:
     """Take the gnp values that were set on plain `TrainingArguments`, or that a trial has, and check them all."""
     if args is not gnp_args:
         values = args if isinstance(args, dict) else vars(args)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def refuse_optimizer(argument: str, name: str) -> None:
+def refuse_optimizer(argument: str, name: str) -> NoReturn:
     """
     Raises:
         ValueError: that the optimizer called `name` has not what `argument` needs.

@@ -24,6 +24,9 @@ from hf_gnp.rounding import Place, round_stochastically, uniform_noise
 # At most so many elements of a list are moved together, where moving them takes memory.
 PART = 2**22
 
+# What torch._foreach_* take.
+Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
+
 Item = TypeVar("Item")
 
 
@@ -50,7 +53,8 @@ def local_sq_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def in_groups(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
     """The items in order, as many together as have at most `limit` in all; a larger one by itself."""
-    group, size = [], 0
+    group: list[Item] = []
+    size = 0
     for item in items:
         if group and size + size_of(item) > limit:
             yield group
@@ -80,9 +84,9 @@ class _Part(NamedTuple):
 
 
 def move_(
-    weights: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    masters: Sequence[torch.Tensor],
+    weights: Tensors,
+    gradients: Tensors,
+    masters: Tensors,
     scale: float,
     adaptive: bool = False,
     noise_seed: int | None = None,
@@ -114,15 +118,15 @@ def move_(
         return None
     if places is None:
         places = [Place.whole(i, weight.shape) for i, weight in enumerate(weights)]
-    sums = torch.zeros(2, device=weights[0].device if weights else "cpu") if measure else None
-    moments = second_moments or [None] * len(weights)
+    sums = torch.zeros(2, device=weights[0].device if weights else "cpu")
+    moments: Sequence[SecondMoment | None] = second_moments or [None] * len(weights)
     tensors = [_Part(*parts) for parts in zip(weights, gradients, masters, places, moments, strict=True)]
     # A group at a time: of all, the moved tensors would be a second copy of the masters.
     for parts in in_groups((part for tensor in tensors for part in _by_rows(tensor)), _numel, PART):
         measured = _move_parts(parts, scale, adaptive, noise_seed, measure)
-        if measure:
+        if measured is not None:
             sums = sums + measured.to(sums.device)
-    return sums
+    return sums if measure else None
 
 
 def _numel(part: _Part) -> int:
@@ -147,26 +151,27 @@ def _move_parts(
     parts: Sequence[_Part], scale: float, adaptive: bool, noise_seed: int | None, measure: bool
 ) -> torch.Tensor | None:
     """`move_`, for tensors of which a few copies fit."""
-    weights, gradients, masters, places, second_moments = zip(*parts, strict=True)
-    starts = [master.to(torch.promote_types(master.dtype, torch.float32)) for master in masters]
-    directions = [g.to(start.device, start.dtype) for g, start in zip(gradients, starts, strict=True)]
+    weights = [part.weight for part in parts]
+    starts = [p.master.to(torch.promote_types(p.master.dtype, torch.float32)) for p in parts]
+    directions = [p.gradient.to(start.device, start.dtype) for p, start in zip(parts, starts, strict=True)]
     if adaptive:
-        directions = torch._foreach_mul(torch._foreach_mul(starts, starts), directions)
-    elif second_moments[0] is not None:
-        metrics = [moment.inverse_metric() for moment in second_moments]
+        directions = list(torch._foreach_mul(torch._foreach_mul(starts, starts), directions))
+    elif metrics := [p.second_moment.inverse_metric() for p in parts if p.second_moment is not None]:
         directions = [d * m.to(d.device, d.dtype) for d, m in zip(directions, metrics, strict=True)]
     moved = list(torch._foreach_add(starts, directions, alpha=scale))
-    for i, (weight, place) in enumerate(zip(weights, places, strict=True)):
+    for i, (weight, part) in enumerate(zip(weights, parts, strict=True)):
         if noise_seed is not None and weight.dtype.itemsize == 2:
-            noise = uniform_noise(place, noise_seed, weight.device)
+            noise = uniform_noise(part.place, noise_seed, weight.device)
             moved[i] = round_stochastically(moved[i].to(weight.device), weight.dtype, noise)
     if not measure:
         copy_(weights, moved)
         return None
     before = [weight.clone() for weight in weights]
     copy_(weights, moved)
-    triples = zip(weights, before, directions, strict=True)
-    return sum(_fidelity_sums(*triple, scale).to(weights[0].device) for triple in triples)
+    sums = torch.zeros(2, device=weights[0].device)
+    for triple in zip(weights, before, directions, strict=True):
+        sums = sums + _fidelity_sums(*triple, scale).to(sums.device)
+    return sums
 
 
 def _fidelity_sums(weight: torch.Tensor, before: torch.Tensor, direction: torch.Tensor, scale: float) -> torch.Tensor:
@@ -175,25 +180,25 @@ def _fidelity_sums(weight: torch.Tensor, before: torch.Tensor, direction: torch.
     return torch.stack([torch.dot(change, e), torch.dot(e, e)])
 
 
-def scale_(tensors: Sequence[torch.Tensor], scale: float) -> None:
+def scale_(tensors: Tensors, scale: float) -> None:
     """`tensors *= scale`, in place."""
     if tensors:
         torch._foreach_mul_(tensors, scale)
 
 
-def copy_(tensors: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+def copy_(tensors: Tensors, sources: Tensors) -> None:
     """`tensors = sources`, bit for bit and into the same storage, which shards and views share."""
     if tensors:
         torch._foreach_copy_(tensors, sources)
 
 
-def add_(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+def add_(tensors: Tensors, others: Tensors) -> None:
     """`tensors += others`, in place."""
     if tensors:
         torch._foreach_add_(tensors, others)
 
 
-def lerp_(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor], weight: float) -> None:
+def lerp_(tensors: Tensors, others: Tensors, weight: float) -> None:
     """`tensors = (1 - weight) * tensors + weight * others`, in place, rounded once."""
     if tensors:
         torch._foreach_lerp_(tensors, others, weight)

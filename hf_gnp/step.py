@@ -1,8 +1,9 @@
 """One penalised step, out of engine, window, schedule and mix. It knows of the trainer what a window records."""
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -111,7 +112,9 @@ class PenalisedSteps:
         if not self.window.deferred:
             self.window.micro_batches[-1].loss = loss
 
-    def _compute_loss(self, original: Callable, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _compute_loss(
+        self, original: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if not is_called_by_training_step():
             return original(model, inputs, *args, **kwargs)
         items, steps = kwargs.get("num_items_in_batch"), self.trainer.current_gradient_accumulation_steps
@@ -136,7 +139,7 @@ class PenalisedSteps:
         """The labels in some micro-batches, as `Trainer` counts those of a window: over all ranks. A collective."""
         return self.trainer._get_num_items_in_batch(batches, self.trainer.args.device)
 
-    def _backward(self, original: Callable, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         if is_called_by_training_step():
             if self.window.deferred:
                 return  # of a loss that is yet to be computed
@@ -196,6 +199,7 @@ class PenalisedSteps:
             pass; else None.
         """
         engine, lacking = self.engine, None
+        assert self.step is not None  # since `begin_micro_batch`
         self._hooks.close()
         with DeferredSignals():
             if not self.window.micro_batches:
@@ -218,7 +222,7 @@ class PenalisedSteps:
             _, losses = self._second_pass(run_pass, penalty, noise_seed, measure)
             if self.engine.has_direction:
                 self.metrics.add()
-            return sum(losses)
+            return _total(losses)
         norms, ratio = self.engine.gradient_norms(), self._ratio()
         clean_loss = self.window.loss()
         lacking = clean_loss * (ratio - 1) if self.window.deferred else None
@@ -238,10 +242,10 @@ class PenalisedSteps:
         if is_plain and not self._perturbation.is_per_rank:  # else other ranks have something to log together
             return lacking
         if not self._takes_rows:
-            sharpness = (sum(replayed) - clean_loss) * ratio
-            self.metrics.add(norms.gradient * ratio, sum(losses), sharpness)
+            sharpness = (_total(replayed) - clean_loss) * ratio
+            self.metrics.add(norms.gradient * ratio, _total(losses), sharpness)
         else:
-            self.metrics.add(norms.gradient, sum(losses))
+            self.metrics.add(norms.gradient, _total(losses))
         return lacking
 
     @property
@@ -255,16 +259,17 @@ class PenalisedSteps:
         first, deferred = self.window.micro_batches, self.window.deferred
         if not deferred:
             return 1.0
+        micro_batches: list[MicroBatch | Deferred] = [*first, *deferred]
         items = deferred[0].num_items_in_batch
         args, is_scaled = self.trainer.args, getattr(self.trainer, "loss_is_scaled_for_ga", None)
         # Of labels only where the loss is a mean over those of all ranks and of this window alone.
         is_global = args.average_tokens_across_devices or args.world_size == 1
-        is_one_window = all(micro_batch.num_items_in_batch is items for micro_batch in (*first, *deferred))
+        is_one_window = all(micro_batch.num_items_in_batch is items for micro_batch in micro_batches)
         first_items = None
         if items is not None and is_scaled is not False and is_global and is_one_window:
             first_items = self._items_in([micro_batch.inputs for micro_batch in first])
         if first_items is None:
-            return (len(first) + len(deferred)) / len(first)
+            return len(micro_batches) / len(first)
         counts = [float(torch.as_tensor(count).flatten()[0]) for count in (items, first_items)]
         return counts[0] / counts[1] if counts[1] > 0 else 1.0
 
@@ -279,9 +284,10 @@ class PenalisedSteps:
             The losses of those that ran before, and of all.
         """
         engine, window = self.engine, self.window
-        again, first = window.replayed(), tuple(window.deferred)
+        again: Iterable[MicroBatch] = window.replayed()
+        first: Sequence[MicroBatch | Deferred] = tuple(window.deferred)
         if self._takes_rows:
-            again, first = iter(()), tuple(window.micro_batches)
+            again, first = (), tuple(window.micro_batches)
         passes = len(first) if self._takes_rows else len(window)
         replayed: list[torch.Tensor] = []
         losses: list[torch.Tensor] = []
@@ -321,7 +327,7 @@ class PenalisedSteps:
         self._foreign, self._marks, self._inputs = [], None, None
 
 
-def replayed_step(trainer: Any, logs: bool = False) -> contextlib.AbstractContextManager:
+def replayed_step(trainer: Any, logs: bool = False) -> contextlib.AbstractContextManager[None]:
     """
     Around `Trainer.training_step` in a second pass: inputs are prepared already.
 
@@ -330,6 +336,11 @@ def replayed_step(trainer: Any, logs: bool = False) -> contextlib.AbstractContex
     """
     silenced = {} if logs else {"log": not_logged}
     return replaced(trainer, _prepare_inputs=lambda original, inputs: inputs, **silenced)
+
+
+def _total(losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of at least one, in their order and dtype."""
+    return functools.reduce(torch.add, losses)
 
 
 def never_reached(trainer: Any) -> str:

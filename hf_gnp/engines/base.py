@@ -43,7 +43,7 @@ class Engine(Moves):
         """Whether weights on this rank are not θ."""
 
     @abstractmethod
-    def first_pass(self, is_last: bool = False) -> AbstractContextManager:
+    def first_pass(self, is_last: bool = False) -> AbstractContextManager[None]:
         """
         Around `Trainer.training_step`: nothing steps in it, also where the engine's backward would.
 
@@ -56,7 +56,7 @@ class Engine(Moves):
         """How gradients are sharded, in words, and this rank's number; None where each rank has the whole gradient."""
 
     @abstractmethod
-    def micro_batch(self, is_last: bool) -> AbstractContextManager:
+    def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
         """Around a replayed `Trainer.training_step`: gradients are reduced over ranks as in the first pass."""
 
     @abstractmethod
@@ -158,6 +158,6 @@ class Engine(Moves):
         """Whether a forward does, whatever the weights' dtype."""
         return self.accelerator.mixed_precision != "no"
 
-    def probed(self) -> AbstractContextManager:
+    def probed(self) -> AbstractContextManager[None]:
         """Around a forward without backward."""
         return torch.no_grad()

@@ -178,11 +178,13 @@ class Moves(ABC):
         Global inner products of vectors that are sharded as `shards` are, each given as this rank's parts: one
         all-reduce at most. An element that k ranks hold counts once.
         """
-        sums = [
-            self._each_once(shards, lambda held, one=one, other=other: penalty.local_dot(*_of(held, one, other)))
-            for one, other in pairs
-        ]
+        sums = [self._local_dot(shards, *pair) for pair in pairs]
         return self.sum_over_ranks(torch.stack(sums)).tolist()
+
+    def _local_dot(
+        self, shards: Sequence[Shard | HeldShard], one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        return self._each_once(shards, lambda held: penalty.local_dot(*_of(held, one, other)))
 
     @staticmethod
     def _has(norm: float) -> bool:
@@ -205,7 +207,7 @@ class Moves(ABC):
         else:
             return self._local_sq_norm(moved)
         scalars = [sq_norm.to(self.accelerator.device) for sq_norm in sq_norms]
-        return self._each_once(moved, lambda held: torch.stack(*_of(held, scalars)).sum())
+        return self._each_once(moved, lambda held: torch.stack([scalars[i] for i in held]).sum())
 
     def _local_sq_norm(self, shards: Sequence[Shard]) -> torch.Tensor:
         gradients = [shard.gradient for shard in shards]

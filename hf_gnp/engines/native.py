@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class NativeEngine(Engine):
             weight = _local(parameter)
             copies = _copies(parameter) if self.is_sharded else 1
             place = self._place(numbers[id(parameter)], parameter)
-            shards.append(Shard(parameter, weight, _local(parameter.grad), weight, place, copies))
+            shards.append(Shard(parameter, weight, _local_gradient(parameter), weight, place, copies))
         return shards
 
     def _place(self, number: int, parameter: nn.Parameter) -> Place:
@@ -101,7 +102,7 @@ class NativeEngine(Engine):
     def is_perturbed(self) -> bool:
         return bool(self._moved)
 
-    def first_pass(self, is_last: bool = False):
+    def first_pass(self, is_last: bool = False) -> AbstractContextManager[None]:
         if self.perturbation.is_per_rank:
             return self.accelerator.no_sync(self.model)
         return self._sync() if is_last or self.perturbation.is_per_micro_batch else contextlib.nullcontext()
@@ -158,10 +159,10 @@ class NativeEngine(Engine):
             self.discard_gradient()
         elif self._keeps_aside(shards):
             if scale != 1:
-                penalty.scale_([_local(p.grad) for p in self._with_any_gradient()], scale)
+                penalty.scale_([_local_gradient(p) for p in self._with_any_gradient()], scale)
             self._first_gradients = self.take_gradient()
         else:
-            penalty.scale_([_local(p.grad) for p in self._with_any_gradient()], scale * (1 - alpha) / alpha)
+            penalty.scale_([_local_gradient(p) for p in self._with_any_gradient()], scale * (1 - alpha) / alpha)
 
     def _keeps_aside(self, shards: list[Shard]) -> bool:
         is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
@@ -194,13 +195,13 @@ class NativeEngine(Engine):
         if alpha == 1:
             return
         if not self._first_gradients:
-            penalty.scale_([_local(p.grad) for p in self._with_any_gradient()], alpha)
+            penalty.scale_([_local_gradient(p) for p in self._with_any_gradient()], alpha)
             return
         first = {id(p): g for p, g in self._first_gradients}
         both = [p for p in self._with_any_gradient() if id(p) in first]
         second_only = [p for p in self._with_any_gradient() if id(p) not in first]
-        penalty.lerp_([_local(p.grad) for p in both], [_local(first[id(p)]) for p in both], 1 - alpha)
-        penalty.scale_([_local(p.grad) for p in second_only], alpha)
+        penalty.lerp_([_local_gradient(p) for p in both], [_local(first[id(p)]) for p in both], 1 - alpha)
+        penalty.scale_([_local_gradient(p) for p in second_only], alpha)
         for parameter, gradient in self._first_gradients:
             if parameter.grad is None:
                 parameter.grad = gradient.mul_(1 - alpha)
@@ -214,7 +215,7 @@ class NativeEngine(Engine):
     def take_gradient(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
         # A view into a bucket of DDP is written over by the next backward.
         is_view = getattr(self.model, "gradient_as_bucket_view", False)
-        taken = [(p, p.grad.clone() if is_view else p.grad) for p in self._with_any_gradient()]
+        taken = [(p, _gradient(p).clone() if is_view else _gradient(p)) for p in self._with_any_gradient()]
         for parameter, _ in taken:
             parameter.grad = None
         return taken
@@ -254,7 +255,7 @@ class NativeEngine(Engine):
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for gradients in _buckets([p.grad for p in parameters]):
+        for gradients in _buckets([_gradient(p) for p in parameters]):
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
@@ -269,7 +270,7 @@ class NativeEngine(Engine):
 
     def _with_gradient(self) -> list[nn.Parameter]:
         with_gradient = [p for p in self.parameters if p.grad is not None]
-        if any(p.grad.is_sparse for p in with_gradient):
+        if any(_gradient(p).is_sparse for p in with_gradient):
             raise NotImplementedError(
                 "The gradient-norm penalty needs dense gradients: build the embedding with sparse=False."
             )
@@ -309,7 +310,7 @@ class NativeEngine(Engine):
         finally:
             ddp.require_backward_grad_sync = before
 
-    def _no_sync(self):
+    def _no_sync(self) -> AbstractContextManager[None]:
         if self._fsdp_modules and not self.accelerator.is_fsdp2:
             return _defer_reduction(self.model)
         return self.accelerator.no_sync(self.model)
@@ -324,7 +325,7 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 def without_compile(model: nn.Module) -> nn.Module:
     """What accelerate compiled, which it does last: DDP itself where there is one."""
-    return model._orig_mod if is_compiled_module(model) else model
+    return model.get_submodule("_orig_mod") if is_compiled_module(model) else model
 
 
 def has_communication_hook(model: nn.Module) -> bool:
@@ -346,6 +347,16 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """The gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _local_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    return _local(_gradient(parameter))
+
+
 def _copies(parameter: nn.Parameter) -> int:
     """The number of ranks that hold each element of the parameter: all, divided by what it is sharded over."""
     copies = dist.get_world_size()
@@ -358,7 +369,7 @@ def _copies(parameter: nn.Parameter) -> int:
 
 def _as_sharded(parameter: nn.Parameter, moment: torch.Tensor) -> torch.Tensor:
     """This rank's part of a moment: it may be sharded as its gradient was, and not as its parameter."""
-    if isinstance(moment, DTensor) and moment.placements != parameter.placements:
+    if isinstance(moment, DTensor) and isinstance(parameter, DTensor) and moment.placements != parameter.placements:
         moment = moment.redistribute(parameter.device_mesh, parameter.placements)
     return _local(moment)
 
@@ -369,16 +380,23 @@ def _shard_gradient_as_weight(parameter: nn.Parameter) -> None:
     is whole on each rank, and the weight is sharded. From whole to sharded nothing is communicated.
     """
     gradient = parameter.grad
-    if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+    if (
+        isinstance(gradient, DTensor)
+        and isinstance(parameter, DTensor)
+        and gradient.placements != parameter.placements
+    ):
         parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
 
 
 def _local_axes(parameter: DTensor) -> tuple[torch.Tensor, ...]:
     """The axes of `Place` for this rank's part: those of the whole, each sharded as the parameter's dimension is."""
     mesh, ndim, axes = parameter.device_mesh, parameter.ndim, []
-    sharded = [None if p.is_replicate() else p.dim % ndim for p in parameter.placements]
+    # Any: of torch's placements, only those that shard have a `dim`.
+    placements: Sequence[Any] = parameter.placements
+    sharded = [None if p.is_replicate() else p.dim % ndim for p in placements]
     for dim, axis in enumerate(Place.whole(0, parameter.shape).axes):
-        along = [p if d == dim else Replicate() for p, d in zip(parameter.placements, sharded, strict=True)]
+        along = [p if d == dim else Replicate() for p, d in zip(placements, sharded, strict=True)]
+        assert isinstance(axis, range)  # as those of a whole parameter are
         indices = torch.arange(axis.start, axis.stop, axis.step).view([-1 if d == dim else 1 for d in range(ndim)])
         # Without a source rank each rank takes its own part, and nothing is communicated.
         axes.append(distribute_tensor(indices, mesh, along, src_data_rank=None).to_local())
@@ -386,7 +404,7 @@ def _local_axes(parameter: DTensor) -> tuple[torch.Tensor, ...]:
 
 
 @contextlib.contextmanager
-def _defer_reduction(model: nn.Module) -> Iterator[None]:
+def _defer_reduction(model: Any) -> Iterator[None]:
     """`no_sync` for a model that transformers sharded at load time; HSDP defers only the sum over replicas."""
     replicated = model.config.distributed_config.dp_replicate_size > 1
     defer = model.set_requires_all_reduce if replicated else model.set_requires_gradient_sync

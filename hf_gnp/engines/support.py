@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
-from transformers.utils import is_sagemaker_mp_enabled
+from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 from hf_gnp.direction import Perturbation
 
@@ -63,7 +63,7 @@ def refuse_engine(accelerator: Accelerator, model: nn.Module, sentence: str, all
 
 def _refuse_optimizer(args: TrainingArguments, optimizer: Any) -> None:
     cls = optimizer if isinstance(optimizer, type) else type(optimizer)
-    name = cls.__name__ if optimizer is not None else args.optim.value
+    name = cls.__name__ if optimizer is not None else OptimizerNames(args.optim).value
     if cls.__name__ in _STEPS_INSIDE_BACKWARD_CLASSES or (optimizer is None and args.optim in _STEPS_INSIDE_BACKWARD):
         raise ValueError(
             f"optim={name} updates the weights inside backward, so there is no gradient to mix with that of the "
@@ -115,7 +115,7 @@ def _refuse_perturbation(accelerator: Accelerator, perturbation: Perturbation, m
         perturbation.check_rounding(model)
 
 
-def _unsupported_model(model: nn.Module) -> str | None:
+def _unsupported_model(model: Any) -> str | None:  # transformers' own, or in a wrapper that hands its attributes on
     if not getattr(model, "is_distributed_loading_by_transformers", False):
         return None
     embeddings = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]

@@ -9,6 +9,7 @@ import contextlib
 import functools
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed.comm as ds_comm
@@ -45,14 +46,12 @@ def _backward_only(accelerator: Accelerator, always_reduces: bool = False) -> It
         accelerator.deepspeed_engine_wrapped = wrapped
 
 
-class DeepSpeedSteps:
+class DeepSpeedSteps(Engine):
     """What all stages share: backward and step are two calls, and DeepSpeed itself knows when to reduce."""
 
-    accelerator: Accelerator
     engine: Any
-    perturbation: Perturbation
 
-    def first_pass(self, is_last: bool = False):
+    def first_pass(self, is_last: bool = False) -> AbstractContextManager[None]:
         return _backward_only(self.accelerator, always_reduces=is_last or self.perturbation.is_per_micro_batch)
 
     @contextlib.contextmanager
@@ -71,7 +70,7 @@ class DeepSpeedSteps:
         return False  # the step has been made, or skipped
 
 
-class ShardedEngine(DeepSpeedSteps, Engine):
+class ShardedEngine(DeepSpeedSteps):
     """What ZeRO-1, 2 and 3 share: g₁ is kept aside as a shard, and g₂ replaces it."""
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):

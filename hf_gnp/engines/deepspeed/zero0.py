@@ -29,7 +29,7 @@ class Zero0Engine(DeepSpeedSteps, NativeEngine):
 
     @torch.no_grad()
     def finish(self) -> None:
-        gradients = [p.grad for p in self._with_gradient()]
+        gradients = [p.grad for p in self._with_gradient() if p.grad is not None]
         if not math.isfinite(penalty.local_sq_norm(gradients).item()):
             # In fp32, nothing in stage 0 would keep it from the weights: without a boundary there is no step.
             self.discard_gradient()

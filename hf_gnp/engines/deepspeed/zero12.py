@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,7 @@ class _ReplicatedEngine(ShardedEngine):
     def is_perturbed(self) -> bool:
         return self._is_perturbed
 
-    def _lists(self, name: str) -> list:
+    def _lists(self, name: str) -> list[Any]:
         return getattr(self.optimizer, self.names[name])
 
     def partitions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -78,9 +78,9 @@ class _ReplicatedEngine(ShardedEngine):
             for parameter in parameters:
                 if (mapping := fragment_of(parameter)) is not None:
                     part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    parts = (flat.narrow(0, part.start, part.numel) for flat in (weight, master))
+                    local, theta = (flat.narrow(0, part.start, part.numel) for flat in (weight, master))
                     place = Place.run(numbers[id(parameter)], whole.start, whole.numel)
-                    held.append(HeldShard(parameter, *parts, place))
+                    held.append(HeldShard(parameter, local, theta, place))
         return held
 
     def end_perturbation(self) -> None:
@@ -206,9 +206,10 @@ class Bf16Zero1Engine(_ReplicatedEngine):
             for parameter in self.optimizer.bf16_groups[i]:
                 first, last = max(start, 0), min(start + parameter.numel(), weight.numel())
                 if first < last:
-                    parts = (flat.narrow(0, first, last - first) for flat in (weight, gradient, master))
+                    flats = (weight, gradient, master)
+                    local, of_gradient, of_master = (flat.narrow(0, first, last - first) for flat in flats)
                     place = Place.run(numbers[id(parameter)], first - start, last - first)
-                    shards.append(Shard(parameter, *parts, place))
+                    shards.append(Shard(parameter, local, of_gradient, of_master, place))
                 start += parameter.numel()
         return shards
 
