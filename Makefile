@@ -28,7 +28,7 @@ LOWEST := PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" OMP_NUM_THREADS=1 .venv-lowes
 test-lowest: ## run the tests of one process and a case of each engine with the lowest releases promised
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt -e ".[deepspeed,sharpness]" bitsandbytes peft \
-		pytest pytest-xdist psutil scikit-learn tensorboard
+		pytest pytest-xdist psutil scikit-learn tensorboard optuna sentence-transformers trl
 	$(LOWEST) --ignore tests/distributed --ignore tests/clients --ignore tests/gpu
 	$(LOWEST) "tests/distributed/test_engines.py::test_three_ranks[ddp zero1 zero2 zero3]"
 

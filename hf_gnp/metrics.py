@@ -19,6 +19,7 @@ class StepMetrics:
         self._sums: dict[str, torch.Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self.fidelity: torch.Tensor | None = None
+        self.dropped: torch.Tensor | int = 0  # steps whose gradient was not finite, counted on the device
 
     def begin(self, penalty: Penalty | None) -> None:
         """A step begins, with the penalty that the schedule has for it."""

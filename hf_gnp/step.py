@@ -223,7 +223,12 @@ class PenalisedSteps:
             if self.engine.has_direction:
                 self.metrics.add()
             return _total(losses)
-        norms, ratio = self.engine.gradient_norms(), self._ratio()
+        # The first rows' pass is rewound already. One reading for both: the device computes on while nobody reads.
+        compared = None if self._takes_rows else self.window.tensors.compare()
+        norms, moved = self.engine.gradient_norms(compared)
+        if not self._takes_rows:
+            self.window.tensors.end(moved)
+        ratio = self._ratio()
         clean_loss = self.window.loss()
         lacking = clean_loss * (ratio - 1) if self.window.deferred else None
         # What has had no pass yet gets one, also at weights that do not move: of these alone, that is a plain step.
@@ -270,8 +275,9 @@ class PenalisedSteps:
             first_items = self._items_in([micro_batch.inputs for micro_batch in first])
         if first_items is None:
             return len(micro_batches) / len(first)
-        counts = [float(torch.as_tensor(count).flatten()[0]) for count in (items, first_items)]
-        return counts[0] / counts[1] if counts[1] > 0 else 1.0
+        counts = [torch.as_tensor(count).flatten()[0].to(args.device) for count in (items, first_items)]
+        of_all, of_first = torch.stack(counts).tolist()
+        return of_all / of_first if of_first > 0 else 1.0
 
     def _second_pass(
         self, run_pass: RunPass, penalty: Penalty, noise_seed: int, measure: bool, ratio: float = 1.0

@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 # Of the perturbation, what should survive rounding.
 FIDELITY_FLOOR = 0.9
+NOT_FINITE = "the gradient is not finite; the weights stay as they are."
 # By class name: they divide by a running estimate of the gradient's size.
 ADAPTIVE_OPTIMIZERS = "ada|lamb|rmsprop|prodigy|apollo|sophia"
 
@@ -233,8 +234,11 @@ class GNPMixin(_Base):
             return grad_norm
         self.current_flos += self._gnp_second_flos
         self._gnp_second_flos = 0.0
-        if run.engine.drop_nonfinite_gradient(grad_norm):
-            logger.warning(f"Step {self.state.global_step}: the gradient is not finite; the weights stay as they are.")
+        dropped = run.engine.drop_nonfinite_gradient(grad_norm)
+        if isinstance(dropped, torch.Tensor):
+            run.metrics.dropped += dropped  # read, and told, when Trainer logs
+        elif dropped:
+            logger.warning(f"Step {self.state.global_step}: {NOT_FINITE}")
         return grad_norm
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -249,6 +253,8 @@ class GNPMixin(_Base):
         if self._gnp_is_trainers_log and {"loss", "learning_rate"} <= logs.keys():
             self._gnp_is_trainers_log = False
             if self._gnp_run is not None:
+                if dropped := int(self._gnp_run.metrics.dropped):
+                    logger.warning(f"{dropped} of the last steps, to step {self.state.global_step}: {NOT_FINITE}")
                 logs.update(self._gnp_run.metrics.drain(self.accelerator))
             if logs.get("gnp_fidelity", 1.0) < FIDELITY_FLOOR and "fidelity" not in self._gnp_warned:
                 self._gnp_warned.add("fidelity")

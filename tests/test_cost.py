@@ -2,11 +2,12 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from runs import CHECKPOINTING, MICRO_BATCH, make_trainer, probe_flops, record_forwards, without_probe
-from tiny import KINDS, collate, make_data, make_model
+from tiny import KINDS, Net, collate, make_data, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,6 +62,98 @@ def test_all_weights_move_in_one_operation(tmp_path, monkeypatch):
     monkeypatch.setattr(penalty, "move_", spy)
     make_trainer(tmp_path, "vit", max_steps=STEPS, logging_strategy="no").train()
     assert operations == [["aten._foreach_add_.List"]] * STEPS
+
+
+class Readings(TorchDispatchMode, TrainerCallback):
+    """
+    How often the host reads from the device in each step, where a GPU's queue runs empty: `item`, what Python does for
+    it (`bool`, `float`, `if`), `tolist`, `equal`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.begun, self.steps = 0, 0, []
+
+    def __enter__(self):
+        self.tolist, count = torch.Tensor.tolist, self._count
+
+        def counted(tensor):
+            count()
+            return self.tolist(tensor)
+
+        torch.Tensor.tolist = counted  # on a CPU no operation
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Tensor.tolist = self.tolist
+        return super().__exit__(*error)
+
+    def _count(self) -> None:
+        self.count += 1
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal):
+            self._count()
+        return function(*args, **(kwargs or {}))
+
+    def on_step_begin(self, *args, **kwargs):
+        self.begun = self.count
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.steps.append(self.count - self.begun)
+
+
+def readings(tmp_path, cls: type[Trainer], make: Callable[[], torch.nn.Module], scales: bool, **kwargs) -> int:
+    """In a step that neither probes nor learns which buffers move nor logs."""
+    counted = Readings()
+    kind = "net" if make is batch_norm else "vit"
+    settings = {"model": make(), "max_steps": 5, "logging_strategy": "no", "callbacks": [counted], **kwargs}
+    trainer = make_trainer(tmp_path, kind, cls, **settings)
+    if scales:
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256)
+    with counted:
+        trainer.train()
+    assert len(set(counted.steps[-2:])) == 1
+    return counted.steps[-1]
+
+
+def vit() -> torch.nn.Module:
+    return make_model("vit")
+
+
+def half_frozen() -> torch.nn.Module:
+    model = make_model("vit")
+    model.vit.requires_grad_(False)
+    return model
+
+
+def batch_norm() -> torch.nn.Module:
+    return Net(lambda: torch.nn.BatchNorm1d(7))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("make", [vit, half_frozen, batch_norm])
+@pytest.mark.parametrize(
+    ("optim", "settings", "expected"),
+    [
+        ("adamw_torch_fused", {}, 1),  # Trainer's default
+        ("adamw_torch_fused", {"bf16": True}, 1),
+        ("adamw_torch_fused", {"gnp_scope": "micro_batch"}, "one for each micro-batch"),
+        ("adamw_torch_fused", {"gnp_alpha": 1.0, "gnp_adaptive": True}, 1),
+        ("adamw_torch", {}, 2),  # the host has to know whether this step may be made
+        ("sgd", {"bf16": True}, 2),
+        ("sgd", {"scales": True}, 1),  # the scaler knows it
+    ],
+)
+def test_what_the_host_reads(tmp_path, make, accumulation, optim, settings, expected):
+    """‖g₁‖ (with the loss scale, and what moved in the first pass), beyond what plain training reads."""
+    scales = settings.get("scales", False)
+    gnp = {name: value for name, value in settings.items() if name.startswith("gnp_")}
+    plain = {name: value for name, value in settings.items() if name not in gnp and name != "scales"}
+    plain |= {"optim": optim, "gradient_accumulation_steps": accumulation}
+    stock = readings(tmp_path, Trainer, make, scales, **plain)
+    penalised = readings(tmp_path, GNPTrainer, make, scales, **plain, **gnp)
+    assert penalised - stock == (expected if isinstance(expected, int) else accumulation)
 
 
 class PeakBytes(TorchDispatchMode):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+from runs import needs_image_processors
 from tiny import make_model, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,6 +102,7 @@ def test_a_config_with_an_unknown_key_is_refused(tmp_path):
 
 
 def test_own_model_and_parquet_file(tmp_path):
+    needs_image_processors()
     make_model("vit").save_pretrained(tmp_path / "model")
     generator = np.random.default_rng(0)
     labels = generator.integers(2, size=40)
@@ -119,6 +121,8 @@ def test_own_model_and_parquet_file(tmp_path):
 def test_recipes_are_accepted(tmp_path, recipe):
     """On the small data of a test, with a small model where the recipe names one of the hub."""
     script = "text_classification" if recipe.stem.startswith("text") else "vit_finetune"
+    if script == "vit_finetune":
+        needs_image_processors()
     if script == "text_classification":
         make_model("bert").save_pretrained(tmp_path / "model")
         data = Dataset.from_dict({"sentence": ["good film", "bad film"] * 8, "label": [1, 0] * 8})

@@ -29,7 +29,11 @@ from hf_gnp import GNPTrainer, penalty
 
 FIRST, SECOND = 0, 1
 ACCUMULATION = 3
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw_torch": lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.0)}
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "adamw_torch": lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.0),
+    "adamw_torch_fused": lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.0, fused=True),  # skips by itself
+}
 
 
 class Fault(NamedTuple):
@@ -229,6 +233,18 @@ def test_step_with_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path, fa
         optimizer=OPTIMIZERS[optim],
     )
     assert relative_distance(flat_weights(trainer.model), end, start) < WEIGHTS_TOLERANCE
+
+
+def test_a_step_that_a_fused_optimizer_skips_is_told_with_the_log(tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("hf_gnp.trainer.logger.warning", told.append)
+    fault = Fault(1, SECOND, 1, lambda loss: loss * math.nan)
+    trainer = make_faulty(tmp_path, fault, optim="adamw_torch_fused", logging_steps=2)
+    trainer.train()
+    [told_once] = [text for text in told if "not finite" in text]
+    assert told_once.startswith("1 of the last steps, to step 2: the gradient is not finite")
+    optimizer = trainer.optimizer.optimizer
+    assert not hasattr(optimizer, "found_inf") and not optimizer._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize("logging_nan_inf_filter", [True, False])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import assert_identical, snapshot
+from runs import assert_identical, needs_image_processors, snapshot
 from safetensors.torch import save_file
 from test_sharpness import SAMPLES, Exact, mean_loss, trainer_of
 from tiny import LABELS, Net, make_data, make_model, save_tokenizer
@@ -141,6 +141,8 @@ def save_checkpoints(folder, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "bert", "llama"])
 def test_command_line(tmp_path, capsys, kind):
+    if kind == "vit":
+        needs_image_processors()
     checkpoints, data = save_checkpoints(tmp_path, kind)
     rows = main([*checkpoints, "--data", data, *FLAGS, "--output_dir", str(tmp_path / "out")])
     assert [row["checkpoint"] for row in rows] == checkpoints

@@ -119,7 +119,16 @@ def writes_weights(error: BaseException) -> bool:
     return any("torch/optim/" in code.co_filename or code.co_name == "_load_from_checkpoint" for code in frames)
 
 
+@pytest.fixture
+def ctrl_c_is_not_ignored():
+    """As it is in what a script starts in the background, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c_is_not_ignored")
 def test_a_long_run_with_every_mishap_is_the_reference(tmp_path):
     expected = reference_weights()
     watch, interrupted = Watch(), 0

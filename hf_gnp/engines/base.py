@@ -20,7 +20,7 @@ class Engine(Moves):
 
         engine.begin_window(perturbation)
         with engine.first_pass(): ...               # each micro-batch: backward, and no optimizer step
-        norms = engine.gradient_norms()
+        norms, _ = engine.gradient_norms()
         with engine.perturbed(r, alpha):            # the weights are θ + r g₁/‖g₁‖
             with engine.micro_batch(is_last): ...
         engine.mix(alpha)                           # the gradient is (1-α) g₁ + α g₂
@@ -80,10 +80,11 @@ class Engine(Moves):
         """The end of `training_step`, where an engine steps whose backward would have stepped."""
 
     @abstractmethod
-    def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> bool:
+    def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor | bool:
         """
         Between clipping and the optimizer step: drop a gradient whose norm is not finite, so that no weight becomes
-        NaN. Returns whether it was dropped. A loss scaler, where there is one, skips the step by itself.
+        NaN. Returns whether it was dropped, as a flag on the device where it is the optimizer that skips the step
+        there. A loss scaler, where there is one, skips the step by itself.
         """
 
     # What follows from it.

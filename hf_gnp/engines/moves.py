@@ -34,6 +34,7 @@ class Moves(ABC):
         self.accelerator = accelerator
         self.perturbation = perturbation
         self._norms = GradientNorms(0.0, 0.0)
+        self._loss_scale = 1.0  # as `gradient_norms` read it
 
     # What each engine says of itself.
 
@@ -46,8 +47,8 @@ class Moves(ABC):
         """The sum of a small tensor over the ranks that hold distinct shards: one all-reduce at most."""
 
     @abstractmethod
-    def loss_scale(self) -> float:
-        """The factor that the gradients in `shards` carry."""
+    def loss_scale(self) -> torch.Tensor | float:
+        """The factor that the gradients in `shards` carry; a scalar where it is on the device."""
 
     @abstractmethod
     def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
@@ -81,16 +82,30 @@ class Moves(ABC):
     # What follows from it.
 
     @torch.no_grad()
-    def gradient_norms(self) -> GradientNorms:
-        """The norms of g₁ at the window's end. Each element counts once, whether it is sharded or replicated."""
+    def gradient_norms(self, flags: torch.Tensor | None = None) -> tuple[GradientNorms, list[bool]]:
+        """
+        The norms of g₁ at the window's end. Each element counts once, whether it is sharded or replicated.
+
+        Args:
+            flags: Of this rank alone, one-dimensional: they are read from the device with the norms, as each reading
+                waits for all that the device has yet to compute.
+
+        Returns:
+            The norms, and the flags on the host.
+        """
         shards = self.shards()
         sq_norms = [self._local_sq_norm(shards)]
         if not self.perturbation.is_plain:
             sq_norms.append(self._local_sq_norm_to_move(shards))
-        sq_norms = self.sum_over_ranks(torch.stack(sq_norms)).tolist()
-        scale = self.loss_scale()
-        self._norms = GradientNorms(math.sqrt(sq_norms[0]) / scale, math.sqrt(sq_norms[-1]) / scale)
-        return self._norms
+        sums, scale = self.sum_over_ranks(torch.stack(sq_norms)), self.loss_scale()
+        also = [scale.view(1)] if isinstance(scale, torch.Tensor) else []
+        if flags is not None:
+            also.append(flags)
+        read = iter(torch.cat([sums, *(tensor.to(sums.device, sums.dtype) for tensor in also)]).tolist())
+        values = [math.sqrt(next(read)) for _ in sq_norms]
+        self._loss_scale = next(read) if isinstance(scale, torch.Tensor) else scale
+        self._norms = GradientNorms(values[0] / self._loss_scale, values[-1] / self._loss_scale)
+        return self._norms, [bool(flag) for flag in read]
 
     def wants_second_pass(self) -> bool:
         """The same on all ranks: whether there is a direction to move along."""
@@ -112,7 +127,7 @@ class Moves(ABC):
             [shard.weight for shard in moved],
             [shard.gradient for shard in moved],
             [shard.master for shard in moved],
-            scale=r / (self._norms.direction * self.loss_scale()) if moved else 0.0,
+            scale=r / (self._norms.direction * self._loss_scale) if moved else 0.0,
             adaptive=self.perturbation.adaptive,
             noise_seed=noise_seed if self._rounds_stochastically() else None,
             places=[shard.place for shard in moved],

@@ -23,7 +23,7 @@ from hf_gnp.moments import unwrapped
 from hf_gnp.rounding import Place
 
 from .base import Engine
-from .private import DDP, require, sync_gradients_set
+from .private import DDP, optimizer_that_skips, require, skip_next_step, sync_gradients_set
 from .shards import HeldShard, OptimizerState, Shard, number_parameters
 from .support import POWER_SGD
 
@@ -95,8 +95,9 @@ class NativeEngine(Engine):
             dist.all_reduce(value)
         return value
 
-    def loss_scale(self) -> float:
-        return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+    def loss_scale(self) -> torch.Tensor | float:
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
 
     @property
     def is_perturbed(self) -> bool:
@@ -262,8 +263,13 @@ class NativeEngine(Engine):
             parts = flat.split([gradient.numel() for gradient in gradients])
             penalty.copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
-    def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> bool:
-        if self.accelerator.scaler is not None or grad_norm is None or math.isfinite(grad_norm):
+    def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor | bool:
+        if self.accelerator.scaler is not None or grad_norm is None:
+            return False
+        if isinstance(grad_norm, torch.Tensor) and (optimizer := optimizer_that_skips(self._optimizer)) is not None:
+            norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+            return skip_next_step(optimizer, norm.detach().isfinite().logical_not())
+        if math.isfinite(grad_norm):
             return False
         self.discard_gradient()
         return True

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from hf_gnp.moments import unwrapped
+
 
 # The releases that the tests ran with.
 TESTED = {"torch": "2.13.0", "accelerate": "1.15.0", "deepspeed": "0.19.8"}
@@ -28,6 +30,10 @@ FOREACH = (
 TENSOR = ("_post_accumulate_grad_hooks",)
 # Of torch's DistributedDataParallel: the hooks that gradients go through, and the switch that `no_sync` turns.
 DDP = ("_comm_hooks", "require_backward_grad_sync")
+
+
+# Of torch's fused optimizers: they ask for a flag by which a loss scaler tells them, on the device, not to step.
+SKIPS, SKIP_FLAG = "_step_supports_amp_scaling", "found_inf"
 
 
 def require(package: str, owner: Any, names: Iterable[str], what: str) -> None:
@@ -73,6 +79,28 @@ def check_private_names(accelerator: Accelerator) -> None:
     require("accelerate", accelerator, ["gradient_state", "scaler", "no_sync"], "Accelerator")
     # Trainer itself calls it before each micro-batch: accelerate has no public setter.
     require("accelerate", accelerator.gradient_state, ["_set_sync_gradients", "plugin_kwargs"], "GradientState")
+
+
+def optimizer_that_skips(optimizer: Any) -> torch.optim.Optimizer | None:
+    """
+    The optimizer inside accelerate's wrapper if it can skip a step without the host knowing; else None. Of torch's
+    fused ones it is Adam and AdamW, whose state is as before then (SGD's first momentum would be left unwritten).
+    """
+    inner = unwrapped(optimizer)
+    is_known = type(inner) in (torch.optim.Adam, torch.optim.AdamW) and getattr(inner, SKIPS, False)
+    return inner if is_known and all(group.get("fused") for group in inner.param_groups) else None
+
+
+def skip_next_step(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> torch.Tensor:
+    """The flag on the device, by which the next step of an optimizer that skips will be none."""
+
+    def forget(*_: Any) -> None:
+        handle.remove()
+        vars(optimizer).pop(SKIP_FLAG, None)
+
+    handle = optimizer.register_step_post_hook(forget)
+    setattr(optimizer, SKIP_FLAG, flag.float())
+    return flag
 
 
 @contextlib.contextmanager

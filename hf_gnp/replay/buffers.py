@@ -10,7 +10,7 @@ version, or changes in a sample of its elements is copied from the next window o
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class RunningTensors:
         self._moving: set[int] = set()  # ids of tensors that were seen to move
         self._windows = 0
         self._watched: list[_Watched] = []
+        self._flags: list[torch.Tensor | bool] = []
         self._start: list[dict[str, torch.Tensor | None]] = []
 
     @torch.no_grad()
@@ -84,12 +85,26 @@ class RunningTensors:
 
     def drop(self) -> None:
         """The window is over: keep what was learnt, and no tensor."""
-        self._modules, self._watched, self._start = [], [], []
+        self._modules, self._watched, self._flags, self._start = [], [], [], []
 
     @torch.no_grad()
-    def end(self) -> None:
-        """After the first pass: see what it moved."""
-        moved = _which([watched.has_moved() for watched in self._watched])
+    def compare(self) -> torch.Tensor:
+        """After the first pass: what it moved, where only the elements tell. `end` wants it, read from the device."""
+        self._flags = [watched.has_moved() for watched in self._watched]
+        tensors = [flag for flag in self._flags if isinstance(flag, torch.Tensor)]
+        return torch.stack([flag.to(tensors[0].device) for flag in tensors]) if tensors else torch.zeros(0)
+
+    def end(self, compared: Sequence[bool] | None = None) -> None:
+        """
+        After the first pass: see what it moved.
+
+        Args:
+            compared: What `compare` returned, on the host; None: it is read here.
+        """
+        if compared is None:
+            compared = self.compare().tolist()
+        read = iter(compared)
+        moved = [next(read) if isinstance(flag, torch.Tensor) else flag for flag in self._flags]
         self._watched = [watched for watched, has_moved in zip(self._watched, moved, strict=True) if has_moved]
         self._moving |= {watched.key for watched in self._watched}
 
@@ -122,13 +137,6 @@ class RunningTensors:
                 now.update(names)
         for tensor, value in values:
             tensor.copy_(value)
-
-
-def _which(flags: list[torch.Tensor | bool]) -> list[bool]:
-    """The flags on the host, read from the device at once."""
-    tensors = [flag for flag in flags if isinstance(flag, torch.Tensor)]
-    read = iter(torch.stack([flag.to(tensors[0].device) for flag in tensors]).tolist() if tensors else [])
-    return [next(read) if isinstance(flag, torch.Tensor) else flag for flag in flags]
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -81,8 +81,10 @@ class Window:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Around passes of which only the gradient stays: on leaving, all state is as the first pass left it."""
-        self.tensors.end()
+        """
+        Around passes of which only the gradient stays: on leaving, all state is as the first pass left it. What moved
+        in it is known (`tensors.end`).
+        """
         random_state, python_state = RandomState(self.devices), PythonState(self._owners)
         try:
             with self.tensors.kept():

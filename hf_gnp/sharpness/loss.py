@@ -85,7 +85,7 @@ class SampleLoss:
                 # Engines average over ranks, and accelerate over its own accumulation steps.
                 steps = 1 if kwargs else accelerator.gradient_accumulation_steps
                 accelerator.backward(loss * (batch.share * accelerator.num_processes * steps), **kwargs)
-            self.vectors.add_(vector, engine.gradients_of(self.vectors.held), scale / engine.loss_scale())
+            self.vectors.add_(vector, engine.gradients_of(self.vectors.held), scale / float(engine.loss_scale()))
             engine.discard_gradient()
         return self._sum(losses)
 

@@ -58,7 +58,7 @@ def prepared_model(trainer: Any) -> Iterator[nn.Module]:
         raise RuntimeError(_too_early("DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"))
     attributes, models = dict(vars(trainer.model)), list(accelerator._models)
     try:
-        if trainer.is_distributed_loading_by_transformers:
+        if getattr(trainer.model, "is_distributed_loading_by_transformers", False):  # older releases have no such name
             yield accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)
         else:
             yield accelerator.prepare_model(trainer.model)

@@ -167,6 +167,16 @@ NAN = {
     for engine, precision in [*((engine, "fp32") for engine in ENGINES), ("zero1", "bf16"), ("zero2", "bf16")]
     for call in (1, 2)
 }
+NAN |= {  # the optimizer skips the step by itself
+    f"nan-{engine}-fused-pass{call}": {
+        "engine": engine,
+        "kind": "vit",
+        "faults": {f"2.{call}": "nan"},
+        "args": gnp(optim="adamw_torch_fused", max_steps=3),
+    }
+    for engine in ("ddp", "fsdp2")
+    for call in (1, 2)
+}
 RAISING = {
     f"raise-{engine}-call{call}": {
         "engine": engine,
