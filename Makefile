@@ -30,7 +30,7 @@ test-lowest: ## run the tests of one process and a case of each engine with the 
 	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt -e ".[deepspeed,sharpness]" bitsandbytes peft \
 		pytest pytest-xdist psutil scikit-learn tensorboard optuna sentence-transformers trl
 	$(LOWEST) --ignore tests/distributed --ignore tests/clients --ignore tests/gpu
-	$(LOWEST) "tests/distributed/test_engines.py::test_three_ranks[ddp zero1 zero2 zero3]"
+	$(LOWEST) "tests/distributed/test_engines.py::test_three_ranks[ddp zero1 zero2 zero3 zero2-offload]"
 
 demo: $(STAMP) ## train a small ViT on digits with wrong labels, with and without the penalty (four minutes)
 	$(BIN)/python examples/demo.py

@@ -59,9 +59,14 @@ def test_ddp(name):
         native.has_communication_hook(ddp)
 
 
+def offload_names(kind: str) -> tuple[str, ...]:
+    asynchronous = kind == "DeepSpeedZeroOptimizer" and deepspeed_private.copies_are_asynchronous()
+    return deepspeed_private.OFFLOAD_NAMES[kind] + deepspeed_private.ASYNCHRONOUS_COPIES_NAMES * asynchronous
+
+
 def optimizer_without(kind: str, missing: str | None, offloads: bool):
     """A stand-in of the class's name that has all names but one."""
-    names = [*deepspeed_private.OPTIMIZER_NAMES[kind], *(deepspeed_private.OFFLOAD_NAMES[kind] if offloads else ())]
+    names = [*deepspeed_private.OPTIMIZER_NAMES[kind], *(offload_names(kind) if offloads else ())]
     values = dict.fromkeys(names)
     values |= dict.fromkeys({"cpu_offload", "offload_optimizer"} & set(names), offloads)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
@@ -77,7 +82,7 @@ def optimizer_without(kind: str, missing: str | None, offloads: bool):
 @pytest.mark.parametrize(
     "kind, name, offloads",
     [(kind, name, False) for kind, names in deepspeed_private.OPTIMIZER_NAMES.items() for name in names]
-    + [(kind, name, True) for kind, names in deepspeed_private.OFFLOAD_NAMES.items() for name in names],
+    + [(kind, name, True) for kind in deepspeed_private.OFFLOAD_NAMES for name in offload_names(kind)],
 )
 def test_deepspeed_optimizer(kind, name, offloads):
     deepspeed_private.check_optimizer(optimizer_without(kind, None, offloads))
@@ -140,6 +145,7 @@ def test_every_attribute_of_a_deepspeed_optimizer_that_is_used_is_in_the_list():
     folder = Path(engines.__file__).parent / "deepspeed"
     listed = {name for names in deepspeed_private.OPTIMIZER_NAMES.values() for name in names}
     listed |= {name for names in deepspeed_private.OFFLOAD_NAMES.values() for name in names}
+    listed |= set(deepspeed_private.ASYNCHRONOUS_COPIES_NAMES)
     used = set()
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -209,7 +209,7 @@ def test_the_logged_grad_norm_is_that_of_the_combined_gradient(results):
 
 
 # Apart for `make test-lowest`: transformers 5.17 cannot train what it shards unevenly, without the penalty either.
-@pytest.mark.parametrize("engines", ["ddp zero1 zero2 zero3", "fsdp2"])
+@pytest.mark.parametrize("engines", ["ddp zero1 zero2 zero3 zero2-offload", "fsdp2"])
 def test_three_ranks(tmp_path, engines):
     names = [f"{engine}-llama-accumulation1-alpha0.8" for engine in engines.split()]
     results = run_cases({name: CASES[name] for name in names}, tmp_path, ranks=3)

@@ -4,11 +4,13 @@ to a name that a release has dropped would be silent, and the gradient of the se
 """
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from deepspeed.accelerator import get_accelerator
+from packaging.version import Version
 
 from hf_gnp.engines.private import look_up, missing, require
 
@@ -74,8 +76,6 @@ OPTIMIZER_NAMES = {
 }
 OFFLOAD_NAMES = {
     "DeepSpeedZeroOptimizer": (
-        "_offload_accumulated_param_ids",
-        "_wait_for_offload_copies",
         "get_param_id",
         "grad_position",
         "local_overflow",
@@ -85,6 +85,9 @@ OFFLOAD_NAMES = {
     "BF16_Optimizer": (),
     "DeepSpeedZeroOptimizer_Stage3": ("get_param_id", "norm_for_param_grads", "reset_cpu_buffers"),
 }
+# Since gradients are copied to the CPU while backward goes on. Before, each copy was waited for, and added by itself.
+ASYNCHRONOUS_COPIES = Version("0.19.8")
+ASYNCHRONOUS_COPIES_NAMES = ("_offload_accumulated_param_ids", "_wait_for_offload_copies")
 PARAMETER_OFFLOAD_NAMES = ("partition_all_parameters", "_DeepSpeedZeRoOffload__allgather_stream")
 # Of a parameter that ZeRO-3 has sharded.
 PARAMETER_NAMES = ("ds_numel", "ds_process_group", "partition_numel")
@@ -93,6 +96,24 @@ PARAMETER_NAMES = ("ds_numel", "ds_process_group", "partition_numel")
 def offloads(optimizer: Any) -> bool:
     """Whether gradients and fp32 masters lie on the CPU."""
     return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+
+
+def copies_are_asynchronous() -> bool:
+    """Whether ZeRO-1 and 2 copy gradients to the CPU while backward goes on."""
+    return Version(version("deepspeed")) >= ASYNCHRONOUS_COPIES
+
+
+def wait_for_offload_copies(optimizer: Any) -> None:
+    """Under ZeRO-1 and 2: until the gradients that backward sends to the CPU are there."""
+    if copies_are_asynchronous():
+        optimizer._wait_for_offload_copies()
+
+
+def forget_offloaded_gradients(optimizer: Any) -> None:
+    """Under ZeRO-1 and 2: the next gradients on the CPU replace those that are there."""
+    if copies_are_asynchronous():
+        optimizer._offload_accumulated_param_ids = set()
+    optimizer.reset_cpu_buffers()
 
 
 def check_engine(accelerator: Accelerator) -> None:
@@ -108,6 +129,8 @@ def check_optimizer(optimizer: Any) -> None:
     require("deepspeed", optimizer, OPTIMIZER_NAMES[kind], kind)
     if offloads(optimizer):
         require("deepspeed", optimizer, OFFLOAD_NAMES[kind], kind)
+        if kind == "DeepSpeedZeroOptimizer" and copies_are_asynchronous():
+            require("deepspeed", optimizer, ASYNCHRONOUS_COPIES_NAMES, kind)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         require("deepspeed", optimizer.parameter_offload, PARAMETER_OFFLOAD_NAMES, "DeepSpeedZeRoOffload")
         for parameter in [parameter for group in optimizer.fp16_groups for parameter in group][:1]:

@@ -17,7 +17,14 @@ from hf_gnp.engines.shards import HeldShard, Shard, number_parameters
 from hf_gnp.rounding import Place
 
 from .base import ShardedEngine
-from .private import INITIAL_MICRO_STEP_ID, all_gather_dp_groups, check_fragments, fragment_of
+from .private import (
+    INITIAL_MICRO_STEP_ID,
+    all_gather_dp_groups,
+    check_fragments,
+    forget_offloaded_gradients,
+    fragment_of,
+    wait_for_offload_copies,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -144,7 +151,7 @@ class Zero12Engine(_ReplicatedEngine):
         """The fragments of the averaged gradient in this rank's partition: parameter, offset, gradient."""
         optimizer, parameters = self.optimizer, self.optimizer.params_in_partition[group]
         if optimizer.cpu_offload:
-            optimizer._wait_for_offload_copies()
+            wait_for_offload_copies(optimizer)
             flat = optimizer.single_partition_of_fp32_groups[group].grad
             for parameter in parameters:
                 _, _, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -169,8 +176,7 @@ class Zero12Engine(_ReplicatedEngine):
             optimizer.averaged_gradients[group] = None
             optimizer.all_grad_tensors[group] = None
         if optimizer.cpu_offload:
-            optimizer._offload_accumulated_param_ids = set()
-            optimizer.reset_cpu_buffers()
+            forget_offloaded_gradients(optimizer)
             for master in optimizer.single_partition_of_fp32_groups:
                 master.grad.zero_()
 
