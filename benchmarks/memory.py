@@ -45,8 +45,9 @@ def estimate_memory(
     The memory of the parameters of a model in full training with Adam, on each of `ranks` GPUs and beside it.
 
     Not counted: activations (with the 16-bit copies that autocast makes), layers that FSDP2 and ZeRO-3 have gathered,
-    DeepSpeed's communication buckets, and alignment. Adapters: `parameters` is then the number of trainable ones, and
-    the frozen weights come on top.
+    DeepSpeed's communication buckets, and alignment; nor what accumulation adds: whole gradients under FSDP2, a shard
+    of them under ZeRO-2 with offload. Adapters: `parameters` is then the number of trainable ones, and the frozen
+    weights come on top.
 
     Args:
         engine: One of `ENGINES`; "fsdp2" and "zero3" shard over all ranks. The offloads are those of

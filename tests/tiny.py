@@ -28,8 +28,9 @@ VOCABULARY, LENGTH, LABELS = 61, 12, 3
 def make_model(kind: str, dropout: float = 0.0, loaded_from: Any = None, adapter: bool = True, **kwargs: Any):
     """
     A model with seeded weights, or one that `from_pretrained` loads. The sizes divide by neither 2 nor 3, so that
-    shards come out uneven. "llama" has tied embeddings, "llama-untied" has not, "llama-lora" and
-    "llama-dora" have an adapter, "llama-qlora" has one on layers of 4 bit. "mixtral" has five experts.
+    shards come out uneven. "llama" has tied embeddings, "llama-untied" has not, "llama-lora" and "llama-dora" have an
+    adapter, "llama-qlora" has one on layers of 4 bit. "mixtral" has five experts, and "vit-deep" so many layers that a
+    batch is small beside them.
     """
     torch.manual_seed(0)
     model_class, config = _model_config(kind, dropout)
@@ -49,7 +50,8 @@ def make_model(kind: str, dropout: float = 0.0, loaded_from: Any = None, adapter
 def _model_config(kind: str, dropout: float) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     small = {"num_hidden_layers": 2, "num_attention_heads": 3, "num_labels": LABELS}
-    if kind == "vit":
+    if kind in ("vit", "vit-deep"):
+        small["num_hidden_layers"] = 30 if kind == "vit-deep" else 2
         sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 33, "intermediate_size": 35}
         return ViTForImageClassification, ViTConfig(**sizes, **small, **dropouts)
     if kind == "bert":
@@ -88,7 +90,7 @@ class Net(nn.Module):
 def make_data(kind: str, size: int = 48, seed: int = 1) -> list[dict[str, torch.Tensor]]:
     """Random samples; the Llama's have 3 to 11 labelled tokens each, the others are ignored (-100)."""
     generator = torch.Generator().manual_seed(seed)
-    if kind == "vit":
+    if kind in ("vit", "vit-deep"):
         images = torch.randn(size, 3, 8, 8, generator=generator)
         labels = torch.randint(LABELS, (size,), generator=generator)
         return [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]

@@ -176,6 +176,8 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
     if zero:
         args["deepspeed"] = deepspeed_config(precision, zero, **case.get("deepspeed", {}))
     stock = case.get("stock", False)
+    if case.get("holds"):
+        gc.freeze()  # what is older is not looked at
     training_args = make_args(folder / name, TrainingArguments if stock else GNPTrainingArguments, **args)
     model = load_model(case, folder)
     if "frozen" in case:
@@ -200,6 +202,8 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
         trainer.add_callback(CountCollectives())
     if "comm_hook" in case:
         trainer.comm_hook = case["comm_hook"]
+    if case.get("holds"):
+        trainer.add_callback(Holds(trainer))
     if case.get("scaler"):  # accelerate makes none on a CPU
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256)
     return trainer
@@ -243,11 +247,54 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
         result["ranks_agree"] = bool(agree)
     if case.get("count"):
         result["collectives"] = dict(trainer.pop_callback(CountCollectives).bytes)
+    if case.get("holds"):
+        gc.unfreeze()
+        result["held"] = trainer.pop_callback(Holds).bytes
+        result["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
     if case.get("generates"):
         result["generated"] = trainer.pop_callback(Generates).tokens
     if case.get("zero_to_fp32") and dist.get_rank() == 0:
         result["from_checkpoint"] = zero_to_fp32(trainer)
     return result
+
+
+def storages() -> dict[int, int]:
+    """The bytes of what tensors that Python knows lie in, by address."""
+    found = {}
+    for tensor in gc.get_objects():
+        if issubclass(type(tensor), torch.Tensor):
+            for held in (tensor, tensor.grad if tensor.is_leaf else None):
+                if held is not None:
+                    storage = getattr(held, "_local_tensor", held).untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+class Holds(TrainerCallback):
+    """
+    The most that is held of weights, gradients, optimizer states and masters, at the start of a forward or before the
+    optimizer steps.
+    """
+
+    def __init__(self, trainer: Trainer):
+        data = {v.untyped_storage().data_ptr() for sample in trainer.train_dataset for v in sample.values()}
+        self.trainer, self.data, self.bytes, self._is_hooked = trainer, data, 0, False
+        trainer.model.register_forward_pre_hook(self.measure)
+
+    def measure(self, *_: Any) -> None:
+        gc.collect()
+        held = sum(size for pointer, size in storages().items() if pointer not in self.data)
+        self.bytes = max(self.bytes, held)
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.measure()
+
+    def on_step_begin(self, *args, **kwargs):
+        if self.trainer.is_deepspeed_enabled and not self._is_hooked:  # which steps at the end of backward
+            self._is_hooked = True
+            optimizer = self.trainer.model_wrapped.optimizer
+            step = optimizer.step
+            optimizer.step = lambda *args, **kwargs: (self.measure(), step(*args, **kwargs))[1]
 
 
 class Generates(TrainerCallback):
