@@ -83,6 +83,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "gnp_interval_5": _gnp(gnp_interval=5),
     "gnp_interval_10": _gnp(gnp_interval=10),
     "gnp_norm_only": _gnp(gnp_target_modules="norm"),
+    "gnp_momentum": _gnp(gnp_alpha=1.0, gnp_direction="momentum"),
 }
 LOOPS = {"loop_plain": plain_loop, "loop_sam": classic_sam_loop, "pytorch_optimizer_sam": pytorch_optimizer_loop}
 CONTENDERS = (*TRAINERS, *LOOPS)

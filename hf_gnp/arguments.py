@@ -1,38 +1,14 @@
 """The `gnp_*` arguments, as a dataclass to mix into any `TrainingArguments`."""
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
+from .argument_checks import DIRECTIONS, SCOPES, WARMUP_TYPES, check_pairs, check_perturbation, check_schedule, number
+
 
 DEFAULT_ALPHA = 0.8
-WARMUP_TYPES = ("auto", "none", "r", "lambda", "zero")
-SCOPES = ("step", "micro_batch", "rank", "rank_micro_batch")
-DIRECTIONS = ("gradient", "momentum")
-# What excludes what, and why.
-EXCLUDE = (
-    (
-        "gnp_direction=momentum",
-        (
-            *("gnp_reuse", "gnp_ascent_fraction", "gnp_scope", "gnp_normalize_gradient", "gnp_adaptive"),
-            *("gnp_precondition", "gnp_warmup_type=lambda"),
-        ),
-        "moves before there is a gradient, along one direction for the whole step",
-    ),
-    (
-        "gnp_reuse",
-        ("gnp_ascent_fraction", "gnp_scope", "gnp_normalize_gradient"),
-        "keeps what g₂ adds to the g₁ of the same examples",
-    ),
-    (
-        "gnp_ascent_fraction",
-        ("gnp_scope=micro_batch", "gnp_scope=rank_micro_batch"),
-        "takes the direction from some of a step's micro-batches, and a micro-batch scope from each",
-    ),
-    ("gnp_adaptive", ("gnp_precondition",), "is a metric of its own"),
-)
 
 
 @dataclass
@@ -222,16 +198,16 @@ class GNPArguments:
             ValueError: naming the argument.
         """
         self._check_strength()
-        self._check_schedule()
-        self._check_perturbation()
-        self._check_pairs()
+        check_schedule(self)
+        check_perturbation(self)
+        check_pairs(self)
 
     def _check_strength(self) -> None:
-        self.gnp_r = _number("gnp_r", self.gnp_r)
+        self.gnp_r = number("gnp_r", self.gnp_r)
         if self.gnp_lambda is not None:
             if self.gnp_alpha not in (None, vars(self).get("_gnp_checked_alpha")):
                 raise ValueError("gnp_alpha and gnp_lambda (= gnp_alpha * gnp_r) say the same: give one of the two.")
-            gnp_lambda = _number("gnp_lambda", self.gnp_lambda)
+            gnp_lambda = number("gnp_lambda", self.gnp_lambda)
             if gnp_lambda > self.gnp_r:
                 raise ValueError(
                     f"gnp_lambda is gnp_alpha * gnp_r and at most gnp_r ({self.gnp_r}), but it is {gnp_lambda}: "
@@ -245,87 +221,12 @@ class GNPArguments:
         self._gnp_default_alpha = None
         if self.gnp_alpha is None:
             self.gnp_alpha = self._gnp_default_alpha = 1.0 if self.gnp_direction == "momentum" else DEFAULT_ALPHA
-        self.gnp_alpha = _number("gnp_alpha", self.gnp_alpha)
+        self.gnp_alpha = number("gnp_alpha", self.gnp_alpha)
         if self.gnp_alpha > 1:
             raise ValueError(f"gnp_alpha is the share of the second gradient, at most 1, but it is {self.gnp_alpha}.")
         if self.gnp_r == 0 and self.gnp_alpha > 0:
             raise ValueError("gnp_r is 0, which moves nothing: set gnp_r > 0, or gnp_alpha=0 for plain training.")
         self._gnp_checked_alpha = self.gnp_alpha  # one that differs later was set by the user
-
-    def _check_schedule(self) -> None:
-        if self.gnp_warmup_type not in WARMUP_TYPES:
-            raise ValueError(f"gnp_warmup_type must be one of {WARMUP_TYPES}, but it is {self.gnp_warmup_type!r}.")
-        if self.gnp_warmup_steps is not None:
-            self.gnp_warmup_steps = _number("gnp_warmup_steps", self.gnp_warmup_steps)
-            if self.gnp_warmup_type in ("auto", "none"):
-                raise ValueError("gnp_warmup_steps needs a gnp_warmup_type: r, lambda or zero.")
-        elif self.gnp_warmup_type not in ("auto", "none") and not getattr(self, "warmup_steps", True):
-            raise ValueError(
-                f"gnp_warmup_type={self.gnp_warmup_type} without a learning-rate warm-up (warmup_steps) to follow: "
-                "set gnp_warmup_steps."
-            )
-        self.gnp_start, self.gnp_end = _number("gnp_start", self.gnp_start), _number("gnp_end", self.gnp_end)
-        if not self.gnp_start < self.gnp_end <= 1:
-            raise ValueError(
-                f"gnp_start ({self.gnp_start}) and gnp_end ({self.gnp_end}) are fractions of the run: "
-                "0 <= gnp_start < gnp_end <= 1."
-            )
-        interval = _number("gnp_interval", self.gnp_interval)
-        if interval < 1 or interval != int(interval):
-            raise ValueError(f"gnp_interval must be a whole number of steps, at least 1, but it is {interval}.")
-        self.gnp_interval = int(interval)
-        self.gnp_probability = _number("gnp_probability", self.gnp_probability)
-        if not 0 < self.gnp_probability <= 1:
-            raise ValueError(
-                f"gnp_probability must be above 0 and at most 1, but it is {self.gnp_probability}; "
-                "set gnp_alpha=0 for plain training."
-            )
-        if self.gnp_interval > 1 and self.gnp_probability < 1:
-            raise ValueError("gnp_interval and gnp_probability both thin out penalised steps: give one of the two.")
-
-    def _check_perturbation(self) -> None:
-        if self.gnp_scope not in SCOPES:
-            raise ValueError(f"gnp_scope must be one of {SCOPES}, but it is {self.gnp_scope!r}.")
-        if self.gnp_direction not in DIRECTIONS:
-            raise ValueError(f"gnp_direction must be one of {DIRECTIONS}, but it is {self.gnp_direction!r}.")
-        self.gnp_ascent_fraction = _number("gnp_ascent_fraction", self.gnp_ascent_fraction)
-        if not 0 < self.gnp_ascent_fraction <= 1:
-            raise ValueError(
-                "gnp_ascent_fraction is the share of a step's examples that give the direction, above 0 and at most "
-                f"1, but it is {self.gnp_ascent_fraction}."
-            )
-        names = [f.name for f in fields(GNPArguments) if f.type is bool]
-        if self.gnp_stochastic_rounding != "auto":  # a string for argparse, which has no bool that may be a word too
-            names.append("gnp_stochastic_rounding")
-        for name in names:
-            setattr(self, name, _boolean(name, getattr(self, name)))
-        if self.gnp_target_modules is not None and not self.gnp_target_modules:
-            raise ValueError("gnp_target_modules is empty: leave it out to move all parameters.")
-
-    def _check_pairs(self) -> None:
-        """Refuse arguments that exclude each other, naming both."""
-        set_by_user = {
-            "gnp_direction=momentum": self.gnp_direction == "momentum",
-            "gnp_reuse": self.gnp_reuse,
-            "gnp_ascent_fraction": self.gnp_ascent_fraction < 1,
-            f"gnp_scope={self.gnp_scope}": self.gnp_scope != "step",
-            "gnp_normalize_gradient": self.gnp_normalize_gradient,
-            "gnp_adaptive": self.gnp_adaptive,
-            "gnp_precondition": self.gnp_precondition,
-            "gnp_warmup_type=lambda": self.gnp_warmup_type == "lambda",
-        }
-        chosen = [name for name, is_set in set_by_user.items() if is_set]
-        for one, excluded, reason in EXCLUDE:
-            others = [name for name in chosen if name != one and name.startswith(excluded)]
-            if one in chosen and others:
-                raise ValueError(f"{one} {reason}: leave out {' and '.join(others)}.")
-        if "gnp_direction=momentum" in chosen and self.gnp_alpha not in (0, 1):
-            raise ValueError(
-                "gnp_direction=momentum has one gradient, that of the moved weights, so gnp_alpha is 1 (or 0, for "
-                f"plain training), but it is {self.gnp_alpha}: leave it out."
-            )
-        if self.gnp_reuse and self.gnp_interval == 1:
-            raise ValueError("gnp_reuse adds to the steps between penalised ones: set gnp_interval to 2 or more.")
 
     def gnp_values(self) -> dict[str, Any]:
         """What a run should say of itself: r, α, and the other `gnp_*` arguments that are not at their defaults."""
@@ -344,23 +245,6 @@ class GNPTrainingArguments(GNPArguments, TrainingArguments):
         "    ```\n"
         f"{GNPArguments.__doc__}"
     )
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, but it is {value!r}.") from None
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} must be finite and not negative, but it is {value!r}.")
-    return number
-
-
-def _boolean(name: str, value: Any) -> bool:
-    words = {"true": True, "false": False}
-    if isinstance(value, bool) or str(value).lower() in words:
-        return value if isinstance(value, bool) else words[str(value).lower()]
-    raise ValueError(f"{name} must be true or false, but it is {value!r}.")
 
 
 def gnp_arguments_of(args: TrainingArguments) -> GNPArguments:

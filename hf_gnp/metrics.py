@@ -1,7 +1,9 @@
-"""The `gnp_*` metrics of the optimizer steps between two logs."""
+"""The `gnp_*` metrics of the optimizer steps between two logs, and when there is one."""
 
 import torch
 from accelerate import Accelerator
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from .schedule import Penalty
 
@@ -70,3 +72,15 @@ class StepMetrics:
                 logs["gnp_fidelity"] = kept / moved
         self.reset()
         return logs
+
+
+def logs_after(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether `Trainer` will log when the step that now runs has ended, as far as its arguments tell."""
+    if args.logging_strategy == IntervalStrategy.NO:
+        return False
+    if args.logging_first_step and state.global_step == 0:
+        return True
+    interval = state.logging_steps
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        interval = max(1, round(state.max_steps / state.num_train_epochs))
+    return (state.global_step + 1) % interval == 0

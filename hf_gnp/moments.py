@@ -1,6 +1,7 @@
 """The moments that an optimizer keeps, as a direction (MSAM) or as a metric: who has them, and where."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,6 +12,8 @@ from torch import nn
 # As optimizers call them: Adam's family, and SGD and Muon. AMSGrad divides by the maximum.
 FIRST = ("exp_avg", "momentum_buffer")
 SECOND = ("max_exp_avg_sq", "exp_avg_sq")
+# By class name: they divide by a running estimate of the gradient's size.
+ADAPTIVE = "ada|lamb|rmsprop|prodigy|apollo|sophia"
 NAMES = {"gnp_direction=momentum": FIRST, "gnp_precondition": SECOND}
 SENTENCE = (
     "{argument} takes a moment of the optimizer ({names}), and {optimizer} keeps none that can be used, or a "
@@ -55,6 +58,10 @@ def unwrapped(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def is_adaptive(optimizer: Any) -> bool:
+    return re.search(ADAPTIVE, type(unwrapped(optimizer)).__name__, re.IGNORECASE) is not None
 
 
 def refuse_optimizer(argument: str, name: str) -> NoReturn:

@@ -148,6 +148,7 @@ class PenalisedSteps:
             else:
                 self._refuse_foreign_gradient()
             original(loss, *args, **kwargs)
+            self.engine.own_gradient()
             self._marks = self.engine.gradient_marks()
             if self._takes_rows:  # only now: backward asks whether buffers are as the forward left them
                 self.window.tensors.end()
@@ -307,6 +308,7 @@ class PenalisedSteps:
                         with engine.micro_batch(len(replayed) + len(losses) + 1 == passes):
                             # CUDA graphs write the next pass's loss over it.
                             collected.append(run_pass(micro_batch).clone())
+                            engine.own_gradient()
                     if first:
                         kept.close()
         if fidelity is not None:

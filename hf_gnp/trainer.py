@@ -4,21 +4,20 @@ import contextlib
 import functools
 import inspect
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from .arguments import gnp_arguments_of, take_over
 from .checkpoint import add_to_model_card, load_renamed, remember_values
 from .direction import Perturbation
 from .engines import refuse_unsupported
-from .moments import check_optimizer_of, needed, unwrapped
+from .metrics import logs_after
+from .moments import check_optimizer_of, is_adaptive, needed
 from .replay.window import Deferred, MicroBatch
 from .schedule import Schedule
 from .sharpness import measure_sharpness
@@ -31,8 +30,6 @@ logger = logging.get_logger(__name__)
 # Of the perturbation, what should survive rounding.
 FIDELITY_FLOOR = 0.9
 NOT_FINITE = "the gradient is not finite; the weights stay as they are."
-# By class name: they divide by a running estimate of the gradient's size.
-ADAPTIVE_OPTIMIZERS = "ada|lamb|rmsprop|prodigy|apollo|sophia"
 
 
 # For a type checker: the mixin uses what comes after it, a subclass of Trainer.
@@ -166,7 +163,7 @@ class GNPMixin(_Base):
             if run.is_end_of_window:
                 noise_seed = run.schedule.noise_seed(self.state.global_step)
                 run_pass = functools.partial(self._gnp_second_pass, model)
-                lacking = run.end_window(run_pass, noise_seed, self._gnp_logs_this_step())
+                lacking = run.end_window(run_pass, noise_seed, logs_after(self.args, self.state))
                 loss = loss if lacking is None else loss + lacking
         except BaseException:
             run.abandon()
@@ -188,24 +185,12 @@ class GNPMixin(_Base):
         ):
             return Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
 
-    def _gnp_logs_this_step(self) -> bool:
-        """Whether `Trainer` will log when this step ends, as far as its arguments tell."""
-        args, state = self.args, self.state
-        if args.logging_strategy == IntervalStrategy.NO:
-            return False
-        if args.logging_first_step and state.global_step == 0:
-            return True
-        interval = state.logging_steps
-        if args.logging_strategy == IntervalStrategy.EPOCH:
-            interval = max(1, round(state.max_steps / state.num_train_epochs))
-        return (state.global_step + 1) % interval == 0
-
     def _gnp_current_run(self, model: nn.Module) -> PenalisedSteps:
         """What belongs to this run of `train`: `Trainer` makes a new state, and may wrap the model anew, for each."""
         run = self._gnp_run
         if run is None or run.state is not self.state or run.model is not model:
-            is_adaptive = _is_adaptive(self.optimizer)
-            schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, is_adaptive)
+            adaptive = is_adaptive(self.optimizer)
+            schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, adaptive)
             self._gnp_run = run = PenalisedSteps(self, model, schedule)
             run.resume_from(self._gnp_resumed_from)
             self._gnp_second_flos, self._gnp_warned = 0.0, set()
@@ -214,7 +199,7 @@ class GNPMixin(_Base):
                 logger.warning(warning)
             if self.gnp_args.gnp_warmup_type == "auto":
                 logger.info(f"gnp_warmup_type=auto: {schedule.warmup_type}, for {schedule.warmup_steps} steps.")
-            elif schedule.warmup_type == "none" and is_adaptive and schedule.warmup_steps > 0:
+            elif schedule.warmup_type == "none" and adaptive and schedule.warmup_steps > 0:
                 logger.warning(
                     "An adaptive optimizer with a learning-rate warm-up and no warm-up of the penalty: there the "
                     "penalty is known to harm (arXiv 2406.09723). Leave gnp_warmup_type at 'auto'."
@@ -317,7 +302,3 @@ class GNPTrainer(GNPMixin, Trainer):
         "    ```\n"
         f"{GNPMixin.__doc__}"
     )
-
-
-def _is_adaptive(optimizer: Any) -> bool:
-    return re.search(ADAPTIVE_OPTIMIZERS, type(unwrapped(optimizer)).__name__, re.IGNORECASE) is not None

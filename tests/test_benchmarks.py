@@ -170,6 +170,19 @@ def test_study_runs_once_and_reports(tmp_path, data, encoder, vision_model, loud
     assert (tmp_path / f"study_{name}.json").read_text(encoding="utf-8") == kept
 
 
+@pytest.mark.slow
+def test_study_gives_the_same_runs_in_several_processes(tmp_path, data, loud_libraries):
+    def runs_with(jobs: int) -> list[dict]:
+        folder = tmp_path / str(jobs)
+        flags = ["settings", "--quick", "--quiet", "--data", str(data), "--output_dir", str(folder)]
+        study.main([*flags, "--jobs", str(jobs)])
+        runs = json.loads((folder / "study_settings.json").read_text(encoding="utf-8"))["runs"]
+        runs = [{key: value for key, value in run.items() if key != "cpu_seconds"} for run in runs]
+        return sorted(runs, key=lambda run: (run["seed"], run["method"], run["gnp"].get("gnp_r", 0)))
+
+    assert runs_with(2) == runs_with(1)
+
+
 def test_r_is_the_best_of_the_seeds_that_are_not_reported(tmp_path):
     """The smaller r of two that are as good; and no table before all methods have a seed."""
     settings, name = {"task": "none"}, "m = 8"

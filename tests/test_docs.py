@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hf_gnp.arguments import EXCLUDE
+from hf_gnp.argument_checks import EXCLUDE
 
 
 ROOT = Path(__file__).parents[1]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import logs_of, make_trainer, run
@@ -100,20 +101,45 @@ shown = SQLiteStorage.get_logs("gnp", "run")
 config = SQLiteStorage.get_run_config("gnp", "run")
 print(json.dumps({"logged": logged, "shown": shown, "config": {k: v for k, v in config.items() if "gnp" in k}}))
 """
+WANDB = """
+import json, sys
+import wandb
+from runs import logs_of, make_trainer
+
+trainer = make_trainer(sys.argv[1], "vit", report_to=["wandb"], max_steps=3)
+trainer.train()
+logged, run = logs_of(trainer, "loss", *sys.argv[2:]), wandb.run
+shown = {name: run.summary[name] for name in run.summary.keys() if name.startswith("train/")}
+print(json.dumps({"logged": logged, "shown": shown, "config": {k: v for k, v in run.config.items() if "gnp" in k}}))
+"""
+
+
+def run_apart(script: str, folder: Path, **environment: str) -> dict[str, Any]:
+    """In a process of its own: trackers take their folders from the environment, and keep threads."""
+    pythonpath = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": pythonpath, **environment}
+    command = [sys.executable, "-c", script, str(folder), *METRICS]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"logged"')))
 
 
 def test_metrics_reach_trackio(tmp_path):
-    """In a process of its own: trackio takes its folder from the environment when it is imported."""
-    pytest.importorskip("trackio", reason="it asks for pillow below 13, and the tests run with 13")
-    pythonpath = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": pythonpath}
-    command = [sys.executable, "-c", TRACKIO, str(tmp_path / "out"), *METRICS]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    pytest.importorskip("trackio", reason="trackio is not installed: a part of the dev extra")
+    found = run_apart(TRACKIO, tmp_path / "out", TRACKIO_DIR=str(tmp_path / "trackio"))
     steps = [entry for entry in found["shown"] if "train/gnp_sharpness" in entry]
     for name, values in found["logged"].items():
         assert [entry[f"train/{name}"] for entry in steps] == values
+    assert (found["config"]["gnp_r"], found["config"]["gnp_alpha"]) == (0.05, 0.8)
+
+
+def test_metrics_reach_wandb_offline(tmp_path):
+    pytest.importorskip("wandb", reason="wandb is not installed, nor a part of the dev extra: pip install wandb")
+    folders = {f"WANDB_{kind}": str(tmp_path) for kind in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR")}
+    found = run_apart(WANDB, tmp_path / "out", WANDB_MODE="offline", **folders)
+    assert found["shown"]["train/global_step"] == 3
+    for name, values in found["logged"].items():  # offline, W&B gives back the last value alone
+        assert found["shown"][f"train/{name}"] == values[-1]
     assert (found["config"]["gnp_r"], found["config"]["gnp_alpha"]) == (0.05, 0.8)
 
 

@@ -49,6 +49,9 @@ METHODS = {
     "every 2nd step, reused": penalised(1.5, gnp_interval=2, gnp_reuse=True, gnp_alpha=0.5),
     "momentum": penalised(1.0, gnp_direction="momentum"),
     "m = 32, every 2nd step": penalised(1.5, gnp_interval=2),
+    # Of batches of 128.
+    "m = 128": penalised(),
+    "m = 32 of 128": penalised(micro_batch=32),
     "m = 8, α = 0.8": penalised(micro_batch=8, gnp_alpha=0.8),
     "m = 8, no warm-up": penalised(micro_batch=8, gnp_warmup_type="none"),
 }

@@ -102,6 +102,7 @@ def train(task: Task, method: Method, settings: dict[str, Any], seed: int, is_re
                 trainer.model.load_state_dict(last_weights)
                 run |= forgetting(trainer, test_data, task.second, settings["second"], seed)
     run["cpu_seconds"] = round(time.process_time() - start)
+    run["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     run = {name: round(value, 5) if isinstance(value, float) else value for name, value in run.items()}
     return run | {"curve": [round(accuracy, 3) for accuracy in best.curve]}
 

@@ -155,6 +155,10 @@ class Engine(Moves):
         """Something that changes when anybody adds to the gradient; None where that cannot be seen."""
         return None
 
+    def own_gradient(self) -> None:
+        """After each backward, where the gradient that it left would not outlive the next forward."""
+        return None
+
     def computes_in_16_bit(self) -> bool:
         """Whether a forward does, whatever the weights' dtype."""
         return self.accelerator.mixed_precision != "no"

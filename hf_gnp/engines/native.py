@@ -28,6 +28,7 @@ from .shards import HeldShard, OptimizerState, Shard, number_parameters
 from .support import POWER_SGD
 
 
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 BUCKET = 25 * 2**20  # bytes, as DDP's
 
 
@@ -54,6 +55,7 @@ class NativeEngine(Engine):
         within = {id(child) for module in self._fsdp_modules for child in module.modules() if child is not module}
         self._fsdp_roots = [module for module in self._fsdp_modules if id(module) not in within]
         has_communication_hook(model)  # refuses one
+        self._uses_cuda_graphs = accelerator.state.dynamo_plugin.mode in CUDA_GRAPHS
         self.begin_window(perturbation)
         self._moved: list[torch.Tensor] = []
         self._backup: list[torch.Tensor] = []
@@ -229,6 +231,12 @@ class NativeEngine(Engine):
     def gradient_marks(self) -> list[tuple[int, int]]:
         gradients = [p.grad for p in (*self.parameters, *self._outside)]
         return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
+
+    def own_gradient(self) -> None:
+        # A parameter's first gradient is the very tensor that backward made, here one of a CUDA graph's.
+        if self._uses_cuda_graphs:
+            for parameter in self._with_any_gradient():
+                parameter.grad = _gradient(parameter).clone()
 
     @contextlib.contextmanager
     def probed(self) -> Iterator[None]:

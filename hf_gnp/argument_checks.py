@@ -1,0 +1,137 @@
+"""
+Which values the `gnp_*` arguments may have, and which of them exclude each other. What is right is left as the type
+that it should have; for what is not, a ValueError names the argument.
+"""
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .arguments import GNPArguments
+
+
+WARMUP_TYPES = ("auto", "none", "r", "lambda", "zero")
+SCOPES = ("step", "micro_batch", "rank", "rank_micro_batch")
+DIRECTIONS = ("gradient", "momentum")
+# What excludes what, and why.
+EXCLUDE = (
+    (
+        "gnp_direction=momentum",
+        (
+            *("gnp_reuse", "gnp_ascent_fraction", "gnp_scope", "gnp_normalize_gradient", "gnp_adaptive"),
+            *("gnp_precondition", "gnp_warmup_type=lambda"),
+        ),
+        "moves before there is a gradient, along one direction for the whole step",
+    ),
+    (
+        "gnp_reuse",
+        ("gnp_ascent_fraction", "gnp_scope", "gnp_normalize_gradient"),
+        "keeps what g₂ adds to the g₁ of the same examples",
+    ),
+    (
+        "gnp_ascent_fraction",
+        ("gnp_scope=micro_batch", "gnp_scope=rank_micro_batch"),
+        "takes the direction from some of a step's micro-batches, and a micro-batch scope from each",
+    ),
+    ("gnp_adaptive", ("gnp_precondition",), "is a metric of its own"),
+)
+
+
+def check_schedule(args: "GNPArguments") -> None:
+    """Ranges, and what the warm-up needs."""
+    if args.gnp_warmup_type not in WARMUP_TYPES:
+        raise ValueError(f"gnp_warmup_type must be one of {WARMUP_TYPES}, but it is {args.gnp_warmup_type!r}.")
+    if args.gnp_warmup_steps is not None:
+        args.gnp_warmup_steps = number("gnp_warmup_steps", args.gnp_warmup_steps)
+        if args.gnp_warmup_type in ("auto", "none"):
+            raise ValueError("gnp_warmup_steps needs a gnp_warmup_type: r, lambda or zero.")
+    elif args.gnp_warmup_type not in ("auto", "none") and not getattr(args, "warmup_steps", True):
+        raise ValueError(
+            f"gnp_warmup_type={args.gnp_warmup_type} without a learning-rate warm-up (warmup_steps) to follow: "
+            "set gnp_warmup_steps."
+        )
+    args.gnp_start, args.gnp_end = number("gnp_start", args.gnp_start), number("gnp_end", args.gnp_end)
+    if not args.gnp_start < args.gnp_end <= 1:
+        raise ValueError(
+            f"gnp_start ({args.gnp_start}) and gnp_end ({args.gnp_end}) are fractions of the run: "
+            "0 <= gnp_start < gnp_end <= 1."
+        )
+    interval = number("gnp_interval", args.gnp_interval)
+    if interval < 1 or interval != int(interval):
+        raise ValueError(f"gnp_interval must be a whole number of steps, at least 1, but it is {interval}.")
+    args.gnp_interval = int(interval)
+    args.gnp_probability = number("gnp_probability", args.gnp_probability)
+    if not 0 < args.gnp_probability <= 1:
+        raise ValueError(
+            f"gnp_probability must be above 0 and at most 1, but it is {args.gnp_probability}; "
+            "set gnp_alpha=0 for plain training."
+        )
+    if args.gnp_interval > 1 and args.gnp_probability < 1:
+        raise ValueError("gnp_interval and gnp_probability both thin out penalised steps: give one of the two.")
+
+
+def check_perturbation(args: "GNPArguments") -> None:
+    """Names, ranges, and true or false."""
+    if args.gnp_scope not in SCOPES:
+        raise ValueError(f"gnp_scope must be one of {SCOPES}, but it is {args.gnp_scope!r}.")
+    if args.gnp_direction not in DIRECTIONS:
+        raise ValueError(f"gnp_direction must be one of {DIRECTIONS}, but it is {args.gnp_direction!r}.")
+    args.gnp_ascent_fraction = number("gnp_ascent_fraction", args.gnp_ascent_fraction)
+    if not 0 < args.gnp_ascent_fraction <= 1:
+        raise ValueError(
+            "gnp_ascent_fraction is the share of a step's examples that give the direction, above 0 and at most "
+            f"1, but it is {args.gnp_ascent_fraction}."
+        )
+    names = [f.name for f in fields(args) if f.name.startswith("gnp_") and f.type is bool]
+    if args.gnp_stochastic_rounding != "auto":  # a string for argparse, which has no bool that may be a word too
+        names.append("gnp_stochastic_rounding")
+    for name in names:
+        setattr(args, name, boolean(name, getattr(args, name)))
+    if args.gnp_target_modules is not None and not args.gnp_target_modules:
+        raise ValueError("gnp_target_modules is empty: leave it out to move all parameters.")
+
+
+def check_pairs(args: "GNPArguments") -> None:
+    """Refuse arguments that exclude each other, naming both."""
+    set_by_user = {
+        "gnp_direction=momentum": args.gnp_direction == "momentum",
+        "gnp_reuse": args.gnp_reuse,
+        "gnp_ascent_fraction": args.gnp_ascent_fraction < 1,
+        f"gnp_scope={args.gnp_scope}": args.gnp_scope != "step",
+        "gnp_normalize_gradient": args.gnp_normalize_gradient,
+        "gnp_adaptive": args.gnp_adaptive,
+        "gnp_precondition": args.gnp_precondition,
+        "gnp_warmup_type=lambda": args.gnp_warmup_type == "lambda",
+    }
+    chosen = [name for name, is_set in set_by_user.items() if is_set]
+    for one, excluded, reason in EXCLUDE:
+        others = [name for name in chosen if name != one and name.startswith(excluded)]
+        if one in chosen and others:
+            raise ValueError(f"{one} {reason}: leave out {' and '.join(others)}.")
+    if "gnp_direction=momentum" in chosen and args.gnp_alpha not in (0, 1):
+        raise ValueError(
+            "gnp_direction=momentum has one gradient, that of the moved weights, so gnp_alpha is 1 (or 0, for "
+            f"plain training), but it is {args.gnp_alpha}: leave it out."
+        )
+    if args.gnp_reuse and args.gnp_interval == 1:
+        raise ValueError("gnp_reuse adds to the steps between penalised ones: set gnp_interval to 2 or more.")
+
+
+def number(name: str, value: Any) -> float:
+    """A value that is finite and not negative, of whatever a command line or YAML made of it."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, but it is {value!r}.") from None
+    if not (math.isfinite(result) and result >= 0):
+        raise ValueError(f"{name} must be finite and not negative, but it is {value!r}.")
+    return result
+
+
+def boolean(name: str, value: Any) -> bool:
+    words = {"true": True, "false": False}
+    if isinstance(value, bool) or str(value).lower() in words:
+        return value if isinstance(value, bool) else words[str(value).lower()]
+    raise ValueError(f"{name} must be true or false, but it is {value!r}.")
