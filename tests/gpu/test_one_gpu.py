@@ -130,7 +130,7 @@ def test_native_waits_for_the_gpu_as_plain_training_does(tmp_path, options):
     """Once more a step, in which `Trainer` itself waits for its logs and its clipping."""
     waits = {}
     for cls, penalty in ((Trainer, {}), (GNPTrainer, gnp())):
-        args = {"use_cpu": False, **options, **penalty, "logging_steps": 100}
+        args = {"use_cpu": False, "optim": "adamw_torch_fused", "logging_steps": 100, **options, **penalty}
         trainer = make_trainer(tmp_path, "vit", cls, **args)
         trainer.add_callback(CountWaits())
         trainer.train()
