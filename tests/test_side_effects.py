@@ -492,6 +492,28 @@ def test_odd_buffers(tmp_path, kind):
         assert torch.equal(ours, theirs)
 
 
+class Observer(nn.Module):
+    """Its buffer gets its size in the first forward, in place, as those of torch.ao's observers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(0))
+
+    def forward(self, x):
+        largest = x.detach().abs().amax(dim=0)
+        if self.largest.numel() == 0:
+            self.largest.resize_(largest.shape).copy_(largest)
+        self.largest.lerp_(largest, 0.1)
+        return x / (1 + self.largest)
+
+
+def test_a_buffer_that_the_forward_resizes(tmp_path):
+    _, gnp = assert_unmoved_run_is_plain(
+        lambda cls: make_trainer(tmp_path, "net", cls, model=Net(Observer), **settings_of(cls))
+    )
+    assert len(gnp.model.layers[1].largest) == 7
+
+
 class Quantised(nn.Module):
     """A frozen weight in a buffer, as GPTQ's, AWQ's and HQQ's layers have it, and an adapter beside it."""
 

@@ -25,18 +25,21 @@ SAMPLE = 256  # elements at most
 
 class _Watched(NamedTuple):
     """
-    A tensor and how it looked when the window began: `copy` of all of it, or else the `version` and the `storage` that
-    it had and a `sample` of its elements. One that is not dense has neither and counts as not moved.
+    A tensor and how it looked when the window began: its `shape` and a `copy` of all of it, or else the `version` and
+    the `storage` that it had and a `sample` of its elements. One that is not dense has neither and counts as not moved.
     """
 
     key: int
     tensor: torch.Tensor
+    shape: torch.Size | None
     storage: int
     version: int
     copy: torch.Tensor | None
     sample: torch.Tensor | None
 
     def has_moved(self) -> torch.Tensor | bool:
+        if self.shape is not None and self.shape != _local(self.tensor).shape:  # resized in place, as observers of quantisation are
+            return True
         if self.copy is not None:
             return (_bytes(_local(self.tensor)) != _bytes(self.copy)).any()
         if (_storage(self.tensor), _version(self.tensor)) != (self.storage, self.version):
@@ -74,13 +77,14 @@ class RunningTensors:
         self._watched = []
         for key, tensor in sorted(found.items(), key=lambda item: _size(item[1])):
             left -= _size(tensor)
-            copy = sample = None
+            copy = sample = shape = None
             if is_dense(tensor):
+                shape = _local(tensor).shape
                 if left >= 0 or key in self._moving or key in statistics:
                     copy = _local(tensor).clone()
                 else:
                     sample = _sample(tensor)
-            self._watched.append(_Watched(key, tensor, _storage(tensor), _version(tensor), copy, sample))
+            self._watched.append(_Watched(key, tensor, shape, _storage(tensor), _version(tensor), copy, sample))
 
     def drop(self) -> None:
         """The window is over: keep what was learnt, and no tensor."""
@@ -121,7 +125,10 @@ class RunningTensors:
                 now.clear()
                 now.update(names)
         for tensor, value in values:
-            tensor.copy_(value)
+            if tensor.shape == value.shape:
+                tensor.copy_(value)
+            else:
+                tensor.data = value.clone()
 
 
 def _which(flags: list[torch.Tensor | bool]) -> list[bool]:
