@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .buffers import is_dense
+from .buffers import is_dense, storage_address
 
 
 # A small tensor or array: a counter, a table of weights; larger ones are activations that a module keeps to look at.
@@ -62,14 +62,17 @@ class PythonState:
 
     Args:
         owners: Objects with a `__dict__`, and generators.
+        trained: What the engine moves and puts back. Tensors that share the memory of one, or of its gradient, such as
+            a kept `weight.data`, are left as they are.
     """
 
-    def __init__(self, owners: Iterable[Any]):
+    def __init__(self, owners: Iterable[Any], trained: Iterable[nn.Parameter]):
+        moved = {storage_address(t) for p in trained for t in (p, p.grad) if t is not None} - {0}
         self._attributes: list[tuple[dict[str, Any], set[str], dict[str, Any]]] = []
         self._contents: list[Callable[[], Any]] = []
         for owner in owners:
             if isinstance(owner, GENERATORS):
-                self._contents += _contents(owner)
+                self._contents += _contents(owner, moved)
             else:
                 attributes, kept = vars(owner), {}
                 for name, value in attributes.items():
@@ -78,7 +81,7 @@ class PythonState:
                             kept[name] = value
                         elif _can_keep(value):
                             kept[name] = value
-                            self._contents += _contents(value)
+                            self._contents += _contents(value, moved)
                 self._attributes.append((attributes, set(attributes), kept))
 
     def put_back(self) -> None:
@@ -110,6 +113,14 @@ def find_modules(trainer: Any) -> list[nn.Module]:
     for value in (*vars(trainer).values(), *_held_by_functions(trainer)):
         modules += [item for item in _items(value) if isinstance(item, nn.Module) and not _is_wrapper(item)]
     return _with_children(modules)
+
+
+def find_trained(trainer: Any) -> list[nn.Parameter]:
+    """The parameters that a step moves or mixes: of the model, and those that the optimizer has beside it."""
+    has_groups = trainer.optimizer is not None and not trainer.is_deepspeed_enabled  # whose groups are flat partitions
+    groups = trainer.optimizer.param_groups if has_groups else []
+    found = {id(p): p for p in (*trainer.model.parameters(), *(p for group in groups for p in group["params"]))}
+    return [parameter for parameter in found.values() if parameter.requires_grad]
 
 
 def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -232,7 +243,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (*IMMUTABLE, *CONTAINERS))
 
 
-def _contents(value: Any) -> Iterator[Callable[[], Any]]:
+def _contents(value: Any, moved: set[int]) -> Iterator[Callable[[], Any]]:
     """Functions that put back, in place, what is in `value` now and may change there."""
     if _is_opaque(value):
         return
@@ -244,7 +255,12 @@ def _contents(value: Any) -> Iterator[Callable[[], Any]]:
         yield functools.partial(operator.delitem, value, slice(len(value), None))
     elif isinstance(value, set):
         yield functools.partial(_put_back_set, value, set(value))
-    elif isinstance(value, torch.Tensor) and _is_small(value) and _can_write(value):
+    elif (
+        isinstance(value, torch.Tensor)
+        and _is_small(value)
+        and _can_write(value)
+        and storage_address(value) not in moved
+    ):
         yield functools.partial(torch.no_grad()(value.copy_), value.detach().clone())
     elif isinstance(value, np.ndarray) and _is_small(value) and _can_write(value):
         yield functools.partial(operator.setitem, value, ..., value.copy())
@@ -256,7 +272,7 @@ def _contents(value: Any) -> Iterator[Callable[[], Any]]:
         yield functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if isinstance(value, dict | list | tuple | deque):
         for item in _items(value):
-            yield from _contents(item)
+            yield from _contents(item, moved)
 
 
 def _put_back_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:

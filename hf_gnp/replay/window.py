@@ -10,7 +10,7 @@ import torch
 
 from .buffers import RunningTensors
 from .randomness import RandomState, random_devices
-from .side_effects import PythonState, find_modules, find_owners
+from .side_effects import PythonState, find_modules, find_owners, find_trained
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Window:
         self.deferred: list[Deferred] = []
         self.tensors = RunningTensors()
         self._owners: list[Any] = []
+        self._trained: list[torch.nn.Parameter] = []
 
     def record(
         self, inputs: Any, num_items_in_batch: torch.Tensor | int | None, accumulation_steps: int | None
@@ -65,8 +66,9 @@ class Window:
         """Remember a micro-batch, before its first pass."""
         if not self.micro_batches:
             self._owners = find_owners(self._trainer)
-            self.tensors.start(find_modules(self._trainer))
-        state = RandomState(self.devices), PythonState(self._owners)
+            self._trained = find_trained(self._trainer)
+            self.tensors.start(find_modules(self._trainer), self._trained)
+        state = RandomState(self.devices), PythonState(self._owners, self._trained)
         micro_batch = MicroBatch(copied(inputs), num_items_in_batch, accumulation_steps, *state)
         self.micro_batches.append(micro_batch)
         return micro_batch
@@ -83,7 +85,7 @@ class Window:
     def kept(self) -> Iterator[None]:
         """Around passes of which only the gradient stays: on leaving, all state is as the first pass left it."""
         self.tensors.end()
-        random_state, python_state = RandomState(self.devices), PythonState(self._owners)
+        random_state, python_state = RandomState(self.devices), PythonState(self._owners, self._trained)
         try:
             with self.tensors.kept():
                 yield
@@ -104,7 +106,7 @@ class Window:
         self.micro_batches.clear()
         self.deferred.clear()
         self.tensors.drop()
-        self._owners = []
+        self._owners, self._trained = [], []
 
 
 def copied(inputs: Any) -> Any:
