@@ -4,7 +4,9 @@ import gc
 import itertools
 import random
 import types
-from collections import Counter, deque
+from collections import Counter, UserDict, deque
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from transformers import (
     MarkupLMForQuestionAnswering,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     WhisperConfig,
     WhisperForConditionalGeneration,
@@ -499,6 +502,93 @@ def test_stock_models_that_edit_their_inputs(tmp_path, name):
         return cls(make_stock(), args, train_dataset=data(), data_collator=default_data_collator)
 
     assert_unmoved_run_is_plain(make)
+
+
+class Batch(MutableMapping):
+    """A mapping of the user's own, whose shallow copy shares what is in it."""
+
+    def __init__(self, items=()):
+        self.items_ = dict(items)
+
+    def __getitem__(self, key):
+        return self.items_[key]
+
+    def __setitem__(self, key, value):
+        self.items_[key] = value
+
+    def __delitem__(self, key):
+        del self.items_[key]
+
+    def __iter__(self):
+        return iter(self.items_)
+
+    def __len__(self):
+        return len(self.items_)
+
+
+@dataclass
+class Sample:
+    x: torch.Tensor
+
+
+class EditsInputs(Net):
+    """Writes into whatever it is given."""
+
+    def __init__(self):
+        super().__init__(nn.Tanh)
+
+    def forward(self, x, labels):
+        if isinstance(x, Sample):
+            x.x = x.x * 1.5
+            x = x.x
+        x *= 1.5
+        return super().forward(torch.as_tensor(x).clone(), labels)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, Sample, lambda x: x.numpy()], ids=["tensor", "dataclass", "array"])
+@pytest.mark.parametrize("kind", [dict, Batch, UserDict])
+def test_inputs_of_any_kind_are_copied(tmp_path, kind, wrap):
+    def editing(cls):
+        class Editing(cls):
+            def _prepare_inputs(self, inputs):
+                return kind({**inputs, "x": wrap(inputs["x"])})
+
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                return model(inputs.pop("x"), inputs.pop("labels"))["loss"]
+
+        return Editing
+
+    assert_unmoved_run_is_plain(
+        lambda cls: make_trainer(tmp_path, "net", editing(cls), model=EditsInputs(), **settings_of(cls))
+    )
+
+
+# --- What is looked at after the step ---
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+def test_what_a_loss_keeps_to_look_at_is_that_of_the_first_pass(tmp_path, alpha):
+    """Part of a graph, as people forget to detach it; in a dictionary; and too large to be copied."""
+
+    class Looks(GNPTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.parts["loss"] = self.last = loss
+            self.large = loss.detach().expand(2**15).clone()
+            return loss
+
+    class Seen(TrainerCallback):
+        def __init__(self):
+            self.values = []
+
+        def on_step_end(self, *args, **kwargs):
+            self.values.append([trainer.last.item(), trainer.parts["loss"].item(), trainer.large[0].item()])
+
+    seen = Seen()
+    trainer = make_trainer(tmp_path, "net", Looks, model=Net(nn.Tanh), gnp_alpha=alpha, max_steps=3, callbacks=[seen])
+    trainer.parts = {}
+    trainer.train()
+    assert seen.values == [[loss] * 3 for loss in logs_of(trainer, "loss")["loss"]]
 
 
 # --- Odd buffers ---

@@ -269,14 +269,27 @@ def test_a_batch_that_is_skipped_leaves_no_trace(tmp_path, pass_, accumulation, 
 
 
 @pytest.mark.parametrize("alpha", [0.8, 1.0])
-def test_layers_unfrozen_during_training_are_moved_and_mixed(tmp_path, alpha):
-    class Unfreeze(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            model.layers[0].requires_grad_(state.global_step >= 2)
+@pytest.mark.parametrize("where", ["callback", "training_step", "compute_loss"])
+def test_layers_unfrozen_during_training_are_moved_and_mixed(tmp_path, where, alpha):
+    def unfreeze(of, state):
+        if of == where:
+            trainer.model.layers[0].requires_grad_(state.global_step >= 2)
 
-    trainer = make_trainer(
-        tmp_path, "net", model=Net(nn.Tanh), max_steps=4, gnp_alpha=alpha, callbacks=[Unfreeze()], max_grad_norm=0.5
-    )
+    class Callback(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            unfreeze("callback", state)
+
+    class Unfreezing(GNPTrainer):
+        def training_step(self, *args, **kwargs):
+            unfreeze("training_step", self.state)
+            return super().training_step(*args, **kwargs)
+
+        def compute_loss(self, *args, **kwargs):
+            unfreeze("compute_loss", self.state)
+            return super().compute_loss(*args, **kwargs)
+
+    settings = {"max_steps": 4, "gnp_alpha": alpha, "callbacks": [Callback()], "max_grad_norm": 0.5}
+    trainer = make_trainer(tmp_path, "net", Unfreezing, model=Net(nn.Tanh), **settings)
     trainer.train()
 
     model, steps = Net(nn.Tanh), windows("net", 1)[:4]

@@ -65,6 +65,9 @@ class NativeEngine(Engine):
     def begin_window(self, perturbation: Perturbation) -> None:
         super().begin_window(perturbation)
         self.publish()  # after an evaluation FSDP2's root stays gathered, and has other parameters
+        self._read_parameters()
+
+    def _read_parameters(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.is_sharded = any(isinstance(p, DTensor) for p in self.parameters)
         in_model = {id(p) for p in self.model.parameters()}
@@ -75,6 +78,7 @@ class NativeEngine(Engine):
 
     @torch.no_grad()
     def shards(self) -> list[Shard]:
+        self._read_parameters()  # a loss may have unfrozen some
         shards, numbers = [], number_parameters(self.model)
         for parameter in self._with_gradient():
             weight = _local(parameter)
