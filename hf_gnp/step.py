@@ -128,7 +128,7 @@ class PenalisedSteps:
             # A pass without a trace: that of the whole micro-batch is yet to come, at the moved weights.
             micro_batch.first_rows = first_rows(inputs, self._perturbation.first_rows)
             kwargs["num_items_in_batch"] = self._items_in([micro_batch.first_rows])
-            with replaced(self.trainer, log=not_logged):
+            with replaced(self.trainer, log=not_logged), self.engine.hidden_gradient():
                 loss = original(model, micro_batch.first_rows, *args, **kwargs)
             micro_batch.random_state.restore()
             micro_batch.python_state.put_back()
@@ -303,9 +303,11 @@ class PenalisedSteps:
                 kept.enter_context(window.kept())
                 self._probe()
             with engine.perturbed(penalty.r, penalty.alpha, noise_seed, measure, ratio) as fidelity:
-                for micro_batches, collected in ((again, replayed), (first, losses)):
+                of_again = {"compute_loss": self._compute_loss_again}
+                for micro_batches, collected, methods in ((again, replayed, of_again), (first, losses, {})):
                     for micro_batch in micro_batches:
-                        with engine.micro_batch(len(replayed) + len(losses) + 1 == passes):
+                        is_last = len(replayed) + len(losses) + 1 == passes
+                        with engine.micro_batch(is_last), replaced(self.trainer, **methods):
                             # CUDA graphs write the next pass's loss over it.
                             collected.append(run_pass(micro_batch).clone())
                             engine.own_gradient()
@@ -315,12 +317,19 @@ class PenalisedSteps:
             self.metrics.fidelity = fidelity.to(self.trainer.accelerator.device)
         return replayed, replayed + losses
 
+    def _compute_loss_again(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # A backward of its own, for adversarial inputs or a regulariser, counted in the first pass; and it may end in
+        # `zero_grad`, which would take g₁.
+        with self.engine.hidden_gradient():
+            return original(*args, **kwargs)
+
     def _probe(self) -> None:
         """Once a run: the window's first micro-batch again at θ must give the loss that it gave."""
         if not self._is_probed:
             self._is_probed = True
             engine, micro_batch = self.engine, next(self.window.replayed())
-            probe(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
+            with engine.hidden_gradient():
+                probe(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
 
     def abandon(self) -> None:
         """After any exception in a step: clean weights, no gradient, an empty window."""

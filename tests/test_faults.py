@@ -273,6 +273,38 @@ def test_zero_gradient_makes_a_plain_step(tmp_path, alpha):
     assert_identical(result, expected)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gnp_scope": "micro_batch"},
+        {"gnp_scope": "rank"},
+        {"gnp_scope": "rank_micro_batch"},
+        {"gnp_ascent_fraction": 0.5, "gnp_alpha": 1.0},
+        {"gnp_direction": "momentum"},
+        {"gnp_alpha": 1.0, "gnp_interval": 2},
+    ],
+)
+def test_a_loss_that_reaches_no_parameter_makes_a_plain_step(tmp_path, settings):
+    """A constant, as of a batch without pairs: of the first and the third window, and of half of the second."""
+    constant = {batch["x"][0, 0].item() for (batch,) in (windows("net", 1)[index] for index in (0, 1, 3, 4, 5))}
+
+    def train(cls, **kwargs):
+        class Sparse(cls):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                if inputs["x"][0, 0].item() in constant:
+                    return torch.zeros((), requires_grad=True)
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+        optim = {"optim": "sgd", "optim_args": "momentum=0.9", "gradient_accumulation_steps": 2}
+        trainer = make_trainer(tmp_path, "net", Sparse, model=Net(nn.Tanh), **optim, **kwargs)
+        trainer.train()
+        return flat_weights(trainer.model)
+
+    # The moves change nothing; the parts of a window are summed in another order.
+    assert torch.allclose(train(GNPTrainer, gnp_r=1e-30, **settings), train(Trainer), rtol=1e-6, atol=1e-8)
+
+
 # --- fp16 ---
 
 

@@ -1,14 +1,27 @@
 """State that a forward moves and nobody sees: generators, counters, teachers, odd buffers; the probe for the rest."""
 
 import gc
+import itertools
 import random
 import types
-from collections import Counter, deque
+from collections import Counter, UserDict, deque
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from runs import assert_identical, logs_of, make_args, make_trainer, run, snapshot
+from runs import (
+    assert_identical,
+    assert_matches_reference,
+    logs_of,
+    make_args,
+    make_trainer,
+    reference_run,
+    run,
+    snapshot,
+    window_loss,
+)
 from tiny import Net, make_data
 from torch import nn
 from transformers import (
@@ -22,6 +35,7 @@ from transformers import (
     MarkupLMForQuestionAnswering,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     WhisperConfig,
     WhisperForConditionalGeneration,
@@ -282,11 +296,11 @@ def test_small_tensors_of_a_trainer_that_cannot_be_written_to(tmp_path):
 
 
 class WithTeacher(Net):
-    """A frozen copy that follows the weights, and that the loss is drawn to (BYOL, DINO, data2vec)."""
+    """A copy that follows the weights, and that the loss is drawn to (BYOL, DINO, data2vec)."""
 
-    def __init__(self):
+    def __init__(self, is_frozen=True):
         super().__init__(nn.Tanh)
-        self.teacher = Net(nn.Tanh).layers.requires_grad_(False)
+        self.teacher = Net(nn.Tanh).layers.requires_grad_(not is_frozen)
         self.updates = 0
 
     @torch.no_grad()
@@ -298,8 +312,9 @@ class WithTeacher(Net):
     def forward(self, x, labels):
         self.follow(0.5 / (1 + self.updates))
         outputs = super().forward(x, labels)
-        distance = nn.functional.mse_loss(outputs["logits"], self.teacher(x) + 0.1)
-        return {**outputs, "loss": outputs["loss"] + distance}
+        with torch.no_grad():
+            target = self.teacher(x) + 0.1
+        return {**outputs, "loss": outputs["loss"] + nn.functional.mse_loss(outputs["logits"], target)}
 
 
 def test_frozen_parameters_that_the_forward_moves(tmp_path):
@@ -308,6 +323,59 @@ def test_frozen_parameters_that_the_forward_moves(tmp_path):
     )
     assert gnp.model.updates == plain.model.updates == 3 * ACCUMULATION
     assert not torch.equal(gnp.model.teacher[0].weight, Net(nn.Tanh).layers[0].weight)
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_teacher_follows_the_weights_and_not_the_moved_ones(tmp_path, is_frozen, alpha):
+    """Also in the first step, which it begins as a copy of them, and where it is trainable but never reached."""
+    trainer = make_trainer(tmp_path, "net", model=WithTeacher(is_frozen), gnp_alpha=alpha)
+    trainer.train()
+
+    model, passes, states = WithTeacher(is_frozen), itertools.cycle([1, 2]), []
+
+    def loss(model, window):
+        """What the second pass finds is what the first found, and what it leaves is what the first left."""
+        states.append((snapshot(model.teacher), model.updates))
+        is_second = next(passes) == 2
+        if is_second:
+            put_back(states[0])
+        value = window_loss(model, window)
+        if is_second:
+            put_back(states[1])
+            states.clear()
+        return value
+
+    def put_back(state):
+        model.teacher.load_state_dict(state[0])
+        model.updates = state[1]
+
+    assert_matches_reference(trainer, reference_run("net", 1, alpha=alpha, model=model, loss=loss))
+
+
+class KeepsWeights(Net):
+    """Its attributes are views of its weights, as those of `torch.nn.utils.spectral_norm` are before a forward."""
+
+    def __init__(self):
+        super().__init__(nn.Tanh)
+        self.first = self.layers[0].weight.data
+        self.all = [parameter.data for parameter in self.parameters()]
+        self.register_buffer("last", self.layers[-1].weight.data, persistent=False)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+def test_views_of_weights_and_gradients_are_not_put_back(tmp_path, alpha, accumulation):
+    class KeepsGradients(GNPTrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            self.kept = [parameter.grad for parameter in self.model.parameters()]
+            return loss
+
+    settings = {"gnp_alpha": alpha, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(tmp_path, "net", KeepsGradients, model=KeepsWeights(), **settings)
+    trainer.train()
+    assert_matches_reference(trainer, reference_run("net", accumulation, alpha=alpha, model=KeepsWeights()))
 
 
 class LossModule(nn.Module):
@@ -436,6 +504,93 @@ def test_stock_models_that_edit_their_inputs(tmp_path, name):
     assert_unmoved_run_is_plain(make)
 
 
+class Batch(MutableMapping):
+    """A mapping of the user's own, whose shallow copy shares what is in it."""
+
+    def __init__(self, items=()):
+        self.items_ = dict(items)
+
+    def __getitem__(self, key):
+        return self.items_[key]
+
+    def __setitem__(self, key, value):
+        self.items_[key] = value
+
+    def __delitem__(self, key):
+        del self.items_[key]
+
+    def __iter__(self):
+        return iter(self.items_)
+
+    def __len__(self):
+        return len(self.items_)
+
+
+@dataclass
+class Sample:
+    x: torch.Tensor
+
+
+class EditsInputs(Net):
+    """Writes into whatever it is given."""
+
+    def __init__(self):
+        super().__init__(nn.Tanh)
+
+    def forward(self, x, labels):
+        if isinstance(x, Sample):
+            x.x = x.x * 1.5
+            x = x.x
+        x *= 1.5
+        return super().forward(torch.as_tensor(x).clone(), labels)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, Sample, lambda x: x.numpy()], ids=["tensor", "dataclass", "array"])
+@pytest.mark.parametrize("kind", [dict, Batch, UserDict])
+def test_inputs_of_any_kind_are_copied(tmp_path, kind, wrap):
+    def editing(cls):
+        class Editing(cls):
+            def _prepare_inputs(self, inputs):
+                return kind({**inputs, "x": wrap(inputs["x"])})
+
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                return model(inputs.pop("x"), inputs.pop("labels"))["loss"]
+
+        return Editing
+
+    assert_unmoved_run_is_plain(
+        lambda cls: make_trainer(tmp_path, "net", editing(cls), model=EditsInputs(), **settings_of(cls))
+    )
+
+
+# --- What is looked at after the step ---
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+def test_what_a_loss_keeps_to_look_at_is_that_of_the_first_pass(tmp_path, alpha):
+    """Part of a graph, as people forget to detach it; in a dictionary; and too large to be copied."""
+
+    class Looks(GNPTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.parts["loss"] = self.last = loss
+            self.large = loss.detach().expand(2**15).clone()
+            return loss
+
+    class Seen(TrainerCallback):
+        def __init__(self):
+            self.values = []
+
+        def on_step_end(self, *args, **kwargs):
+            self.values.append([trainer.last.item(), trainer.parts["loss"].item(), trainer.large[0].item()])
+
+    seen = Seen()
+    trainer = make_trainer(tmp_path, "net", Looks, model=Net(nn.Tanh), gnp_alpha=alpha, max_steps=3, callbacks=[seen])
+    trainer.parts = {}
+    trainer.train()
+    assert seen.values == [[loss] * 3 for loss in logs_of(trainer, "loss")["loss"]]
+
+
 # --- Odd buffers ---
 
 BUFFERS = {
@@ -492,6 +647,28 @@ def test_odd_buffers(tmp_path, kind):
         assert torch.equal(ours, theirs)
 
 
+class Observer(nn.Module):
+    """Its buffer gets its size in the first forward, in place, as those of torch.ao's observers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(0))
+
+    def forward(self, x):
+        largest = x.detach().abs().amax(dim=0)
+        if self.largest.numel() == 0:
+            self.largest.resize_(largest.shape).copy_(largest)
+        self.largest.lerp_(largest, 0.1)
+        return x / (1 + self.largest)
+
+
+def test_a_buffer_that_the_forward_resizes(tmp_path):
+    _, gnp = assert_unmoved_run_is_plain(
+        lambda cls: make_trainer(tmp_path, "net", cls, model=Net(Observer), **settings_of(cls))
+    )
+    assert len(gnp.model.layers[1].largest) == 7
+
+
 class Quantised(nn.Module):
     """A frozen weight in a buffer, as GPTQ's, AWQ's and HQQ's layers have it, and an adapter beside it."""
 
@@ -515,7 +692,7 @@ def test_a_large_tensor_that_begins_to_move_is_copied_from_then_on(monkeypatch, 
     layer, trainable = nn.Linear(100, 100).requires_grad_(False), nn.Linear(200, 200)
     tensors = RunningTensors()
     for window in range(4):
-        tensors.start([layer, trainable])
+        tensors.start([layer, trainable], list(trainable.parameters()))
         before = layer.weight.detach().clone()
         if window > 0:
             layer.weight.data.mul_(0.9)  # the first pass

@@ -85,6 +85,55 @@ def test_backward_of_the_users_own_after_the_step_is_added_once(tmp_path, alpha)
         assert torch.allclose(result[0][name], gradient, rtol=1e-5, atol=1e-7), name
 
 
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+def test_backward_of_the_losss_own_is_added_once(tmp_path, alpha):
+    def regularising(cls):
+        class Regularised(calling_backward(cls, True, False)):
+            def training_step(self, *args, **kwargs):
+                return cls.training_step(self, *args, **kwargs)
+
+            def compute_loss(self, *args, **kwargs):
+                self.regularise()
+                return super().compute_loss(*args, **kwargs)
+
+        return Regularised
+
+    plain, gnp = (regularising(cls) for cls in BOTH)
+    expected = gradients(tmp_path, plain)
+    result = gradients(tmp_path, gnp, gnp_alpha=alpha, gnp_r=NO_MOVE)
+    for step, step_expected in zip(result, expected, strict=True):
+        for name, gradient in step_expected.items():
+            assert torch.allclose(step[name], gradient, rtol=1e-5, atol=1e-7), name
+
+
+def at_adversarial_inputs(model, inputs, gradient_of) -> torch.Tensor:
+    x = inputs["x"].clone().requires_grad_()
+    gradient = gradient_of(model(x, inputs["labels"])["loss"], x)
+    return model(inputs["x"] + 0.1 * gradient.sign(), inputs["labels"])["loss"]
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+def test_a_loss_that_zeroes_the_gradient_takes_none_of_the_steps(tmp_path, alpha):
+    """Adversarial inputs (Goodfellow et al. 2015), as people write them: backward, and `zero_grad` after it."""
+
+    def by_backward(loss, x):
+        loss.backward()
+        trainer.model.zero_grad()
+        return x.grad
+
+    class Adversarial(GNPTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return at_adversarial_inputs(model, inputs, by_backward)
+
+    def loss(model, window):
+        return at_adversarial_inputs(model, window[0], lambda loss, x: torch.autograd.grad(loss, x)[0])
+
+    trainer = make_trainer(tmp_path, "net", Adversarial, model=Net(nn.Tanh), gnp_alpha=alpha)
+    trainer.train()
+    expected = reference_run("net", 1, alpha=alpha, model=Net(nn.Tanh), loss=loss)
+    assert_matches_reference(trainer, expected)
+
+
 def test_backward_that_cannot_be_told_from_the_losses_is_refused(tmp_path):
     cls = calling_backward(GNPTrainer, True, False)
     trainer = make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), gradient_accumulation_steps=3)
@@ -220,14 +269,27 @@ def test_a_batch_that_is_skipped_leaves_no_trace(tmp_path, pass_, accumulation, 
 
 
 @pytest.mark.parametrize("alpha", [0.8, 1.0])
-def test_layers_unfrozen_during_training_are_moved_and_mixed(tmp_path, alpha):
-    class Unfreeze(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            model.layers[0].requires_grad_(state.global_step >= 2)
+@pytest.mark.parametrize("where", ["callback", "training_step", "compute_loss"])
+def test_layers_unfrozen_during_training_are_moved_and_mixed(tmp_path, where, alpha):
+    def unfreeze(of, state):
+        if of == where:
+            trainer.model.layers[0].requires_grad_(state.global_step >= 2)
 
-    trainer = make_trainer(
-        tmp_path, "net", model=Net(nn.Tanh), max_steps=4, gnp_alpha=alpha, callbacks=[Unfreeze()], max_grad_norm=0.5
-    )
+    class Callback(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            unfreeze("callback", state)
+
+    class Unfreezing(GNPTrainer):
+        def training_step(self, *args, **kwargs):
+            unfreeze("training_step", self.state)
+            return super().training_step(*args, **kwargs)
+
+        def compute_loss(self, *args, **kwargs):
+            unfreeze("compute_loss", self.state)
+            return super().compute_loss(*args, **kwargs)
+
+    settings = {"max_steps": 4, "gnp_alpha": alpha, "callbacks": [Callback()], "max_grad_norm": 0.5}
+    trainer = make_trainer(tmp_path, "net", Unfreezing, model=Net(nn.Tanh), **settings)
     trainer.train()
 
     model, steps = Net(nn.Tanh), windows("net", 1)[:4]

@@ -147,6 +147,10 @@ class Engine(Moves):
     def hold_gradient(self) -> None:
         """A micro-batch with a direction of its own has ended: its gradient stays, and the weights are θ."""
 
+    def hidden_gradient(self) -> AbstractContextManager[None]:
+        """Inside, parameters have no gradient, where `take_gradient` works; one that is made there is dropped."""
+        return contextlib.nullcontext()
+
     def gradients_changed(self) -> None:
         """The gradients of `shards` were changed in place."""
         return None

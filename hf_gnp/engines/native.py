@@ -65,6 +65,9 @@ class NativeEngine(Engine):
     def begin_window(self, perturbation: Perturbation) -> None:
         super().begin_window(perturbation)
         self.publish()  # after an evaluation FSDP2's root stays gathered, and has other parameters
+        self._read_parameters()
+
+    def _read_parameters(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.is_sharded = any(isinstance(p, DTensor) for p in self.parameters)
         in_model = {id(p) for p in self.model.parameters()}
@@ -75,6 +78,7 @@ class NativeEngine(Engine):
 
     @torch.no_grad()
     def shards(self) -> list[Shard]:
+        self._read_parameters()  # a loss may have unfrozen some
         shards, numbers = [], number_parameters(self.model)
         for parameter in self._with_gradient():
             weight = _local(parameter)
@@ -228,6 +232,17 @@ class NativeEngine(Engine):
         for parameter, other in gradient:
             parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
 
+    @contextlib.contextmanager
+    def hidden_gradient(self) -> Iterator[None]:
+        hidden = [(parameter, parameter.grad) for parameter in (*self.parameters, *self._outside)]
+        for parameter, _ in hidden:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in hidden:
+                parameter.grad = gradient
+
     def gradient_marks(self) -> list[tuple[int, int]]:
         gradients = [p.grad for p in (*self.parameters, *self._outside)]
         return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
@@ -288,7 +303,8 @@ class NativeEngine(Engine):
             raise NotImplementedError(
                 "The gradient-norm penalty needs dense gradients: build the embedding with sparse=False."
             )
-        if not with_gradient:
+        # A loss may be a constant, of a batch without pairs; but an optimizer that steps in hooks takes the gradients.
+        if not with_gradient and any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters):
             raise RuntimeError(
                 "No parameter has a gradient after backward, so there is nothing to penalise. An optimizer that steps "
                 "inside backward (LOMO, layer-wise GaLore or APOLLO) cannot be used with the gradient-norm penalty."

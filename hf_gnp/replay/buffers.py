@@ -1,9 +1,11 @@
 """
-The tensors that a forward moves without a gradient: buffers, and frozen parameters such as a momentum teacher's.
+The tensors that a forward moves without a gradient: buffers, and parameters that nothing trains, such as a momentum
+teacher's: frozen ones, and those that the last window's loss did not reach.
 
 Neither names nor version counters tell which: `batch_norm` and `.data` write without a new version. So in the first
 `LEARNING` windows of a run they are copied before the first pass, the smallest first, as many as fit into `BUDGET`, or
-into the size of the trainable weights (which a teacher has) if that is more, and compared after it. From then on
+into the size of the trainable weights (which a teacher has) if that is more, and compared after it. Those that stood
+still are put back as well: a teacher that is still a copy of the weights moves in the second pass alone. From then on
 copies are made of those that were seen to move, and of the statistics of normalisation layers, which move when their
 layer is set to training. The others, quantised base weights among them, are watched: one that is replaced, gets a new
 version, or changes in a sample of its elements is copied from the next window on.
@@ -25,18 +27,21 @@ SAMPLE = 256  # elements at most
 
 class _Watched(NamedTuple):
     """
-    A tensor and how it looked when the window began: `copy` of all of it, or else the `version` and the `storage` that
-    it had and a `sample` of its elements. One that is not dense has neither and counts as not moved.
+    A tensor and how it looked when the window began: its `shape` and a `copy` of all of it, or else the `version` and
+    the `storage` that it had and a `sample` of its elements. One that is not dense has none and counts as not moved.
     """
 
     key: int
     tensor: torch.Tensor
+    shape: torch.Size | None
     storage: int
     version: int
     copy: torch.Tensor | None
     sample: torch.Tensor | None
 
     def has_moved(self) -> torch.Tensor | bool:
+        if self.shape is not None and self.shape != _local(self.tensor).shape:  # observers of quantisation resize
+            return True
         if self.copy is not None:
             return (_bytes(_local(self.tensor)) != _bytes(self.copy)).any()
         if (_storage(self.tensor), _version(self.tensor)) != (self.storage, self.version):
@@ -49,43 +54,57 @@ class RunningTensors:
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
+        self._trained: Sequence[nn.Parameter] = ()
         self._moving: set[int] = set()  # ids of tensors that were seen to move
+        self._unreached: set[int] = set()  # ids of parameters that had no gradient in the last window
         self._windows = 0
+        self._left = 0
         self._watched: list[_Watched] = []
         self._flags: list[torch.Tensor | bool] = []
+        self._still: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._start: list[dict[str, torch.Tensor | None]] = []
 
     @torch.no_grad()
-    def start(self, modules: Iterable[nn.Module]) -> None:
-        """Before the first pass of a window."""
-        self._modules = list(modules)
+    def start(self, modules: Iterable[nn.Module], trained: Sequence[nn.Parameter] = ()) -> None:
+        """
+        Before the first pass of a window.
+
+        Args:
+            trained: The trainable parameters of the model and of the optimizer: the engine's to move and put back, and
+                so is what shares their memory.
+        """
+        self._modules, self._trained = list(modules), trained
         self._start = [dict(module._buffers) for module in self._modules]
         found: dict[int, torch.Tensor] = {}
+        reached = {id(parameter) for parameter in trained} - self._unreached
+        weights = {storage_address(parameter) for parameter in trained if id(parameter) in reached} - {0}
         trainable, statistics = 0, set()
         for module in self._modules:
             for tensor in (*module._buffers.values(), *module._parameters.values()):
-                if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                    trainable += _size(tensor)
-                elif tensor is not None and not hasattr(tensor, "ds_id"):
+                if id(tensor) in reached:
+                    trainable += _size(tensor)  # type: ignore[arg-type]  # no None: it is a parameter
+                elif tensor is not None and not hasattr(tensor, "ds_id") and storage_address(tensor) not in weights:
                     found[id(tensor)] = tensor
             if isinstance(module, _NormBase):
                 statistics |= {id(buffer) for buffer in module._buffers.values()}
-        left = max(BUDGET, trainable) if self._windows < LEARNING else -1
+        self._left = max(BUDGET, trainable) if self._windows < LEARNING else -1
         self._windows += 1
         self._watched = []
         for key, tensor in sorted(found.items(), key=lambda item: _size(item[1])):
-            left -= _size(tensor)
-            copy = sample = None
+            self._left -= _size(tensor)
+            copy = sample = shape = None
             if is_dense(tensor):
-                if left >= 0 or key in self._moving or key in statistics:
+                shape = _local(tensor).shape
+                if self._left >= 0 or key in self._moving or key in statistics:
                     copy = _local(tensor).clone()
                 else:
                     sample = _sample(tensor)
-            self._watched.append(_Watched(key, tensor, _storage(tensor), _version(tensor), copy, sample))
+            self._watched.append(_Watched(key, tensor, shape, _storage(tensor), _version(tensor), copy, sample))
 
     def drop(self) -> None:
         """The window is over: keep what was learnt, and no tensor."""
-        self._modules, self._watched, self._flags, self._start = [], [], [], []
+        self._modules, self._trained, self._watched, self._flags = [], (), [], []
+        self._still, self._start = [], []
 
     @torch.no_grad()
     def compare(self) -> torch.Tensor:
@@ -94,6 +113,7 @@ class RunningTensors:
         tensors = [flag for flag in self._flags if isinstance(flag, torch.Tensor)]
         return torch.stack([flag.to(tensors[0].device) for flag in tensors]) if tensors else torch.zeros(0)
 
+    @torch.no_grad()
     def end(self, compared: Sequence[bool] | None = None) -> None:
         """
         After the first pass: see what it moved.
@@ -105,14 +125,30 @@ class RunningTensors:
             compared = self.compare().tolist()
         read = iter(compared)
         moved = [next(read) if isinstance(flag, torch.Tensor) else flag for flag in self._flags]
-        self._watched = [watched for watched, has_moved in zip(self._watched, moved, strict=True) if has_moved]
+        reached = {id(parameter) for parameter in self._trained if parameter.grad is not None}
+        mine = [pair for pair in zip(self._watched, moved, strict=True) if pair[0].key not in reached]
+        self._watched = [watched for watched, has_moved in mine if has_moved]
         self._moving |= {watched.key for watched in self._watched}
+        unreached = [p for p in self._trained if id(p) not in reached] if reached else []  # ZeRO keeps no `grad`
+        if self._windows <= LEARNING:
+            still = [(w.tensor, w.copy) for w, has_moved in mine if w.copy is not None and not has_moved]
+            self._still = [(_local(tensor), copy) for tensor, copy in still if copy.is_floating_point()]
+            self._still += self._copies_of([p for p in unreached if id(p) not in self._unreached])
+        self._unreached = {id(parameter) for parameter in unreached}
+
+    def _copies_of(self, tensors: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The smallest first, as many as fit into what is left of the budget."""
+        for tensor in sorted(filter(is_dense, tensors), key=_size):
+            self._left -= _size(tensor)
+            if self._left >= 0:
+                yield _local(tensor), _local(tensor).clone()
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """On leaving, everything is as the first pass left it."""
         end = [dict(module._buffers) for module in self._modules]
         values = [(_local(w.tensor), _local(w.tensor).clone()) for w in self._watched if is_dense(w.tensor)]
+        values += self._still
         rebound = [
             (tensor, tensor.clone())
             for now, start in zip(end, self._start, strict=True)
@@ -136,7 +172,10 @@ class RunningTensors:
                 now.clear()
                 now.update(names)
         for tensor, value in values:
-            tensor.copy_(value)
+            if tensor.shape == value.shape:
+                tensor.copy_(value)
+            else:
+                tensor.data = value.clone()
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -151,6 +190,11 @@ def is_dense(tensor: torch.Tensor) -> bool:
         return False
     # An expanded tensor has one element in several places: nothing can be written to it in place.
     return all(stride > 0 or size == 1 for stride, size in zip(local.stride(), local.shape, strict=True))
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Where the memory begins that a tensor shares with its views; 0 for one that is not dense."""
+    return _local(tensor).untyped_storage().data_ptr() if is_dense(tensor) else 0
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@ The Python state that a forward may change: counters, metrics and generators tha
 
 What is looked at are the attributes of the trainer and of its state, of every module that the trainer holds, of the
 user's own objects that hang on these, and the modules and generators that the user's loss function names. What a
-library keeps inside its own objects (datasets, optimizers, accelerate) is not. Tensors are looked at if they are small
-and not part of a graph; buffers and parameters are for `buffers.py`.
+library keeps inside its own objects (datasets, optimizers, accelerate) is not. What is in a tensor is looked at if it
+is small and not part of a graph; buffers and parameters are for `buffers.py`.
 """
 
 import functools
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .buffers import is_dense
+from .buffers import is_dense, storage_address
 
 
 # A small tensor or array: a counter, a table of weights; larger ones are activations that a module keeps to look at.
@@ -62,23 +62,29 @@ class PythonState:
 
     Args:
         owners: Objects with a `__dict__`, and generators.
+        trained: What the engine moves and puts back. Tensors that share the memory of one, or of its gradient, such as
+            a kept `weight.data`, are left as they are.
+        holds_all: Whether tensors that are large or part of a graph are held too, which attributes are then set to
+            again. Of a window's every micro-batch that would be an activation.
     """
 
-    def __init__(self, owners: Iterable[Any]):
+    def __init__(self, owners: Iterable[Any], trained: Iterable[nn.Parameter], holds_all: bool = False):
+        can_keep = _is_anything if holds_all else _can_keep
+        moved = {storage_address(t) for p in trained for t in (p, p.grad) if t is not None} - {0}
         self._attributes: list[tuple[dict[str, Any], set[str], dict[str, Any]]] = []
         self._contents: list[Callable[[], Any]] = []
         for owner in owners:
             if isinstance(owner, GENERATORS):
-                self._contents += _contents(owner)
+                self._contents += _contents(owner, moved, can_keep)
             else:
                 attributes, kept = vars(owner), {}
                 for name, value in attributes.items():
                     if _is_watched(name):
                         if _is_opaque(value):
                             kept[name] = value
-                        elif _can_keep(value):
+                        elif can_keep(value):
                             kept[name] = value
-                            self._contents += _contents(value)
+                            self._contents += _contents(value, moved, can_keep)
                 self._attributes.append((attributes, set(attributes), kept))
 
     def put_back(self) -> None:
@@ -110,6 +116,14 @@ def find_modules(trainer: Any) -> list[nn.Module]:
     for value in (*vars(trainer).values(), *_held_by_functions(trainer)):
         modules += [item for item in _items(value) if isinstance(item, nn.Module) and not _is_wrapper(item)]
     return _with_children(modules)
+
+
+def find_trained(trainer: Any) -> list[nn.Parameter]:
+    """The parameters that a step moves or mixes: of the model, and those that the optimizer has beside it."""
+    has_groups = trainer.optimizer is not None and not trainer.is_deepspeed_enabled  # whose groups are flat partitions
+    groups = trainer.optimizer.param_groups if has_groups else []
+    found = {id(p): p for p in (*trainer.model.parameters(), *(p for group in groups for p in group["params"]))}
+    return [parameter for parameter in found.values() if parameter.requires_grad]
 
 
 def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -219,6 +233,10 @@ def _can_keep(value: Any) -> bool:
     return not isinstance(value, torch.Tensor | np.ndarray) or _is_small(value)
 
 
+def _is_anything(value: Any) -> bool:
+    return True
+
+
 def _is_opaque(value: Any) -> bool:
     """Whether nothing in it is put back: a number, a function, an object (whose attributes are, if it is an owner)."""
     # Not isinstance, which asks the object for its __class__, and a transformers' config answers slowly.
@@ -232,19 +250,24 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (*IMMUTABLE, *CONTAINERS))
 
 
-def _contents(value: Any) -> Iterator[Callable[[], Any]]:
+def _contents(value: Any, moved: set[int], can_keep: Callable[[Any], bool]) -> Iterator[Callable[[], Any]]:
     """Functions that put back, in place, what is in `value` now and may change there."""
     if _is_opaque(value):
         return
     if isinstance(value, dict) and len(value) <= LONG:
-        yield functools.partial(_put_back_dict, value, {k: item for k, item in value.items() if _can_keep(item)})
+        yield functools.partial(_put_back_dict, value, {k: v for k, v in value.items() if can_keep(v)}, can_keep)
     elif isinstance(value, list | deque) and len(value) <= LONG:
         yield functools.partial(_put_back_list, value, list(value))
     elif isinstance(value, list):
         yield functools.partial(operator.delitem, value, slice(len(value), None))
     elif isinstance(value, set):
         yield functools.partial(_put_back_set, value, set(value))
-    elif isinstance(value, torch.Tensor) and _is_small(value) and _can_write(value):
+    elif (
+        isinstance(value, torch.Tensor)
+        and _is_small(value)
+        and _can_write(value)
+        and storage_address(value) not in moved
+    ):
         yield functools.partial(torch.no_grad()(value.copy_), value.detach().clone())
     elif isinstance(value, np.ndarray) and _is_small(value) and _can_write(value):
         yield functools.partial(operator.setitem, value, ..., value.copy())
@@ -256,18 +279,19 @@ def _contents(value: Any) -> Iterator[Callable[[], Any]]:
         yield functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if isinstance(value, dict | list | tuple | deque):
         for item in _items(value):
-            yield from _contents(item)
+            if type(item) not in OPAQUE:
+                yield from _contents(item, moved, can_keep)
 
 
-def _put_back_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    others = {key: item for key, item in value.items() if key not in kept and not _can_keep(item)}
+def _put_back_dict(value: dict[Any, Any], kept: dict[Any, Any], can_keep: Callable[[Any], bool]) -> None:
+    others = {key: item for key, item in value.items() if key not in kept and not can_keep(item)}
     if list(value) != [*kept, *others] or any(value[key] is not item for key, item in kept.items()):
         value.clear()
         value.update(kept | others)
 
 
 def _put_back_list(value: Any, kept: list[Any]) -> None:
-    if len(kept) != len(value) or any(a is not b for a, b in zip(kept, value, strict=True)):
+    if len(kept) != len(value) or not all(map(operator.is_, kept, value)):
         value.clear()
         value.extend(kept)
 

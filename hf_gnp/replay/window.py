@@ -2,15 +2,17 @@
 
 import contextlib
 import copy
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .buffers import RunningTensors
 from .randomness import RandomState, random_devices
-from .side_effects import PythonState, find_modules, find_owners
+from .side_effects import PythonState, find_modules, find_owners, find_trained
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Window:
         self.deferred: list[Deferred] = []
         self.tensors = RunningTensors()
         self._owners: list[Any] = []
+        self._trained: list[torch.nn.Parameter] = []
 
     def record(
         self, inputs: Any, num_items_in_batch: torch.Tensor | int | None, accumulation_steps: int | None
@@ -65,8 +68,9 @@ class Window:
         """Remember a micro-batch, before its first pass."""
         if not self.micro_batches:
             self._owners = find_owners(self._trainer)
-            self.tensors.start(find_modules(self._trainer))
-        state = RandomState(self.devices), PythonState(self._owners)
+            self._trained = find_trained(self._trainer)
+            self.tensors.start(find_modules(self._trainer), self._trained)
+        state = RandomState(self.devices), PythonState(self._owners, self._trained)
         micro_batch = MicroBatch(copied(inputs), num_items_in_batch, accumulation_steps, *state)
         self.micro_batches.append(micro_batch)
         return micro_batch
@@ -85,7 +89,8 @@ class Window:
         Around passes of which only the gradient stays: on leaving, all state is as the first pass left it. What moved
         in it is known (`tensors.end`).
         """
-        random_state, python_state = RandomState(self.devices), PythonState(self._owners)
+        random_state = RandomState(self.devices)
+        python_state = PythonState(self._owners, self._trained, holds_all=True)
         try:
             with self.tensors.kept():
                 yield
@@ -106,25 +111,28 @@ class Window:
         self.micro_batches.clear()
         self.deferred.clear()
         self.tensors.drop()
-        self._owners = []
+        self._owners, self._trained = [], []
 
 
 def copied(inputs: Any) -> Any:
-    """`inputs` with new containers and new tensors; one that stands in two places does so again."""
-    copies: dict[int, torch.Tensor] = {}
+    """`inputs` with new containers, tensors and arrays; one that stands in two places does so again."""
+    copies: dict[int, torch.Tensor | np.ndarray] = {}
 
-    def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    def copy_tensor(tensor: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
         if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            if isinstance(tensor, np.ndarray):
+                copies[id(tensor)] = tensor.copy()
+            else:
+                copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         return copies[id(tensor)]
 
     return map_tensors(copy_tensor, inputs)
 
 
-def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
-    """`data` in new containers, with `function` of its tensors."""
-    if isinstance(data, MutableMapping):
-        result = copy.copy(data)
+def map_tensors(function: Callable[[Any], Any], data: Any) -> Any:
+    """`data` in new containers, with `function` of its tensors and arrays."""
+    if isinstance(data, dict | UserDict):  # whose attributes stay, as those of a BatchEncoding
+        result: Any = copy.copy(data)
         for key, value in data.items():
             result[key] = map_tensors(function, value)
         return result
@@ -134,7 +142,12 @@ def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
     if isinstance(data, tuple | list):
         values = [map_tensors(function, value) for value in data]
         return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
-    return function(data) if isinstance(data, torch.Tensor) else data
+    if is_dataclass(data) and not isinstance(data, type):
+        result = copy.copy(data)
+        for field in fields(data):
+            object.__setattr__(result, field.name, map_tensors(function, getattr(data, field.name)))
+        return result
+    return function(data) if isinstance(data, torch.Tensor | np.ndarray) else data
 
 
 def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
@@ -151,7 +164,12 @@ def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
         ValueError: where not every tensor has the batch in its first dimension.
     """
     sizes: set[int] = set()
-    map_tensors(lambda tensor: sizes.add(len(tensor) if tensor.ndim else -1), inputs)
+
+    def note_size(data: torch.Tensor | np.ndarray) -> None:
+        if isinstance(data, torch.Tensor):
+            sizes.add(_rows(data))
+
+    map_tensors(note_size, inputs)
     if len(sizes) != 1 or -1 in sizes:
         found = ", ".join(str(size) if size >= 0 else "a scalar" for size in sorted(sizes))
         raise ValueError(
@@ -160,9 +178,13 @@ def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
             "or more."
         )
     (rows,) = sizes
-    first = map_tensors(lambda tensor: tensor[: count(rows)], inputs)
+    first = map_tensors(lambda data: data[: count(rows)] if _rows(data) == rows else data, inputs)
     if isinstance(first, MutableMapping):  # texts beside the tensors
         lists = [name for name, value in first.items() if isinstance(value, list) and len(value) == rows]
         for name in lists:
             first[name] = first[name][: count(rows)]
     return first
+
+
+def _rows(data: torch.Tensor | np.ndarray) -> int:
+    return len(data) if data.ndim else -1

@@ -10,7 +10,7 @@ from torch import nn
 from hf_gnp.engines import refuse_engine
 from hf_gnp.replay.buffers import RunningTensors
 from hf_gnp.replay.randomness import RandomState, random_devices
-from hf_gnp.replay.side_effects import PythonState, find_modules, find_owners
+from hf_gnp.replay.side_effects import PythonState, find_modules, find_owners, find_trained
 
 
 FP16 = (
@@ -93,9 +93,10 @@ class UntouchedState:
 
     def __init__(self, trainer: Any, model: nn.Module):
         self._tensors = RunningTensors()
-        self._tensors.start(find_modules(trainer))
-        devices = random_devices(trainer, model)
-        self._random_state, self._python_state = RandomState(devices), PythonState(find_owners(trainer))
+        trained = find_trained(trainer)
+        self._tensors.start(find_modules(trainer), trained)
+        self._random_state = RandomState(random_devices(trainer, model))
+        self._python_state = PythonState(find_owners(trainer), trained)
         self._model, self._training = model, [(module, module.training) for module in model.modules()]
 
     def begin(self) -> None:
