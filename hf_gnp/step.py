@@ -121,7 +121,7 @@ class PenalisedSteps:
         if len(self.window) >= self._first_passes:
             self.window.deferred.append(Deferred(inputs, items, steps))
             return torch.zeros((), device=self.trainer.accelerator.device, requires_grad=True)
-        micro_batch = self.window.record(inputs, items, steps)
+        micro_batch = self.window.record(inputs, items, steps, self.penalty is not None)
         if not self._takes_rows:
             loss = original(model, inputs, *args, **kwargs)
         else:

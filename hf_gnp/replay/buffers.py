@@ -2,11 +2,11 @@
 The tensors that a forward moves without a gradient: buffers, and frozen parameters such as a momentum teacher's.
 
 Neither names nor version counters tell which: `batch_norm` and `.data` write without a new version. So in the first
-`LEARNING` windows of a run they are copied before the first pass, the smallest first, as many as fit into `BUDGET`, or
-into the size of the trainable weights (which a teacher has) if that is more, and compared after it. From then on
-copies are made of those that were seen to move, and of the statistics of normalisation layers, which move when their
-layer is set to training. The others, quantised base weights among them, are watched: one that is replaced, gets a new
-version, or changes in a sample of its elements is copied from the next window on.
+`LEARNING` penalised windows of a run they are copied before the first pass, the smallest first, as many as fit into
+`BUDGET`, or into the size of the trainable weights (which a teacher has) if that is more, and compared after it. From
+then on copies are made of those that were seen to move, and of the statistics of normalisation layers, which move when
+their layer is set to training. The others, quantised base weights among them, are watched: one that is replaced, gets
+a new version, or changes in a sample of its elements is copied from the next window on.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 BUDGET = 2**26  # bytes
-LEARNING = 2  # windows: a teacher that starts as a copy of the weights does not move in the first
+LEARNING = 2  # penalised windows: a teacher that starts as a copy of the weights does not move in the first
 SAMPLE = 256  # elements at most
 
 
@@ -50,7 +50,7 @@ class RunningTensors:
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
         self._moving: set[int] = set()  # ids of tensors that were seen to move
-        self._windows = 0
+        self._compared = 0  # windows
         self._watched: list[_Watched] = []
         self._flags: list[torch.Tensor | bool] = []
         self._start: list[dict[str, torch.Tensor | None]] = []
@@ -70,8 +70,7 @@ class RunningTensors:
                     found[id(tensor)] = tensor
             if isinstance(module, _NormBase):
                 statistics |= {id(buffer) for buffer in module._buffers.values()}
-        left = max(BUDGET, trainable) if self._windows < LEARNING else -1
-        self._windows += 1
+        left = max(BUDGET, trainable) if self._compared < LEARNING else -1
         self._watched = []
         for key, tensor in sorted(found.items(), key=lambda item: _size(item[1])):
             left -= _size(tensor)
@@ -107,6 +106,7 @@ class RunningTensors:
         moved = [next(read) if isinstance(flag, torch.Tensor) else flag for flag in self._flags]
         self._watched = [watched for watched, has_moved in zip(self._watched, moved, strict=True) if has_moved]
         self._moving |= {watched.key for watched in self._watched}
+        self._compared += 1
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
