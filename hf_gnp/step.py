@@ -331,6 +331,7 @@ class PenalisedSteps:
     def close(self) -> None:
         """Forget all that belongs to one window, but the gradient."""
         self._hooks.close()
+        self.engine.end_step()
         self.window.clear()
         self._foreign, self._marks, self._inputs = [], None, None
 
