@@ -121,7 +121,7 @@ class PenalisedSteps:
         if len(self.window) >= self._first_passes:
             self.window.deferred.append(Deferred(inputs, items, steps))
             return torch.zeros((), device=self.trainer.accelerator.device, requires_grad=True)
-        micro_batch = self.window.record(inputs, items, steps)
+        micro_batch = self.window.record(inputs, items, steps, self.penalty is not None)
         if not self._takes_rows:
             loss = original(model, inputs, *args, **kwargs)
         else:
@@ -340,6 +340,7 @@ class PenalisedSteps:
     def close(self) -> None:
         """Forget all that belongs to one window, but the gradient."""
         self._hooks.close()
+        self.engine.end_step()
         self.window.clear()
         self._foreign, self._marks, self._inputs = [], None, None
 

@@ -116,9 +116,16 @@ class GNPMixin(_Base):
                 raise RuntimeError("Weights are still moved by a second pass that failed: load a checkpoint first.")
         try:
             with callbacks_know(self):
-                return super().train(*args, **kwargs)
+                result = super().train(*args, **kwargs)
+            self._gnp_tell_dropped()
+            return result
         finally:
             self._gnp_end_run()
+
+    def _gnp_tell_dropped(self) -> None:
+        """Of the steps since the last log: those that the optimizer skipped."""
+        if self._gnp_run is not None and (dropped := int(self._gnp_run.metrics.dropped)):
+            logger.warning(f"{dropped} of the last steps, to step {self.state.global_step}: {NOT_FINITE}")
 
     def _gnp_end_run(self) -> None:
         """Afterwards nothing of the run holds the model, unless its weights are moved."""
@@ -238,8 +245,7 @@ class GNPMixin(_Base):
         if self._gnp_is_trainers_log and {"loss", "learning_rate"} <= logs.keys():
             self._gnp_is_trainers_log = False
             if self._gnp_run is not None:
-                if dropped := int(self._gnp_run.metrics.dropped):
-                    logger.warning(f"{dropped} of the last steps, to step {self.state.global_step}: {NOT_FINITE}")
+                self._gnp_tell_dropped()
                 logs.update(self._gnp_run.metrics.drain(self.accelerator))
             if logs.get("gnp_fidelity", 1.0) < FIDELITY_FLOOR and "fidelity" not in self._gnp_warned:
                 self._gnp_warned.add("fidelity")

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPTrainer, penalty
+from hf_gnp.engines.private import optimizer_that_skips
 
 
 FIRST, SECOND = 0, 1
@@ -235,16 +236,64 @@ def test_step_with_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path, fa
     assert relative_distance(flat_weights(trainer.model), end, start) < WEIGHTS_TOLERANCE
 
 
-def test_a_step_that_a_fused_optimizer_skips_is_told_with_the_log(tmp_path, monkeypatch):
-    told: list[str] = []
-    monkeypatch.setattr("hf_gnp.trainer.logger.warning", told.append)
-    fault = Fault(1, SECOND, 1, lambda loss: loss * math.nan)
-    trainer = make_faulty(tmp_path, fault, optim="adamw_torch_fused", logging_steps=2)
-    trainer.train()
-    [told_once] = [text for text in told if "not finite" in text]
-    assert told_once.startswith("1 of the last steps, to step 2: the gradient is not finite")
+NOT_A_NUMBER = Fault(1, SECOND, 1, lambda loss: loss * math.nan)
+
+
+def assert_nothing_left_to_skip(trainer: Trainer) -> None:
     optimizer = trainer.optimizer.optimizer
     assert not hasattr(optimizer, "found_inf") and not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize(("logging", "step"), [({"logging_steps": 2}, 2), ({"logging_strategy": "no"}, 3)])
+def test_a_step_that_a_fused_optimizer_skips_is_told_with_the_log_or_at_the_end(tmp_path, monkeypatch, logging, step):
+    told: list[str] = []
+    monkeypatch.setattr("hf_gnp.trainer.logger.warning", told.append)
+    trainer = make_faulty(tmp_path, NOT_A_NUMBER, optim="adamw_torch_fused", max_steps=3, **logging)
+    trainer.train()
+    [told_once] = [text for text in told if "not finite" in text]
+    assert told_once.startswith(f"1 of the last steps, to step {step}: the gradient is not finite")
+    assert_nothing_left_to_skip(trainer)
+
+
+class BeforeSecondStep(TrainerCallback):
+    def __init__(self, act: Callable[[torch.optim.Optimizer], None]):
+        self.act = act
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 1:
+            self.act(optimizer.optimizer)
+
+
+def test_an_exception_before_a_step_that_would_be_skipped_skips_no_later_one(tmp_path):
+    trainer = make_faulty(tmp_path, NOT_A_NUMBER, optim="adamw_torch_fused", max_steps=3)
+    trainer.add_callback(BeforeSecondStep(raise_in_forward(ValueError("in a callback"))))
+    with pytest.raises(ValueError, match="in a callback"):
+        trainer.train()
+    assert_nothing_left_to_skip(trainer)
+    trainer.pop_callback(BeforeSecondStep)
+    trainer.faults = ()
+    before = flat_weights(trainer.model)
+    trainer.train()  # with the same optimizer
+    assert not torch.equal(flat_weights(trainer.model), before)
+
+
+def test_hooks_of_others_run_after_a_step_that_is_skipped(tmp_path):
+    ran = []
+
+    def add_hook(optimizer):
+        optimizer.register_step_post_hook(lambda *_: ran.append(1))
+
+    trainer = make_faulty(tmp_path, NOT_A_NUMBER, optim="adamw_torch_fused", max_steps=3)
+    trainer.add_callback(BeforeSecondStep(add_hook))
+    trainer.train()
+    assert len(ran) == 2
+    assert_identical(trainer.starts.weights[2], trainer.starts.weights[1])
+
+
+def test_weights_on_a_cpu_do_not_wait_for_a_flag_from_elsewhere():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], fused=True)
+    assert optimizer_that_skips(optimizer, torch.device("cpu")) is optimizer
+    assert optimizer_that_skips(optimizer, torch.device("meta")) is None
 
 
 @pytest.mark.parametrize("logging_nan_inf_filter", [True, False])

@@ -317,6 +317,32 @@ class WithTeacher(Net):
         return {**outputs, "loss": outputs["loss"] + nn.functional.mse_loss(outputs["logits"], target)}
 
 
+class Centred(nn.Module):
+    """A running mean that is no normalisation layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(7))
+
+    def forward(self, x):
+        self.mean.lerp_(x.detach().mean(0), 0.5)
+        return x - self.mean
+
+
+@pytest.mark.parametrize("schedule", [{"gnp_start": 0.5}, {"gnp_warmup_type": "zero", "gnp_warmup_steps": 3}])
+@pytest.mark.parametrize("make", [WithTeacher, lambda: Net(Centred)], ids=["teacher", "buffer"])
+def test_what_moves_is_learnt_when_the_penalty_begins(tmp_path, make, schedule):
+    """After so many plain steps that nothing would be learnt if they counted."""
+    trainers = []
+    for cls in BOTH:
+        own = schedule if cls is GNPTrainer else {}
+        trainers.append(make_trainer(tmp_path, "net", cls, model=make(), **settings_of(cls, max_steps=6, **own)))
+        trainers[-1].train()
+    plain, gnp = trainers
+    assert [log["gnp_on"] for log in gnp.state.log_history[:6]] == [0, 0, 0, 1, 1, 1]
+    assert_identical(gnp.model.state_dict(), plain.model.state_dict())
+
+
 def test_frozen_parameters_that_the_forward_moves(tmp_path):
     plain, gnp = assert_unmoved_run_is_plain(
         lambda cls: make_trainer(tmp_path, "net", cls, model=WithTeacher(), **settings_of(cls))

@@ -87,6 +87,10 @@ class Engine(Moves):
         there. A loss scaler, where there is one, skips the step by itself.
         """
 
+    def end_step(self) -> None:
+        """After the optimizer's step, or in place of one: what `drop_nonfinite_gradient` has set is gone."""
+        return None
+
     # What follows from it.
 
     @contextlib.contextmanager

@@ -23,7 +23,7 @@ from hf_gnp.moments import unwrapped
 from hf_gnp.rounding import Place
 
 from .base import Engine
-from .private import DDP, optimizer_that_skips, require, skip_next_step, sync_gradients_set
+from .private import DDP, next_step_skipped, optimizer_that_skips, require, sync_gradients_set
 from .shards import HeldShard, OptimizerState, Shard, number_parameters
 from .support import POWER_SGD
 
@@ -61,6 +61,7 @@ class NativeEngine(Engine):
         self._backup: list[torch.Tensor] = []
         self._first_gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._axes: dict[Any, tuple[torch.Tensor, ...]] = {}
+        self._skipping = contextlib.ExitStack()
 
     def begin_window(self, perturbation: Perturbation) -> None:
         super().begin_window(perturbation)
@@ -289,13 +290,18 @@ class NativeEngine(Engine):
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor | bool:
         if self.accelerator.scaler is not None or grad_norm is None:
             return False
-        if isinstance(grad_norm, torch.Tensor) and (optimizer := optimizer_that_skips(self._optimizer)) is not None:
-            norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-            return skip_next_step(optimizer, norm.detach().isfinite().logical_not())
-        if math.isfinite(grad_norm):
+        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        if isinstance(norm, torch.Tensor) and (optimizer := optimizer_that_skips(self._optimizer, norm.device)):
+            flag = norm.detach().isfinite().logical_not()
+            self._skipping.enter_context(next_step_skipped(optimizer, flag))
+            return flag
+        if math.isfinite(norm):
             return False
         self.discard_gradient()
         return True
+
+    def end_step(self) -> None:
+        self._skipping.close()
 
     def _with_gradient(self) -> list[nn.Parameter]:
         with_gradient = [p for p in self.parameters if p.grad is not None]

@@ -81,26 +81,34 @@ def check_private_names(accelerator: Accelerator) -> None:
     require("accelerate", accelerator.gradient_state, ["_set_sync_gradients", "plugin_kwargs"], "GradientState")
 
 
-def optimizer_that_skips(optimizer: Any) -> torch.optim.Optimizer | None:
+def optimizer_that_skips(optimizer: Any, device: torch.device) -> torch.optim.Optimizer | None:
     """
-    The optimizer inside accelerate's wrapper if it can skip a step without the host knowing; else None. Of torch's
-    fused ones it is Adam and AdamW, whose state is as before then (SGD's first momentum would be left unwritten).
+    The optimizer inside accelerate's wrapper if it can skip a step by a flag on the device, without the host knowing;
+    else None. Of torch's fused ones it is Adam and AdamW, whose state is as before then (SGD's first momentum would be
+    left unwritten). For weights on a CPU they would not wait for a flag that comes from a GPU.
     """
     inner = unwrapped(optimizer)
-    is_known = type(inner) in (torch.optim.Adam, torch.optim.AdamW) and getattr(inner, SKIPS, False)
-    return inner if is_known and all(group.get("fused") for group in inner.param_groups) else None
+    if type(inner) not in (torch.optim.Adam, torch.optim.AdamW) or not getattr(inner, SKIPS, False):
+        return None
+    groups = inner.param_groups
+    is_near = all(parameter.device.type == device.type for group in groups for parameter in group["params"])
+    return inner if is_near and all(group.get("fused") for group in groups) else None
 
 
-def skip_next_step(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> torch.Tensor:
-    """The flag on the device, by which the next step of an optimizer that skips will be none."""
+@contextlib.contextmanager
+def next_step_skipped(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> Iterator[None]:
+    """Inside, the next step of an optimizer that skips will be none where the flag, on its device, is set."""
 
     def forget(*_: Any) -> None:
-        handle.remove()
         vars(optimizer).pop(SKIP_FLAG, None)
 
     handle = optimizer.register_step_post_hook(forget)
     setattr(optimizer, SKIP_FLAG, flag.float())
-    return flag
+    try:
+        yield
+    finally:
+        handle.remove()  # not in the hook: others of the optimizer's may come after it
+        forget()
 
 
 @contextlib.contextmanager

@@ -3,12 +3,12 @@ The tensors that a forward moves without a gradient: buffers, and parameters tha
 teacher's: frozen ones, and those that the last window's loss did not reach.
 
 Neither names nor version counters tell which: `batch_norm` and `.data` write without a new version. So in the first
-`LEARNING` windows of a run they are copied before the first pass, the smallest first, as many as fit into `BUDGET`, or
-into the size of the trainable weights (which a teacher has) if that is more, and compared after it. Those that stood
-still are put back as well: a teacher that is still a copy of the weights moves in the second pass alone. From then on
-copies are made of those that were seen to move, and of the statistics of normalisation layers, which move when their
-layer is set to training. The others, quantised base weights among them, are watched: one that is replaced, gets a new
-version, or changes in a sample of its elements is copied from the next window on.
+`LEARNING` penalised windows of a run they are copied before the first pass, the smallest first, as many as fit into
+`BUDGET`, or into the size of the trainable weights (which a teacher has) if that is more, and compared after it. Those
+that stood still are put back as well: a teacher that is still a copy of the weights moves in the second pass alone.
+From then on copies are made of those that were seen to move, and of the statistics of normalisation layers, which move
+when their layer is set to training. The others, quantised base weights among them, are watched: one that is replaced,
+gets a new version, or changes in a sample of its elements is copied from the next window on.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 BUDGET = 2**26  # bytes
-LEARNING = 2  # windows: a teacher that starts as a copy of the weights does not move in the first
+LEARNING = 2  # penalised windows: a teacher that starts as a copy of the weights does not move in the first
 SAMPLE = 256  # elements at most
 
 
@@ -57,7 +57,7 @@ class RunningTensors:
         self._trained: Sequence[nn.Parameter] = ()
         self._moving: set[int] = set()  # ids of tensors that were seen to move
         self._unreached: set[int] = set()  # ids of parameters that had no gradient in the last window
-        self._windows = 0
+        self._compared = 0  # windows
         self._left = 0
         self._watched: list[_Watched] = []
         self._flags: list[torch.Tensor | bool] = []
@@ -87,8 +87,7 @@ class RunningTensors:
                     found[id(tensor)] = tensor
             if isinstance(module, _NormBase):
                 statistics |= {id(buffer) for buffer in module._buffers.values()}
-        self._left = max(BUDGET, trainable) if self._windows < LEARNING else -1
-        self._windows += 1
+        self._left = max(BUDGET, trainable) if self._compared < LEARNING else -1
         self._watched = []
         for key, tensor in sorted(found.items(), key=lambda item: _size(item[1])):
             self._left -= _size(tensor)
@@ -130,11 +129,12 @@ class RunningTensors:
         self._watched = [watched for watched, has_moved in mine if has_moved]
         self._moving |= {watched.key for watched in self._watched}
         unreached = [p for p in self._trained if id(p) not in reached] if reached else []  # ZeRO keeps no `grad`
-        if self._windows <= LEARNING:
+        if self._compared < LEARNING:
             still = [(w.tensor, w.copy) for w, has_moved in mine if w.copy is not None and not has_moved]
             self._still = [(_local(tensor), copy) for tensor, copy in still if copy.is_floating_point()]
             self._still += self._copies_of([p for p in unreached if id(p) not in self._unreached])
         self._unreached = {id(parameter) for parameter in unreached}
+        self._compared += 1
 
     def _copies_of(self, tensors: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The smallest first, as many as fit into what is left of the budget."""

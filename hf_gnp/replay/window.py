@@ -63,13 +63,18 @@ class Window:
         self._trained: list[torch.nn.Parameter] = []
 
     def record(
-        self, inputs: Any, num_items_in_batch: torch.Tensor | int | None, accumulation_steps: int | None
+        self,
+        inputs: Any,
+        num_items_in_batch: torch.Tensor | int | None,
+        accumulation_steps: int | None,
+        is_penalised: bool,
     ) -> MicroBatch:
-        """Remember a micro-batch, before its first pass."""
+        """Remember a micro-batch, before its first pass; what that moves, if there will be a second."""
         if not self.micro_batches:
             self._owners = find_owners(self._trainer)
             self._trained = find_trained(self._trainer)
-            self.tensors.start(find_modules(self._trainer), self._trained)
+            if is_penalised:
+                self.tensors.start(find_modules(self._trainer), self._trained)
         state = RandomState(self.devices), PythonState(self._owners, self._trained)
         micro_batch = MicroBatch(copied(inputs), num_items_in_batch, accumulation_steps, *state)
         self.micro_batches.append(micro_batch)
