@@ -32,7 +32,7 @@ def test_value_out_of_range(tmp_path, name, value):
 
 @pytest.mark.parametrize("value", [True, 1, 0.5, [1], [None], {"a": 1}, b"norm", len])
 def test_target_modules_of_another_type(tmp_path, value):
-    with pytest.raises(ValueError, match="^gnp_target_modules must be"):
+    with pytest.raises(ValueError, match=r"^gnp_target_modules must be"):
         make_args(tmp_path, gnp_target_modules=value)
 
 

@@ -102,7 +102,8 @@ class PythonState:
 def find_owners(trainer: Any) -> list[Any]:
     """The trainer, its state, the modules that it holds, the user's own objects on them, and their generators."""
     found: dict[int, Any] = {}
-    roots = [trainer, trainer.state, trainer.control, *_held_by_functions(trainer)]
+    # Not `trainer.control`: what a signal handler or a timer asks for while a second pass runs would be lost.
+    roots = [trainer, trainer.state, *_held_by_functions(trainer)]
     for root in roots:
         _collect(root, found, depth=4)
     for module in _with_children(owner for owner in found.values() if isinstance(owner, nn.Module)):
