@@ -89,7 +89,11 @@ def check_perturbation(args: "GNPArguments") -> None:
         names.append("gnp_stochastic_rounding")
     for name in names:
         setattr(args, name, boolean(name, getattr(args, name)))
-    if args.gnp_target_modules is not None and not args.gnp_target_modules:
+    modules: Any = args.gnp_target_modules
+    are_words = isinstance(modules, list | tuple | set) and all(isinstance(name, str) for name in modules)
+    if not (modules is None or isinstance(modules, str) or are_words):
+        raise ValueError(f"gnp_target_modules must be a string or a list of strings, but it is {modules!r}.")
+    if modules is not None and not modules:
         raise ValueError("gnp_target_modules is empty: leave it out to move all parameters.")
 
 
@@ -122,8 +126,12 @@ def check_pairs(args: "GNPArguments") -> None:
 def number(name: str, value: Any) -> float:
     """A value that is finite and not negative, of whatever a command line or YAML made of it."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         result = float(value)
-    except (TypeError, ValueError):
+    except OverflowError:
+        result = math.inf
+    except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} must be a number, but it is {value!r}.") from None
     if not (math.isfinite(result) and result >= 0):
         raise ValueError(f"{name} must be finite and not negative, but it is {value!r}.")

@@ -23,11 +23,17 @@ from hf_gnp.engines import refuse_unsupported
 GNP_FIELDS = dataclasses.fields(GNPArguments)
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf, "large", "", [0.1]])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf, "large", "", [0.1], True, 10**400])
 @pytest.mark.parametrize("name", ["gnp_r", "gnp_alpha", "gnp_lambda"])
 def test_value_out_of_range(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         make_args(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("value", [True, 1, 0.5, [1], [None], {"a": 1}, b"norm", len])
+def test_target_modules_of_another_type(tmp_path, value):
+    with pytest.raises(ValueError, match=r"^gnp_target_modules must be"):
+        make_args(tmp_path, gnp_target_modules=value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Faults in either pass: exceptions, losses that are not finite, gradients that are zero, overflow under fp16."""
 
 import math
+import signal
 from collections import Counter
 from collections.abc import Callable
 from types import MappingProxyType
@@ -178,6 +179,24 @@ def test_perturbed_weights_are_not_saved(tmp_path):
     weights = torch.cat([saved[name].double().flatten() for name, _ in trainer.model.named_parameters()])
     assert_identical(weights, trainer.starts.weights[1])
     trainer.save_model(tmp_path / "end")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM])
+def test_a_handler_that_asks_for_an_end_during_the_second_pass_is_heard(tmp_path, number):
+    """Also where it does not wait for clean weights: SIGALRM's is that of a watchdog, which must not."""
+    trainer = make_faulty(tmp_path, max_steps=4)
+
+    def raise_signal(loss):
+        signal.raise_signal(number)
+        return loss
+
+    trainer.faults = (Fault(1, SECOND, 1, raise_signal),)
+    before = signal.signal(number, lambda *_: setattr(trainer.control, "should_training_stop", True))
+    try:
+        trainer.train()
+    finally:
+        signal.signal(number, before)
+    assert trainer.state.global_step == 2
 
 
 def after(trainer) -> list:

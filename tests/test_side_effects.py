@@ -187,6 +187,31 @@ def test_generator_that_a_script_has_beside_its_loss(tmp_path):
     assert_identical(*ends)
 
 
+def mixed_up(x: torch.Tensor) -> torch.Tensor:
+    shares = [torch.rand((), generator=MODULE_GENERATOR) for _ in range(2)]
+    return x * (1 + shares[0] * shares[1])
+
+
+@pytest.mark.parametrize("where", ["function", "method"])
+def test_generator_that_a_function_of_the_script_draws_from(tmp_path, where):
+    def drawing(cls):
+        class Drawing(cls):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                x = mixed_up(inputs["x"]) if where == "function" else self.shrunk(inputs["x"])
+                return model(x, inputs["labels"])["loss"]
+
+            def shrunk(self, x):
+                return x * torch.rand((), generator=MODULE_GENERATOR)
+
+        return Drawing
+
+    def make(cls):
+        MODULE_GENERATOR.manual_seed(3)
+        return make_trainer(tmp_path, "net", drawing(cls), model=Net(nn.Tanh), **settings_of(cls))
+
+    assert_unmoved_run_is_plain(make)
+
+
 def test_generator_of_the_collator_that_the_loss_draws_from(tmp_path):
     class Collator:
         def __init__(self):

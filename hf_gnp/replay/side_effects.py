@@ -102,7 +102,8 @@ class PythonState:
 def find_owners(trainer: Any) -> list[Any]:
     """The trainer, its state, the modules that it holds, the user's own objects on them, and their generators."""
     found: dict[int, Any] = {}
-    roots = [trainer, trainer.state, trainer.control, *_held_by_functions(trainer)]
+    # Not `trainer.control`: what a signal handler or a timer asks for while a second pass runs would be lost.
+    roots = [trainer, trainer.state, *_held_by_functions(trainer)]
     for root in roots:
         _collect(root, found, depth=4)
     for module in _with_children(owner for owner in found.values() if isinstance(owner, nn.Module)):
@@ -184,28 +185,42 @@ def _library(cls: type) -> str:
 
 def _held_by_functions(trainer: Any) -> Iterator[Any]:
     """
-    What the user's functions may draw from or count in: of the loss, of the collator and of the forwards of the user's
-    modules, the object itself if it is one, what a `partial` binds, and the generators and modules that a function
-    closes over, has as defaults, or names in its script.
+    What the user's functions may draw from or count in: of the loss, of the collator and of the methods of the user's
+    trainer and modules, the object itself if it is one, what a `partial` binds, and the generators and modules that a
+    function, or another one of the user's that it calls by name, closes over, has as defaults, or names in its script.
     """
-    functions = [trainer.compute_loss_func, getattr(trainer, "compute_loss", None), trainer.data_collator]
-    classes = {type(module) for module in _with_children([trainer.model])}
-    functions += [cls.forward for cls in classes if _library(cls) not in LIBRARIES]
-    for function in functions:
+    left = [trainer.compute_loss_func, getattr(trainer, "compute_loss", None), trainer.data_collator]
+    classes = {type(trainer), *(type(module) for module in _with_children([trainer.model]))}
+    methods = (types.FunctionType, staticmethod, classmethod)
+    of_user = {base for cls in classes for base in cls.__mro__ if _library(base) not in LIBRARIES}
+    left += [function for cls in of_user for function in vars(cls).values() if isinstance(function, methods)]
+    seen = set()
+    while left:
+        function = left.pop()
         while isinstance(function, functools.partial):
             yield from (*function.args, *function.keywords.values())
             function = function.func
         function = inspect.unwrap(getattr(function, "__func__", function)) if callable(function) else None
-        if function is None:
+        if function is None or id(function) in seen:
             continue
+        seen.add(id(function))
         if not inspect.isfunction(function):
             yield function
             continue
         cells = (cell.cell_contents for cell in function.__closure__ or () if cell != type(cell)())  # not empty ones
-        named = (function.__globals__.get(name) for name in function.__code__.co_names)
+        named = (function.__globals__.get(name) for name in _names(function.__code__))
         for value in (*cells, *(function.__defaults__ or ()), *named):
             if isinstance(value, (*GENERATORS, nn.Module)):
                 yield value
+            elif inspect.isfunction(value) and (value.__module__ or "").partition(".")[0] not in LIBRARIES:
+                left.append(value)
+
+
+@functools.cache
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """What a function names, and those within it."""
+    within = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return (*code.co_names, *(name for names in within for name in names))
 
 
 @functools.cache  # of the few names that attributes have; asked for each attribute of each module
