@@ -210,8 +210,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("A quick run: next to no data and training. Its figures show that the script works and prove nothing.")
     study, is_complete = study_of(args), True
     store = Store(args.output_dir / f"study_{args.study}.json")
-    cases = "".join(f' "{name}"' for name in args.cases or ())
-    command = f"python benchmarks/study.py {args.study}" + (f" --cases{cases}" if cases else "")
+    chosen = {"--cases": args.cases, "--methods": args.methods}
+    flags = "".join(f" {flag} " + " ".join(f'"{name}"' for name in names) for flag, names in chosen.items() if names)
+    command = f"python benchmarks/study.py {args.study}{flags}"
     # Spawned: CUDA does not live through a fork.
     pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) if args.jobs > 1 else None
     reported, tables = {}, [f"Made by `{command}`.\n"]
