@@ -147,10 +147,17 @@ def cached_task(settings: str, data: str, model_path: str | None) -> Task:
 
 
 def unordered(run: Callable[..., Any], items: Sequence[Any], pool: ProcessPoolExecutor | None) -> Iterator[Any]:
-    """What `run` returns of each item, as it ends."""
+    """What `run` returns of each item, as it ends. After an error nothing more begins."""
     if pool is None:
-        return map(run, items)
-    return (future.result() for future in as_completed([pool.submit(run, item) for item in items]))
+        yield from map(run, items)
+        return
+    futures = [pool.submit(run, item) for item in items]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def tables_of(case: Case) -> dict[str, str]:
