@@ -10,11 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import is_compiled_module
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_gnp import penalty
@@ -23,9 +21,18 @@ from hf_gnp.moments import unwrapped
 from hf_gnp.rounding import Place
 
 from .base import Engine
-from .private import DDP, next_step_skipped, optimizer_that_skips, require, sync_gradients_set
+from .dtensors import (
+    as_sharded,
+    count_copies,
+    gradient_of,
+    local_axes,
+    local_gradient,
+    local_part,
+    shard_gradient_as_weight,
+)
+from .private import next_step_skipped, optimizer_that_skips, sync_gradients_set
 from .shards import HeldShard, OptimizerState, Shard, number_parameters
-from .support import POWER_SGD
+from .wrappers import defer_reduction, has_communication_hook, without_compile
 
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
@@ -82,10 +89,10 @@ class NativeEngine(Engine):
         self._read_parameters()  # a loss may have unfrozen some
         shards, numbers = [], number_parameters(self.model)
         for parameter in self._with_gradient():
-            weight = _local(parameter)
-            copies = _copies(parameter) if self.is_sharded else 1
+            weight = local_part(parameter)
+            copies = count_copies(parameter) if self.is_sharded else 1
             place = self._place(numbers[id(parameter)], parameter)
-            shards.append(Shard(parameter, weight, _local_gradient(parameter), weight, place, copies))
+            shards.append(Shard(parameter, weight, local_gradient(parameter), weight, place, copies))
         return shards
 
     def _place(self, number: int, parameter: nn.Parameter) -> Place:
@@ -93,7 +100,7 @@ class NativeEngine(Engine):
             return Place.whole(number, parameter.shape)
         layout = (parameter.shape, parameter.device_mesh, parameter.placements)
         if layout not in self._axes:
-            self._axes[layout] = _local_axes(parameter)
+            self._axes[layout] = local_axes(parameter)
         return Place(number, self._axes[layout])
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
@@ -120,7 +127,7 @@ class NativeEngine(Engine):
         values = self._optimizer.state.get(parameter)
         if not values:
             return None
-        part = functools.partial(_as_sharded, parameter)
+        part = functools.partial(as_sharded, parameter)
         return OptimizerState(values, self._group_of[id(parameter)], parameter.shape, part)
 
     def optimizer_name(self) -> str:
@@ -149,28 +156,28 @@ class NativeEngine(Engine):
     @torch.no_grad()
     def hold_weights(self, moved_only: bool = False) -> list[HeldShard]:
         parameters = [p for p in self.parameters if not moved_only or self.perturbation.moves(p)]
-        weights, numbers, held = [_local(p) for p in parameters], number_parameters(self.model), []
+        weights, numbers, held = [local_part(p) for p in parameters], number_parameters(self.model), []
         self._backup = [weight.clone() for weight in weights]
         self._moved = weights  # only now: `restore` needs both
         for parameter, weight, theta in zip(parameters, weights, self._backup, strict=True):
             place = self._place(numbers[id(parameter)], parameter)
-            copies = _copies(parameter) if self.is_sharded else 1
+            copies = count_copies(parameter) if self.is_sharded else 1
             held.append(HeldShard(parameter, weight, theta, place, copies))
         return held
 
     def gradients_of(self, held: Sequence[HeldShard]) -> list[torch.Tensor | None]:
         self._with_any_gradient()
-        return [None if shard.parameter.grad is None else _local(shard.parameter.grad) for shard in held]
+        return [None if shard.parameter.grad is None else local_part(shard.parameter.grad) for shard in held]
 
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
         if alpha == 1:
             self.discard_gradient()
         elif self._keeps_aside(shards):
             if scale != 1:
-                penalty.scale_([_local_gradient(p) for p in self._with_any_gradient()], scale)
+                penalty.scale_([local_gradient(p) for p in self._with_any_gradient()], scale)
             self._first_gradients = self.take_gradient()
         else:
-            penalty.scale_([_local_gradient(p) for p in self._with_any_gradient()], scale * (1 - alpha) / alpha)
+            penalty.scale_([local_gradient(p) for p in self._with_any_gradient()], scale * (1 - alpha) / alpha)
 
     def _keeps_aside(self, shards: list[Shard]) -> bool:
         is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
@@ -203,13 +210,13 @@ class NativeEngine(Engine):
         if alpha == 1:
             return
         if not self._first_gradients:
-            penalty.scale_([_local_gradient(p) for p in self._with_any_gradient()], alpha)
+            penalty.scale_([local_gradient(p) for p in self._with_any_gradient()], alpha)
             return
         first = {id(p): g for p, g in self._first_gradients}
         both = [p for p in self._with_any_gradient() if id(p) in first]
         second_only = [p for p in self._with_any_gradient() if id(p) not in first]
-        penalty.lerp_([_local_gradient(p) for p in both], [_local(first[id(p)]) for p in both], 1 - alpha)
-        penalty.scale_([_local_gradient(p) for p in second_only], alpha)
+        penalty.lerp_([local_gradient(p) for p in both], [local_part(first[id(p)]) for p in both], 1 - alpha)
+        penalty.scale_([local_gradient(p) for p in second_only], alpha)
         for parameter, gradient in self._first_gradients:
             if parameter.grad is None:
                 parameter.grad = gradient.mul_(1 - alpha)
@@ -223,7 +230,7 @@ class NativeEngine(Engine):
     def take_gradient(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
         # A view into a bucket of DDP is written over by the next backward.
         is_view = getattr(self.model, "gradient_as_bucket_view", False)
-        taken = [(p, _gradient(p).clone() if is_view else _gradient(p)) for p in self._with_any_gradient()]
+        taken = [(p, gradient_of(p).clone() if is_view else gradient_of(p)) for p in self._with_any_gradient()]
         for parameter, _ in taken:
             parameter.grad = None
         return taken
@@ -252,7 +259,7 @@ class NativeEngine(Engine):
         # A parameter's first gradient is the very tensor that backward made, here one of a CUDA graph's.
         if self._uses_cuda_graphs:
             for parameter in self._with_any_gradient():
-                parameter.grad = _gradient(parameter).clone()
+                parameter.grad = gradient_of(parameter).clone()
 
     @contextlib.contextmanager
     def probed(self) -> Iterator[None]:
@@ -280,7 +287,7 @@ class NativeEngine(Engine):
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for gradients in _buckets([_gradient(p) for p in parameters]):
+        for gradients in _buckets([gradient_of(p) for p in parameters]):
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
@@ -305,7 +312,7 @@ class NativeEngine(Engine):
 
     def _with_gradient(self) -> list[nn.Parameter]:
         with_gradient = [p for p in self.parameters if p.grad is not None]
-        if any(_gradient(p).is_sparse for p in with_gradient):
+        if any(gradient_of(p).is_sparse for p in with_gradient):
             raise NotImplementedError(
                 "The gradient-norm penalty needs dense gradients: build the embedding with sparse=False."
             )
@@ -316,13 +323,13 @@ class NativeEngine(Engine):
                 "inside backward (LOMO, layer-wise GaLore or APOLLO) cannot be used with the gradient-norm penalty."
             )
         for parameter in with_gradient:
-            _shard_gradient_as_weight(parameter)
+            shard_gradient_as_weight(parameter)
         return with_gradient
 
     def _with_any_gradient(self) -> list[nn.Parameter]:
         parameters = [p for p in (*self.parameters, *self._outside) if p.grad is not None]
         for parameter in parameters:
-            _shard_gradient_as_weight(parameter)
+            shard_gradient_as_weight(parameter)
         return parameters
 
     def _reduces(self, is_last: bool) -> bool:
@@ -348,7 +355,7 @@ class NativeEngine(Engine):
 
     def _no_sync(self) -> AbstractContextManager[None]:
         if self._fsdp_modules and not self.accelerator.is_fsdp2:
-            return _defer_reduction(self.model)
+            return defer_reduction(self.model)
         return self.accelerator.no_sync(self.model)
 
 
@@ -357,95 +364,3 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     for dtype in {tensor.dtype: None for tensor in tensors}:
         of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
         yield from penalty.in_groups(of_dtype, lambda tensor: tensor.nbytes, BUCKET)
-
-
-def without_compile(model: nn.Module) -> nn.Module:
-    """What accelerate compiled, which it does last: DDP itself where there is one."""
-    return model.get_submodule("_orig_mod") if is_compiled_module(model) else model
-
-
-def has_communication_hook(model: nn.Module) -> bool:
-    """
-    Raises:
-        NotImplementedError: for one that carries something from one gradient to the next.
-    """
-    model = without_compile(model)
-    if not isinstance(model, DistributedDataParallel):
-        return False
-    # DDP has no public way to ask.
-    require("torch", model, DDP, "DistributedDataParallel")
-    if any(isinstance(state, PowerSGDState) for _, state in model._comm_hooks):
-        raise NotImplementedError(f"The gradient-norm penalty does not run with {POWER_SGD}, or set gnp_alpha=0.")
-    return bool(model._comm_hooks)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """The gradient of a parameter that has one."""
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-def _local_gradient(parameter: nn.Parameter) -> torch.Tensor:
-    return _local(_gradient(parameter))
-
-
-def _copies(parameter: nn.Parameter) -> int:
-    """The number of ranks that hold each element of the parameter: all, divided by what it is sharded over."""
-    copies = dist.get_world_size()
-    if isinstance(parameter, DTensor):
-        for placement, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True):
-            if not placement.is_replicate():
-                copies //= size
-    return copies
-
-
-def _as_sharded(parameter: nn.Parameter, moment: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a moment: it may be sharded as its gradient was, and not as its parameter."""
-    if isinstance(moment, DTensor) and isinstance(parameter, DTensor) and moment.placements != parameter.placements:
-        moment = moment.redistribute(parameter.device_mesh, parameter.placements)
-    return _local(moment)
-
-
-def _shard_gradient_as_weight(parameter: nn.Parameter) -> None:
-    """
-    Autograd leaves a DTensor's gradient as the backward made it: under tensor parallelism alone that of an embedding
-    is whole on each rank, and the weight is sharded. From whole to sharded nothing is communicated.
-    """
-    gradient = parameter.grad
-    if (
-        isinstance(gradient, DTensor)
-        and isinstance(parameter, DTensor)
-        and gradient.placements != parameter.placements
-    ):
-        parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
-
-
-def _local_axes(parameter: DTensor) -> tuple[torch.Tensor, ...]:
-    """The axes of `Place` for this rank's part: those of the whole, each sharded as the parameter's dimension is."""
-    mesh, ndim, axes = parameter.device_mesh, parameter.ndim, []
-    # Any: of torch's placements, only those that shard have a `dim`.
-    placements: Sequence[Any] = parameter.placements
-    sharded = [None if p.is_replicate() else p.dim % ndim for p in placements]
-    for dim, axis in enumerate(Place.whole(0, parameter.shape).axes):
-        along = [p if d == dim else Replicate() for p, d in zip(placements, sharded, strict=True)]
-        assert isinstance(axis, range)  # as those of a whole parameter are
-        indices = torch.arange(axis.start, axis.stop, axis.step).view([-1 if d == dim else 1 for d in range(ndim)])
-        # Without a source rank each rank takes its own part, and nothing is communicated.
-        axes.append(distribute_tensor(indices, mesh, along, src_data_rank=None).to_local())
-    return tuple(axes)
-
-
-@contextlib.contextmanager
-def _defer_reduction(model: Any) -> Iterator[None]:
-    """`no_sync` for a model that transformers sharded at load time; HSDP defers only the sum over replicas."""
-    replicated = model.config.distributed_config.dp_replicate_size > 1
-    defer = model.set_requires_all_reduce if replicated else model.set_requires_gradient_sync
-    defer(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
