@@ -110,7 +110,7 @@ def run_case(
     case: Case, name: str, args: argparse.Namespace, deadline: float, pool: ProcessPoolExecutor | None
 ) -> bool:
     """Makes the runs that are missing; whether all are there."""
-    bar = tqdm(desc=name, total=len(case.tuning()) * len(case.study.radii), unit="run", disable=args.quiet)
+    bar = tqdm(desc=name, unit="run", disable=args.quiet)
     while (left := case.left()) and time.monotonic() < deadline:
         bar.total = bar.n + len(left)
         run = functools.partial(one_run, case.settings, args.data, args.model_path, case.study.seeds, deadline)

@@ -31,7 +31,7 @@ from .dtensors import (
     shard_gradient_as_weight,
 )
 from .private import next_step_skipped, optimizer_that_skips, sync_gradients_set
-from .shards import HeldShard, OptimizerState, Shard, number_parameters
+from .shards import HeldShard, OptimizerState, Shard, number_parameters, parameters_beside
 from .wrappers import defer_reduction, has_communication_hook, without_compile
 
 
@@ -73,16 +73,15 @@ class NativeEngine(Engine):
     def begin_window(self, perturbation: Perturbation) -> None:
         super().begin_window(perturbation)
         self.publish()  # after an evaluation FSDP2's root stays gathered, and has other parameters
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        self._group_of = {id(p): group for group in groups for p in group["params"]}
+        self._beside = parameters_beside(self.model, self._optimizer)
         self._read_parameters()
 
     def _read_parameters(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.is_sharded = any(isinstance(p, DTensor) for p in self.parameters)
-        in_model = {id(p) for p in self.model.parameters()}
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        self._group_of = {id(p): group for group in groups for p in group["params"]}
-        in_optimizer = [p for group in groups for p in group["params"] if p.requires_grad]
-        self._outside = [p for p in in_optimizer if id(p) not in in_model]
+        self._outside = [p for p in self._beside if p.requires_grad]
 
     @torch.no_grad()
     def shards(self) -> list[Shard]:

@@ -65,3 +65,10 @@ class GradientNorms(NamedTuple):
 def number_parameters(model: nn.Module) -> dict[int, int]:
     """The place of each parameter in the model's order, by id: what ranks and engines agree on without a word."""
     return {id(parameter): number for number, parameter in enumerate(model.parameters())}
+
+
+def parameters_beside(model: nn.Module, optimizer: Any) -> list[nn.Parameter]:
+    """Those that the optimizer has and the model has not, such as a loss's."""
+    in_model = {id(parameter) for parameter in model.parameters()}
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"] if id(parameter) not in in_model]

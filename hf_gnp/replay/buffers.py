@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hf_gnp.engines.dtensors import local_part
+
 
 BUDGET = 2**26  # bytes
 LEARNING = 2  # penalised windows: a teacher that starts as a copy of the weights does not move in the first
@@ -40,10 +42,10 @@ class _Watched(NamedTuple):
     sample: torch.Tensor | None
 
     def has_moved(self) -> torch.Tensor | bool:
-        if self.shape is not None and self.shape != _local(self.tensor).shape:  # observers of quantisation resize
+        if self.shape is not None and self.shape != local_part(self.tensor).shape:  # observers of quantisation resize
             return True
         if self.copy is not None:
-            return (_bytes(_local(self.tensor)) != _bytes(self.copy)).any()
+            return (_bytes(local_part(self.tensor)) != _bytes(self.copy)).any()
         if (_storage(self.tensor), _version(self.tensor)) != (self.storage, self.version):
             return True
         return self.sample is not None and (_bytes(_sample(self.tensor)) != _bytes(self.sample)).any()
@@ -77,7 +79,7 @@ class RunningTensors:
         self._start = [dict(module._buffers) for module in self._modules]
         found: dict[int, torch.Tensor] = {}
         reached = {id(parameter) for parameter in trained} - self._unreached
-        weights = {storage_address(parameter) for parameter in trained if id(parameter) in reached} - {0}
+        weights = addresses(parameter for parameter in trained if id(parameter) in reached)
         trainable, statistics = 0, set()
         for module in self._modules:
             for tensor in (*module._buffers.values(), *module._parameters.values()):
@@ -93,9 +95,9 @@ class RunningTensors:
             self._left -= _size(tensor)
             copy = sample = shape = None
             if is_dense(tensor):
-                shape = _local(tensor).shape
+                shape = local_part(tensor).shape
                 if self._left >= 0 or key in self._moving or key in statistics:
-                    copy = _local(tensor).clone()
+                    copy = local_part(tensor).clone()
                 else:
                     sample = _sample(tensor)
             self._watched.append(_Watched(key, tensor, shape, _storage(tensor), _version(tensor), copy, sample))
@@ -131,7 +133,7 @@ class RunningTensors:
         unreached = [p for p in self._trained if id(p) not in reached] if reached else []  # ZeRO keeps no `grad`
         if self._compared < LEARNING:
             still = [(w.tensor, w.copy) for w, has_moved in mine if w.copy is not None and not has_moved]
-            self._still = [(_local(tensor), copy) for tensor, copy in still if copy.is_floating_point()]
+            self._still = [(local_part(tensor), copy) for tensor, copy in still if copy.is_floating_point()]
             self._still += self._copies_of([p for p in unreached if id(p) not in self._unreached])
         self._unreached = {id(parameter) for parameter in unreached}
         self._compared += 1
@@ -141,13 +143,13 @@ class RunningTensors:
         for tensor in sorted(filter(is_dense, tensors), key=_size):
             self._left -= _size(tensor)
             if self._left >= 0:
-                yield _local(tensor), _local(tensor).clone()
+                yield local_part(tensor), local_part(tensor).clone()
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """On leaving, everything is as the first pass left it."""
         end = [dict(module._buffers) for module in self._modules]
-        values = [(_local(w.tensor), _local(w.tensor).clone()) for w in self._watched if is_dense(w.tensor)]
+        values = [(local_part(w.tensor), local_part(w.tensor).clone()) for w in self._watched if is_dense(w.tensor)]
         values += self._still
         rebound = [
             (tensor, tensor.clone())
@@ -162,7 +164,7 @@ class RunningTensors:
 
     def rewind(self) -> None:
         """Everything is as the first pass found it."""
-        self._put_back(self._start, [(_local(w.tensor), w.copy) for w in self._watched if w.copy is not None])
+        self._put_back(self._start, [(local_part(w.tensor), w.copy) for w in self._watched if w.copy is not None])
 
     @torch.no_grad()
     def _put_back(self, buffers: list[dict[str, Any]], values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -183,7 +185,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
     Whether its elements can be copied, compared as bytes and written to in place: not those of sparse, nested,
     quantised, lazy or expanded tensors.
     """
-    local = _local(tensor)
+    local = local_part(tensor)
     if type(local) not in (torch.Tensor, nn.Parameter, nn.Buffer) or local.layout != torch.strided:
         return False
     if local.is_quantized or local.is_nested or local.is_inference() or local.device.type == "meta":
@@ -194,11 +196,12 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def storage_address(tensor: torch.Tensor) -> int:
     """Where the memory begins that a tensor shares with its views; 0 for one that is not dense."""
-    return _local(tensor).untyped_storage().data_ptr() if is_dense(tensor) else 0
+    return local_part(tensor).untyped_storage().data_ptr() if is_dense(tensor) else 0
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def addresses(tensors: Iterable[torch.Tensor | None]) -> set[int]:
+    """The storage addresses of those that are dense."""
+    return {storage_address(tensor) for tensor in tensors if tensor is not None} - {0}
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -207,17 +210,17 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Elements that lie evenly in it, copied."""
-    flat = _local(tensor).detach().flatten()  # a view of what is contiguous, as large tensors are
+    flat = local_part(tensor).detach().flatten()  # a view of what is contiguous, as large tensors are
     size = min(max(1, len(flat) // 4096), SAMPLE)
     return flat[:: max(1, len(flat) // size)].clone(memory_format=torch.contiguous_format)
 
 
 def _size(tensor: torch.Tensor) -> int:
-    return _local(tensor).numel() * tensor.element_size() if is_dense(tensor) else 0
+    return local_part(tensor).numel() * tensor.element_size() if is_dense(tensor) else 0
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return _local(tensor).data_ptr() if is_dense(tensor) else 0
+    return local_part(tensor).data_ptr() if is_dense(tensor) else 0
 
 
 def _version(tensor: torch.Tensor) -> int:

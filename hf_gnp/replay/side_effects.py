@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_gnp.engines.shards import parameters_beside
+
 from .buffers import is_dense, storage_address
 
 
@@ -62,15 +64,14 @@ class PythonState:
 
     Args:
         owners: Objects with a `__dict__`, and generators.
-        trained: What the engine moves and puts back. Tensors that share the memory of one, or of its gradient, such as
-            a kept `weight.data`, are left as they are.
+        moved: Where the memory begins (`addresses`) that the engine moves and puts back: of weights and gradients.
+            Tensors that share it, such as a kept `weight.data`, are left as they are.
         holds_all: Whether tensors that are large or part of a graph are held too, which attributes are then set to
             again. Of a window's every micro-batch that would be an activation.
     """
 
-    def __init__(self, owners: Iterable[Any], trained: Iterable[nn.Parameter], holds_all: bool = False):
+    def __init__(self, owners: Iterable[Any], moved: set[int], holds_all: bool = False):
         can_keep = _is_anything if holds_all else _can_keep
-        moved = {storage_address(t) for p in trained for t in (p, p.grad) if t is not None} - {0}
         self._attributes: list[tuple[dict[str, Any], set[str], dict[str, Any]]] = []
         self._contents: list[Callable[[], Any]] = []
         for owner in owners:
@@ -121,10 +122,9 @@ def find_modules(trainer: Any) -> list[nn.Module]:
 
 def find_trained(trainer: Any) -> list[nn.Parameter]:
     """The parameters that a step moves or mixes: of the model, and those that the optimizer has beside it."""
-    has_groups = trainer.optimizer is not None and not trainer.is_deepspeed_enabled  # whose groups are flat partitions
-    groups = trainer.optimizer.param_groups if has_groups else []
-    found = {id(p): p for p in (*trainer.model.parameters(), *(p for group in groups for p in group["params"]))}
-    return [parameter for parameter in found.values() if parameter.requires_grad]
+    optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer  # DeepSpeed's groups are flat partitions
+    parameters = (*trainer.model.parameters(), *parameters_beside(trainer.model, optimizer))
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:

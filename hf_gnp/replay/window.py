@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .buffers import RunningTensors
+from .buffers import RunningTensors, addresses
 from .randomness import RandomState, random_devices
 from .side_effects import PythonState, find_modules, find_owners, find_trained
 
@@ -61,6 +61,7 @@ class Window:
         self.tensors = RunningTensors()
         self._owners: list[Any] = []
         self._trained: list[torch.nn.Parameter] = []
+        self._weights: set[int] = set()  # their storage addresses
 
     def record(
         self,
@@ -73,9 +74,10 @@ class Window:
         if not self.micro_batches:
             self._owners = find_owners(self._trainer)
             self._trained = find_trained(self._trainer)
+            self._weights = addresses(self._trained)
             if is_penalised:
                 self.tensors.start(find_modules(self._trainer), self._trained)
-        state = RandomState(self.devices), PythonState(self._owners, self._trained)
+        state = RandomState(self.devices), self._python_state()
         micro_batch = MicroBatch(copied(inputs), num_items_in_batch, accumulation_steps, *state)
         self.micro_batches.append(micro_batch)
         return micro_batch
@@ -95,13 +97,17 @@ class Window:
         in it is known (`tensors.end`).
         """
         random_state = RandomState(self.devices)
-        python_state = PythonState(self._owners, self._trained, holds_all=True)
+        python_state = self._python_state(holds_all=True)
         try:
             with self.tensors.kept():
                 yield
         finally:
             random_state.restore()
             python_state.put_back()
+
+    def _python_state(self, holds_all: bool = False) -> PythonState:
+        moved = self._weights | addresses(parameter.grad for parameter in self._trained)
+        return PythonState(self._owners, moved, holds_all)
 
     def replayed(self) -> Iterator[MicroBatch]:
         """The micro-batches again, each in the state that it had."""
@@ -116,7 +122,7 @@ class Window:
         self.micro_batches.clear()
         self.deferred.clear()
         self.tensors.drop()
-        self._owners, self._trained = [], []
+        self._owners, self._trained, self._weights = [], [], set()
 
 
 def copied(inputs: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_gnp.engines import refuse_engine
-from hf_gnp.replay.buffers import RunningTensors
+from hf_gnp.replay.buffers import RunningTensors, addresses
 from hf_gnp.replay.randomness import RandomState, random_devices
 from hf_gnp.replay.side_effects import PythonState, find_modules, find_owners, find_trained
 
@@ -96,7 +96,8 @@ class UntouchedState:
         trained = find_trained(trainer)
         self._tensors.start(find_modules(trainer), trained)
         self._random_state = RandomState(random_devices(trainer, model))
-        self._python_state = PythonState(find_owners(trainer), trained)
+        moved = addresses(tensor for parameter in trained for tensor in (parameter, parameter.grad))
+        self._python_state = PythonState(find_owners(trainer), moved)
         self._model, self._training = model, [(module, module.training) for module in model.modules()]
 
     def begin(self) -> None:

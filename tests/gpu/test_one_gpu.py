@@ -17,7 +17,6 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import assert_matches_reference, gnp, reference_of, result_of, run_cases

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
+from hf_gnp.engines.dtensors import gradient_of
 from hf_gnp.engines.native import NativeEngine
 
 from .base import DeepSpeedSteps
@@ -29,7 +30,7 @@ class Zero0Engine(DeepSpeedSteps, NativeEngine):
 
     @torch.no_grad()
     def finish(self) -> None:
-        gradients = [p.grad for p in self._with_gradient() if p.grad is not None]
+        gradients = [gradient_of(p) for p in self._with_gradient()]
         if not math.isfinite(penalty.local_sq_norm(gradients).item()):
             # In fp32, nothing in stage 0 would keep it from the weights: without a boundary there is no step.
             self.discard_gradient()
