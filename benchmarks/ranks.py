@@ -6,6 +6,7 @@ What a step of one engine communicates and holds, on several ranks: `cost.py --r
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -104,7 +105,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         Path(args.output).write_text(json.dumps(result), encoding="utf-8")
     dist.barrier()
-    dist.destroy_process_group()
+    # A thread of gloo that is late to free a tensor would abort an interpreter that is torn down (pytorch#190489).
+    os._exit(0)
 
 
 def launch(model: str, engine: str, contender: str, ranks: int) -> dict[str, Any]:

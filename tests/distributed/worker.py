@@ -248,7 +248,6 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     if case.get("count"):
         result["collectives"] = dict(trainer.pop_callback(CountCollectives).bytes)
     if case.get("holds"):
-        gc.unfreeze()
         result["held"] = trainer.pop_callback(Holds).bytes
         result["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
     if case.get("generates"):
@@ -340,17 +339,23 @@ def allow_fp16_on_cpu() -> None:
 
 
 def save_and_end(result: dict[str, Any], path: Path) -> None:
-    """Rank 0 saves; then all ranks leave the process group together."""
+    """Rank 0 saves; then all ranks end together. Does not return."""
     if dist.get_rank() == 0:
         torch.save(result, path)
     dist.barrier()
     dist.destroy_process_group()
+    # Models and engines hold their groups on. A thread of gloo that is late to free a tensor would ask for the lock of
+    # an interpreter that is being torn down, and abort the process (pytorch/pytorch#190489).
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def run_all(run: Callable[[Any, Path, str], dict[str, Any]], cases: dict[str, Any], folder: Path) -> None:
     """Save what `run` returns for each case, or the error that it raised, and leave the process group."""
     environment = dict(os.environ)
     results = {}
+    # Each run collects garbage several times, which is slow over all that the imported modules hold.
+    gc.freeze()
     for name, case in cases.items():
         try:
             results[name] = run(case, folder, name)

@@ -3,6 +3,7 @@ Every private name of DeepSpeed that hf_gnp uses. They are looked up and checked
 to a name that a release has dropped would be silent, and the gradient of the second pass wrong.
 """
 
+import functools
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -98,6 +99,7 @@ def offloads(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
 
 
+@functools.cache  # asked in each micro-batch, and slow to read
 def copies_are_asynchronous() -> bool:
     """Whether ZeRO-1 and 2 copy gradients to the CPU while backward goes on."""
     return Version(version("deepspeed")) >= ASYNCHRONOUS_COPIES
