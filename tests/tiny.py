@@ -117,6 +117,14 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
+def adversarial(loss: Callable[[dict[str, torch.Tensor]], torch.Tensor], inputs: Any) -> dict[str, torch.Tensor]:
+    """`inputs` with each image moved by 1 along its gradient, of a mean over samples."""
+    images = inputs["pixel_values"].detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss({**inputs, "pixel_values": images}), images)
+    lengths = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return {**inputs, "pixel_values": (images + gradient / lengths).detach()}
+
+
 def flat_weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 

@@ -199,10 +199,14 @@ class NativeEngine(Engine):
     def abandon(self) -> None:
         # A layer whose forward failed counts as running, and `reshard` leaves one as it is that is not resharded after
         # its forward: gathered, and moved.
+        self._forget_forward()
+        super().abandon()
+
+    def _forget_forward(self) -> None:
+        """FSDP2 waits for no backward of the last one."""
         for module in self._fsdp_roots:
             if hasattr(module, "reset_iter_state"):  # older releases of torch have none
                 module.reset_iter_state()
-        super().abandon()
 
     @torch.no_grad()
     def mix(self, alpha: float) -> None:
@@ -262,13 +266,11 @@ class NativeEngine(Engine):
 
     @contextlib.contextmanager
     def probed(self) -> Iterator[None]:
-        if self.is_sharded:
-            with torch.no_grad():
-                yield
-            self.publish()
-        else:  # with a graph, so that the same kernels run as in the first pass
-            with self.accelerator.no_sync(self.model):
-                yield
+        # With a graph: the same kernels run as in the first pass, and a loss may differentiate.
+        with self.accelerator.no_sync(self.model):
+            yield
+        self._forget_forward()
+        self.publish()
 
     def hold_gradient(self) -> None:
         pass  # in `param.grad`

@@ -6,8 +6,8 @@ import pytest
 import reference
 import torch
 from cases import ENGINES, RANKS, assert_matches_reference, gnp, reference_of, result_of, run_cases, untied
-from runs import WEIGHTS_TOLERANCE, by_scope, reference_run, windows
-from tiny import flat_weights, make_model, relative_distance
+from runs import WEIGHTS_TOLERANCE, by_scope, reference_run, window_loss, windows
+from tiny import adversarial, flat_weights, make_model, relative_distance
 
 
 pytestmark = pytest.mark.distributed
@@ -98,6 +98,10 @@ OTHERS = {
     "rank-zero2": {"engine": "zero2", "kind": "vit", "args": gnp(gnp_scope="rank")},
     "rank_micro_batch-fsdp2": {"engine": "fsdp2", "kind": "vit", "args": gnp(gnp_scope="rank_micro_batch")},
     "logs-in-loss": {"engine": "ddp", "kind": "vit", "logs_in_loss": True, "args": gnp(**ACCUMULATION)},
+    **{
+        f"adversarial-{engine}": {"engine": engine, "kind": "vit", "is_adversarial": True, "args": gnp()}
+        for engine in ("ddp", "fsdp2")
+    },
     "hook-power_sgd": {"engine": "ddp", "kind": "vit", "comm_hook": "power_sgd", "args": gnp()},
     **{
         f"hook-fp16-{alpha}": {"engine": "ddp", "kind": "vit", "comm_hook": "fp16", "args": gnp(alpha, max_steps=3)}
@@ -178,6 +182,15 @@ def test_ranks_stay_together_when_one_has_no_direction(results):
 def test_a_loss_that_logs_on_the_main_process_alone_hangs_nobody(results):
     """Only in `Trainer`'s own log call do all ranks meet."""
     assert_matches_reference(result_of(results, "logs-in-loss"), OTHERS["logs-in-loss"])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_loss_that_differentiates_by_its_inputs(results, engine):
+    def loss(model, window):
+        return window_loss(model, [adversarial(lambda moved: model(**moved).loss, batch) for batch in window])
+
+    name = f"adversarial-{engine}"
+    assert_matches_reference(result_of(results, name), OTHERS[name], loss=loss)
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 0.8])

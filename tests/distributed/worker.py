@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate.state import AcceleratorState, GradientState
 from meters import CountCollectives
 from runs import logs_of, make_args
-from tiny import collate, flat_weights, make_data, make_model
+from tiny import adversarial, collate, flat_weights, make_data, make_model
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -117,6 +117,14 @@ class LoggingTrainer(GNPTrainer):
         return loss
 
 
+class AdversarialTrainer(GNPTrainer):
+    """Differentiates its loss by the inputs, in `compute_loss`."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        compute_loss = super().compute_loss
+        return compute_loss(model, adversarial(lambda moved: compute_loss(model, moved), inputs), *args, **kwargs)
+
+
 class HookedTrainer(GNPTrainer):
     """Registers a communication hook of DDP, as users do: `Trainer` has no argument for it."""
 
@@ -190,7 +198,8 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
 
         set_z3_leaf_modules(model, [case["leaf"]])
     classes = (FaultyTrainer, FaultyGNPTrainer) if "faults" in case else (Trainer, GNPTrainer)
-    cls = LoggingTrainer if case.get("logs_in_loss") else HookedTrainer if "comm_hook" in case else classes[not stock]
+    special = {"logs_in_loss": LoggingTrainer, "is_adversarial": AdversarialTrainer, "comm_hook": HookedTrainer}
+    cls = next((cls for key, cls in special.items() if key in case), classes[not stock])
     data = make_data(case["kind"], case.get("size", 48))
     trainer = cls(model=model, args=training_args, train_dataset=data, data_collator=collate)
     if "faults" in case:
