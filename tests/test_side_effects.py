@@ -720,6 +720,67 @@ def test_a_buffer_that_the_forward_resizes(tmp_path):
     assert len(gnp.model.layers[1].largest) == 7
 
 
+class Bank(nn.Module):
+    """A layer that compares with the features of past batches, which it keeps in a large attribute."""
+
+    size, is_replaced = 5000, False
+
+    def __init__(self):
+        super().__init__()
+        self.bank = torch.randn(self.size, 7, generator=torch.Generator().manual_seed(0))
+        self.place = 0
+
+    def forward(self, x):
+        past = self.bank.clone()
+        nearest = (x @ past.T).softmax(dim=-1) @ past
+        if self.is_replaced:
+            self.bank = torch.cat([x.detach(), self.bank[: -len(x)]])
+        else:
+            self.bank[self.place : self.place + len(x)] = x.detach()
+            self.place += len(x)
+        return (x + nearest).tanh()
+
+
+class ReplacedBank(Bank):
+    is_replaced = True
+
+
+@pytest.mark.parametrize("layer", [Bank, ReplacedBank])
+@pytest.mark.parametrize("budget", [2**26, 0])
+def test_a_bank_of_past_features(tmp_path, monkeypatch, layer, budget):
+    monkeypatch.setattr("hf_gnp.replay.buffers.BUDGET", budget)
+    make = lambda cls: make_trainer(tmp_path, "net", cls, model=Net(layer), **settings_of(cls))  # noqa: E731
+    if budget:
+        plain, gnp = assert_unmoved_run_is_plain(make)
+        assert torch.equal(gnp.model.layers[1].bank, plain.model.layers[1].bank)
+    else:  # nothing tells before the first window that it will move: refused, and no weight is lost
+        with pytest.raises(RuntimeError, match="when it is run again"):
+            make(GNPTrainer).train()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_bank_that_the_trainer_keeps(tmp_path, is_replaced):
+    class Banked:
+        bank = None
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if self.bank is None:
+                self.bank = torch.zeros(2**15)
+            loss, outputs = super().compute_loss(model, inputs, *args, **kwargs, return_outputs=True)
+            mean = outputs["logits"].mean()
+            loss = loss + (mean - self.bank.sum()) ** 2
+            bank = self.bank.clone() if is_replaced else self.bank
+            bank[self.state.global_step] = mean.detach()
+            self.bank = bank
+            return loss
+
+    assert_unmoved_run_is_plain(
+        lambda cls: make_trainer(
+            tmp_path, "net", type("Banking", (Banked, cls), {}), model=Net(nn.Tanh), **settings_of(cls)
+        )
+    )
+
+
 class Quantised(nn.Module):
     """A frozen weight in a buffer, as GPTQ's, AWQ's and HQQ's layers have it, and an adapter beside it."""
 

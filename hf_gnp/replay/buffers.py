@@ -1,6 +1,7 @@
 """
-The tensors that a forward moves without a gradient: buffers, and parameters that nothing trains, such as a momentum
-teacher's: frozen ones, and those that the last window's loss did not reach.
+The tensors that a forward moves without a gradient: buffers, parameters that nothing trains, such as a momentum
+teacher's (frozen ones, and those that the last window's loss did not reach), and large tensors in attributes, such as
+a bank of past features.
 
 Neither names nor version counters tell which: `batch_norm` and `.data` write without a new version. So in the first
 `LEARNING` penalised windows of a run they are copied before the first pass, the smallest first, as many as fit into
@@ -12,6 +13,7 @@ gets a new version, or changes in a sample of its elements is copied from the ne
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -51,8 +53,16 @@ class _Watched(NamedTuple):
         return self.sample is not None and (_bytes(_sample(self.tensor)) != _bytes(self.sample)).any()
 
 
+class Attribute(NamedTuple):
+    """A tensor that is an attribute, and its owner's `__dict__`."""
+
+    of: dict[str, Any]
+    name: str
+    tensor: torch.Tensor
+
+
 class RunningTensors:
-    """The buffers and frozen parameters of some modules: put back for the second pass, and after it."""
+    """Buffers, frozen parameters and attributes: put back for the second pass, and after it."""
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
@@ -65,15 +75,22 @@ class RunningTensors:
         self._flags: list[torch.Tensor | bool] = []
         self._still: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._start: list[dict[str, torch.Tensor | None]] = []
+        self._attributes: list[Attribute] = []
 
     @torch.no_grad()
-    def start(self, modules: Iterable[nn.Module], trained: Sequence[nn.Parameter] = ()) -> None:
+    def start(
+        self,
+        modules: Iterable[nn.Module],
+        trained: Sequence[nn.Parameter] = (),
+        attributes: Iterable[Attribute] = (),
+    ) -> None:
         """
         Before the first pass of a window.
 
         Args:
             trained: The trainable parameters of the model and of the optimizer: the engine's to move and put back, and
                 so is what shares their memory.
+            attributes: Other tensors that a forward may write into, or replace.
         """
         self._modules, self._trained = list(modules), trained
         self._start = [dict(module._buffers) for module in self._modules]
@@ -89,7 +106,14 @@ class RunningTensors:
                     found[id(tensor)] = tensor
             if isinstance(module, _NormBase):
                 statistics |= {id(buffer) for buffer in module._buffers.values()}
-        self._left = max(BUDGET, trainable) if self._compared < LEARNING else -1
+        budget = max(BUDGET, trainable)
+        others = [attribute for attribute in attributes if storage_address(attribute.tensor) not in weights]
+        others.sort(key=lambda attribute: _size(attribute.tensor))
+        found.update((id(attribute.tensor), attribute.tensor) for attribute in others)
+        # One that the forward replaces is held here, and may be an activation, which would be gone.
+        held = itertools.accumulate(_size(attribute.tensor) for attribute in others)
+        self._attributes = [other for other, size in zip(others, held, strict=True) if size <= budget]
+        self._left = budget if self._compared < LEARNING else -1
         self._watched = []
         for key, tensor in sorted(found.items(), key=lambda item: _size(item[1])):
             self._left -= _size(tensor)
@@ -105,7 +129,7 @@ class RunningTensors:
     def drop(self) -> None:
         """The window is over: keep what was learnt, and no tensor."""
         self._modules, self._trained, self._watched, self._flags = [], (), [], []
-        self._still, self._start = [], []
+        self._still, self._start, self._attributes = [], [], []
 
     @torch.no_grad()
     def compare(self) -> torch.Tensor:
@@ -164,6 +188,9 @@ class RunningTensors:
 
     def rewind(self) -> None:
         """Everything is as the first pass found it."""
+        for owner, name, tensor in self._attributes:
+            if owner.get(name) is not tensor:
+                owner[name] = tensor
         self._put_back(self._start, [(local_part(w.tensor), w.copy) for w in self._watched if w.copy is not None])
 
     @torch.no_grad()

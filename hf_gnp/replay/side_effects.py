@@ -4,7 +4,7 @@ The Python state that a forward may change: counters, metrics and generators tha
 What is looked at are the attributes of the trainer and of its state, of every module that the trainer holds, of the
 user's own objects that hang on these, and the modules and generators that the user's loss function names. What a
 library keeps inside its own objects (datasets, optimizers, accelerate) is not. What is in a tensor is looked at if it
-is small and not part of a graph; buffers and parameters are for `buffers.py`.
+is small and not part of a graph; buffers, parameters and large attributes are for `buffers.py`.
 """
 
 import functools
@@ -23,7 +23,7 @@ from torch import nn
 
 from hf_gnp.engines.shards import parameters_beside
 
-from .buffers import is_dense, storage_address
+from .buffers import Attribute, is_dense, storage_address
 
 
 # A small tensor or array: a counter, a table of weights; larger ones are activations that a module keeps to look at.
@@ -110,6 +110,16 @@ def find_owners(trainer: Any) -> list[Any]:
     for module in _with_children(owner for owner in found.values() if isinstance(owner, nn.Module)):
         _collect(module, found, depth=2)
     return list(found.values())
+
+
+def large_attributes(owners: Iterable[Any]) -> Iterator[Attribute]:
+    """The tensors in attributes that are too large for `PythonState` to look into, and no part of a graph."""
+    for owner in owners:
+        attributes = {} if isinstance(owner, GENERATORS) else vars(owner)
+        for name, value in attributes.items():
+            is_large = type(value) is torch.Tensor and value.numel() > SMALL
+            if is_large and value.grad_fn is None and _is_watched(name):
+                yield Attribute(attributes, name, value)
 
 
 def find_modules(trainer: Any) -> list[nn.Module]:
@@ -260,9 +270,7 @@ def _is_opaque(value: Any) -> bool:
 
 def _is_plain(value: Any) -> bool:
     """Whether a forward that finds an attribute absent makes it anew: not modules, not objects."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return _is_small(value)
-    return isinstance(value, (*IMMUTABLE, *CONTAINERS))
+    return isinstance(value, (*IMMUTABLE, *WITH_CONTENTS))
 
 
 def _contents(value: Any, moved: set[int], can_keep: Callable[[Any], bool]) -> Iterator[Callable[[], Any]]:

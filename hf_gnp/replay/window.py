@@ -12,7 +12,7 @@ import torch
 
 from .buffers import RunningTensors, addresses
 from .randomness import RandomState, random_devices
-from .side_effects import PythonState, find_modules, find_owners, find_trained
+from .side_effects import PythonState, find_modules, find_owners, find_trained, large_attributes
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Window:
             self._trained = find_trained(self._trainer)
             self._weights = addresses(self._trained)
             if is_penalised:
-                self.tensors.start(find_modules(self._trainer), self._trained)
+                self.tensors.start(find_modules(self._trainer), self._trained, large_attributes(self._owners))
         state = RandomState(self.devices), self._python_state()
         micro_batch = MicroBatch(copied(inputs), num_items_in_batch, accumulation_steps, *state)
         self.micro_batches.append(micro_batch)

@@ -10,7 +10,7 @@ from torch import nn
 from hf_gnp.engines import refuse_engine
 from hf_gnp.replay.buffers import RunningTensors, addresses
 from hf_gnp.replay.randomness import RandomState, random_devices
-from hf_gnp.replay.side_effects import PythonState, find_modules, find_owners, find_trained
+from hf_gnp.replay.side_effects import PythonState, find_modules, find_owners, find_trained, large_attributes
 
 
 FP16 = (
@@ -94,10 +94,11 @@ class UntouchedState:
     def __init__(self, trainer: Any, model: nn.Module):
         self._tensors = RunningTensors()
         trained = find_trained(trainer)
-        self._tensors.start(find_modules(trainer), trained)
+        owners = find_owners(trainer)
+        self._tensors.start(find_modules(trainer), trained, large_attributes(owners))
         self._random_state = RandomState(random_devices(trainer, model))
         moved = addresses(tensor for parameter in trained for tensor in (parameter, parameter.grad))
-        self._python_state = PythonState(find_owners(trainer), moved)
+        self._python_state = PythonState(owners, moved)
         self._model, self._training = model, [(module, module.training) for module in model.modules()]
 
     def begin(self) -> None:
