@@ -40,7 +40,7 @@ CIFAR10 = {
 }
 LARGE = {"train_size": 5000, "validation_size": 1000, "test_size": 10000, "batch_size": 128}
 VIT = CIFAR10 | {"model": "vit", "width": 96, "layers": 3, "learning_rate": 1e-3}
-LARGE_VIT = VIT | LARGE | {"width": 256, "layers": 4, "epochs": 40}
+LARGE_VIT = VIT | LARGE | {"train_size": 4000, "width": 192, "layers": 4, "epochs": 30, "bf16": True}
 # ReLU: products of its Hessian by differences see the kinks (docs/sharpness.md).
 RESNET = CIFAR10 | {"model": "resnet", "width": 32, "learning_rate": 0.05, "flatness": False}
 LARGE_RESNET = RESNET | LARGE | {"learning_rate": 0.1, "epochs": 40}
