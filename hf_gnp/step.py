@@ -11,6 +11,7 @@ from torch import nn
 
 from .direction import Perturbation
 from .engines import Engine, make_engine
+from .foreign import ForeignGradient
 from .interrupts import DeferredSignals
 from .metrics import StepMetrics
 from .replay.first_pass import is_called_by_training_step, replaced
@@ -47,8 +48,7 @@ class PenalisedSteps:
         self._begins_penalised = False
         self._is_probed = False
         self._hooks = contextlib.ExitStack()
-        self._foreign: list[Any] = []
-        self._marks: Any = None
+        self._foreign = ForeignGradient(self.engine, type(trainer).__name__)
         self._inputs: Any = None
 
     @property
@@ -74,7 +74,7 @@ class PenalisedSteps:
             micro_batches = self.trainer.current_gradient_accumulation_steps or 1
             self._first_passes = self._perturbation.first_passes(micro_batches)
             self._hooks.enter_context(replaced(self.trainer.accelerator, backward=self._backward))
-            self._set_foreign_gradient_aside()
+            self._foreign.set_aside()
         elif inputs is self._inputs:
             raise NotImplementedError(
                 f"{type(self.trainer).__name__} calls training_step twice for one micro-batch, in the middle of an "
@@ -105,7 +105,7 @@ class PenalisedSteps:
             yield
         if len(self.window) == recorded:
             raise NotImplementedError(never_reached(self.trainer))
-        self._refuse_foreign_gradient()
+        self._foreign.refuse()
 
     def end_first_pass(self, loss: torch.Tensor) -> None:
         """What `training_step` returned."""
@@ -143,45 +143,15 @@ class PenalisedSteps:
         if is_called_by_training_step():
             if self.window.deferred:
                 return  # of a loss that is yet to be computed
-            if self._marks is None:
-                self._set_foreign_gradient_aside()
-            else:
-                self._refuse_foreign_gradient()
+            self._foreign.before_backward()
             original(loss, *args, **kwargs)
             self.engine.own_gradient()
-            self._marks = self.engine.gradient_marks()
+            self._foreign.after_backward()
             if self._takes_rows:  # only now: backward asks whether buffers are as the forward left them
                 self.window.tensors.end()
                 self.window.tensors.rewind()
-        elif not self.engine.sets_gradients_aside:
-            raise NotImplementedError(
-                f"{type(self.trainer).__name__} calls accelerator.backward outside of Trainer.training_step. Under "
-                "ZeRO-1 to 3 its gradient cannot be told from that of the loss: add the term to the loss in "
-                "compute_loss, use DDP or FSDP2, or set gnp_alpha=0."
-            )
-        elif self._marks is None:
-            original(loss, *args, **kwargs)  # it is set aside before the first backward of the window
         else:
-            ours = self.engine.take_gradient()
-            original(loss, *args, **kwargs)
-            self._foreign.append(self.engine.take_gradient())
-            self.engine.add_gradient(ours)
-            self._marks = self.engine.gradient_marks()
-
-    def _set_foreign_gradient_aside(self) -> None:
-        # Not of this window's loss: of an earlier micro-batch with a direction of its own, of an earlier call for this
-        # step, or of a regulariser with a backward of its own.
-        gradient = self.engine.take_gradient()
-        if gradient:
-            self._foreign.append(gradient)
-
-    def _refuse_foreign_gradient(self) -> None:
-        if self._marks is not None and self._marks != self.engine.gradient_marks():
-            raise RuntimeError(
-                "A gradient was added between the micro-batches of one step by something other than "
-                "Trainer.training_step, and cannot be told from the gradient of the loss: call backward through "
-                "self.accelerator.backward, add it to the loss, or set gnp_alpha=0."
-            )
+            self._foreign.backward(functools.partial(original, loss, *args, **kwargs))
 
     # The end of the window.
 
@@ -204,13 +174,12 @@ class PenalisedSteps:
         self._hooks.close()
         with DeferredSignals():
             if not self.window.micro_batches:
-                self._set_foreign_gradient_aside()
+                self._foreign.set_aside()
             if self.penalty is not None:
                 lacking = self._penalise(self.penalty, run_pass, noise_seed, measure)
             elif self.reuse is not None and (strength := self.schedule.strength(self.step)) is not None:
                 self.reuse.add(strength.alpha)
-            for gradient in self._foreign:
-                engine.add_gradient(gradient)
+            self._foreign.add()
             if self.trainer.accelerator.sync_gradients:
                 engine.finish()
             else:
@@ -342,7 +311,8 @@ class PenalisedSteps:
         self._hooks.close()
         self.engine.end_step()
         self.window.clear()
-        self._foreign, self._marks, self._inputs = [], None, None
+        self._foreign.clear()
+        self._inputs = None
 
 
 def replayed_step(trainer: Any, logs: bool = False) -> contextlib.AbstractContextManager[None]:

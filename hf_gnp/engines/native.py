@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.moments import unwrapped
 from hf_gnp.rounding import Place
 
+from .averaging import average_gradients
 from .base import Engine
 from .dtensors import (
     as_sharded,
@@ -32,11 +32,10 @@ from .dtensors import (
 )
 from .private import next_step_skipped, optimizer_that_skips, sync_gradients_set
 from .shards import HeldShard, OptimizerState, Shard, number_parameters, parameters_beside
-from .wrappers import defer_reduction, has_communication_hook, without_compile
+from .wrappers import defer_reduction, has_communication_hook, reducing
 
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
-BUCKET = 25 * 2**20  # bytes, as DDP's
 
 
 class NativeEngine(Engine):
@@ -119,7 +118,7 @@ class NativeEngine(Engine):
     def first_pass(self, is_last: bool = False) -> AbstractContextManager[None]:
         if self.perturbation.is_per_rank:
             return self.accelerator.no_sync(self.model)
-        return self._sync() if is_last or self.perturbation.is_per_micro_batch else contextlib.nullcontext()
+        return reducing(self.model) if is_last or self.perturbation.is_per_micro_batch else contextlib.nullcontext()
 
     def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
         parameter = shard.parameter
@@ -144,7 +143,7 @@ class NativeEngine(Engine):
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
-        reduced = self._sync() if self._reduces(is_last) else self._no_sync()
+        reduced = reducing(self.model) if self._reduces(is_last) else self._no_sync()
         with sync_gradients_set(self.accelerator, is_last), reduced:
             yield
 
@@ -267,7 +266,7 @@ class NativeEngine(Engine):
     @contextlib.contextmanager
     def probed(self) -> Iterator[None]:
         # With a graph: the same kernels run as in the first pass, and a loss may differentiate.
-        with self.accelerator.no_sync(self.model):
+        with self._no_sync():
             yield
         self._forget_forward()
         self.publish()
@@ -280,20 +279,7 @@ class NativeEngine(Engine):
         """Where each rank moves along its own gradient no pass reduces: the mean over ranks is taken here, once."""
         if not (self.perturbation.is_per_rank and dist.is_initialized() and dist.get_world_size() > 1):
             return
-        parameters = self.parameters
-        if getattr(self.model, "find_unused_parameters", False):
-            used = torch.tensor([p.grad is not None for p in parameters], device=self.accelerator.device).float()
-            dist.all_reduce(used)
-            parameters = [p for p, count in zip(parameters, used.tolist(), strict=True) if count > 0]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for gradients in _buckets([gradient_of(p) for p in parameters]):
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            penalty.copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+        average_gradients(self.parameters, getattr(self.model, "find_unused_parameters", False))
 
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor | bool:
         if self.accelerator.scaler is not None or grad_norm is None:
@@ -338,30 +324,7 @@ class NativeEngine(Engine):
             return False
         return is_last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
 
-    @contextlib.contextmanager
-    def _sync(self) -> Iterator[None]:
-        """Gradients are reduced, also within the `no_sync` that `Trainer` puts around all but the last micro-batch."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(True)
-        ddp = without_compile(self.model)
-        if not isinstance(ddp, DistributedDataParallel):
-            yield
-            return
-        before = ddp.require_backward_grad_sync
-        ddp.require_backward_grad_sync = True
-        try:
-            yield
-        finally:
-            ddp.require_backward_grad_sync = before
-
     def _no_sync(self) -> AbstractContextManager[None]:
         if self._fsdp_modules and not self.accelerator.is_fsdp2:
             return defer_reduction(self.model)
         return self.accelerator.no_sync(self.model)
-
-
-def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Tensors of one dtype that are reduced together, as many as fit into `BUCKET` or one."""
-    for dtype in {tensor.dtype: None for tensor in tensors}:
-        of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
-        yield from penalty.in_groups(of_dtype, lambda tensor: tensor.nbytes, BUCKET)

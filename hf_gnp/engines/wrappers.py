@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .private import DDP, require
@@ -31,6 +32,23 @@ def has_communication_hook(model: nn.Module) -> bool:
     if any(isinstance(state, PowerSGDState) for _, state in model._comm_hooks):
         raise NotImplementedError(f"The gradient-norm penalty does not run with {POWER_SGD}, or set gnp_alpha=0.")
     return bool(model._comm_hooks)
+
+
+@contextlib.contextmanager
+def reducing(model: nn.Module) -> Iterator[None]:
+    """Gradients are reduced, also within the `no_sync` that `Trainer` puts around all but the last micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(True)
+    ddp = without_compile(model)
+    if not isinstance(ddp, DistributedDataParallel):
+        yield
+        return
+    before = ddp.require_backward_grad_sync
+    ddp.require_backward_grad_sync = True
+    try:
+        yield
+    finally:
+        ddp.require_backward_grad_sync = before
 
 
 @contextlib.contextmanager

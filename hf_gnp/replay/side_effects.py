@@ -9,27 +9,32 @@ is small and not part of a graph; buffers, parameters and large attributes are f
 
 import functools
 import inspect
-import operator
-import random
 import sys
 import types
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from hf_gnp.engines.shards import parameters_beside
 
-from .buffers import Attribute, is_dense, storage_address
+from .buffers import Attribute
+from .contents import (
+    CONTAINERS,
+    GENERATORS,
+    IMMUTABLE,
+    OPAQUE,
+    SMALL,
+    WITH_CONTENTS,
+    is_opaque,
+    items,
+    keeps_any,
+    keeps_small,
+    restorers,
+)
 
 
-# A small tensor or array: a counter, a table of weights; larger ones are activations that a module keeps to look at.
-SMALL = 2**14
-# A longer list is only cut back to its length, which undoes what a metric appends.
-LONG = 2**12
 LIBRARIES = sys.stdlib_module_names | {
     "accelerate",
     "datasets",
@@ -50,12 +55,6 @@ NOT_OF_A_STEP = {
     *("compute_loss", "log", "_prepare_inputs"),
 }
 OF_EVERY_MODULE = set(vars(nn.Module()))
-IMMUTABLE = (int, float, complex, str, bytes, type(None))
-# Most attributes of a model's modules are of these: nothing in them is looked at, and asking their type is enough.
-OPAQUE = {*IMMUTABLE, bool, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype, torch.device}
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-CONTAINERS = (dict, list, tuple, set, deque)
-WITH_CONTENTS = (*CONTAINERS, torch.Tensor, np.ndarray, *GENERATORS)
 
 
 class PythonState:
@@ -71,21 +70,21 @@ class PythonState:
     """
 
     def __init__(self, owners: Iterable[Any], moved: set[int], holds_all: bool = False):
-        can_keep = _is_anything if holds_all else _can_keep
+        can_keep = keeps_any if holds_all else keeps_small
         self._attributes: list[tuple[dict[str, Any], set[str], dict[str, Any]]] = []
         self._contents: list[Callable[[], Any]] = []
         for owner in owners:
             if isinstance(owner, GENERATORS):
-                self._contents += _contents(owner, moved, can_keep)
+                self._contents += restorers(owner, moved, can_keep)
             else:
                 attributes, kept = vars(owner), {}
                 for name, value in attributes.items():
                     if _is_watched(name):
-                        if _is_opaque(value):
+                        if is_opaque(value):
                             kept[name] = value
                         elif can_keep(value):
                             kept[name] = value
-                            self._contents += _contents(value, moved, can_keep)
+                            self._contents += restorers(value, moved, can_keep)
                 self._attributes.append((attributes, set(attributes), kept))
 
     def put_back(self) -> None:
@@ -126,7 +125,7 @@ def find_modules(trainer: Any) -> list[nn.Module]:
     """The modules whose forward may be part of a step: the model first, then losses, teachers, reference models."""
     modules = [trainer.model]
     for value in (*vars(trainer).values(), *_held_by_functions(trainer)):
-        modules += [item for item in _items(value) if isinstance(item, nn.Module) and not _is_wrapper(item)]
+        modules += [item for item in items(value) if isinstance(item, nn.Module) and not _is_wrapper(item)]
     return _with_children(modules)
 
 
@@ -153,7 +152,7 @@ def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
     if depth == 0 or type(value) in OPAQUE:
         return
     if issubclass(type(value), CONTAINERS):
-        for item in _items(value):
+        for item in items(value):
             _collect(item, found, depth - 1)
     elif id(value) not in found:
         if issubclass(type(value), GENERATORS):
@@ -163,14 +162,6 @@ def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
             for name, attribute in list(vars(value).items()):
                 if type(attribute) not in OPAQUE and _is_watched(name):
                     _collect(attribute, found, depth - 1)
-
-
-def _items(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return list(value.values()) if len(value) <= LONG else []
-    if isinstance(value, list | tuple | set | deque):
-        return list(value) if len(value) <= LONG else []
-    return [value]
 
 
 def _is_owner(value: Any, is_root: bool) -> bool:
@@ -240,85 +231,6 @@ def _is_watched(name: str) -> bool:
     return not is_engine and name not in NOT_OF_A_STEP and name not in OF_EVERY_MODULE
 
 
-def _is_small(value: torch.Tensor | np.ndarray) -> bool:
-    """Whether it may be held until the window ends: not an activation, and not part of a graph."""
-    if isinstance(value, np.ndarray):
-        return value.size <= SMALL
-    return type(value) is torch.Tensor and value.numel() <= SMALL and value.grad_fn is None
-
-
-def _can_write(value: torch.Tensor | np.ndarray) -> bool:
-    """Whether what is in it can be copied, and put back in place."""
-    if isinstance(value, np.ndarray):
-        return value.dtype != object and value.flags.writeable
-    return is_dense(value)
-
-
-def _can_keep(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor | np.ndarray) or _is_small(value)
-
-
-def _is_anything(value: Any) -> bool:
-    return True
-
-
-def _is_opaque(value: Any) -> bool:
-    """Whether nothing in it is put back: a number, a function, an object (whose attributes are, if it is an owner)."""
-    # Not isinstance, which asks the object for its __class__, and a transformers' config answers slowly.
-    return type(value) in OPAQUE or not issubclass(type(value), WITH_CONTENTS)
-
-
 def _is_plain(value: Any) -> bool:
     """Whether a forward that finds an attribute absent makes it anew: not modules, not objects."""
     return isinstance(value, (*IMMUTABLE, *WITH_CONTENTS))
-
-
-def _contents(value: Any, moved: set[int], can_keep: Callable[[Any], bool]) -> Iterator[Callable[[], Any]]:
-    """Functions that put back, in place, what is in `value` now and may change there."""
-    if _is_opaque(value):
-        return
-    if isinstance(value, dict) and len(value) <= LONG:
-        yield functools.partial(_put_back_dict, value, {k: v for k, v in value.items() if can_keep(v)}, can_keep)
-    elif isinstance(value, list | deque) and len(value) <= LONG:
-        yield functools.partial(_put_back_list, value, list(value))
-    elif isinstance(value, list):
-        yield functools.partial(operator.delitem, value, slice(len(value), None))
-    elif isinstance(value, set):
-        yield functools.partial(_put_back_set, value, set(value))
-    elif (
-        isinstance(value, torch.Tensor)
-        and _is_small(value)
-        and _can_write(value)
-        and storage_address(value) not in moved
-    ):
-        yield functools.partial(torch.no_grad()(value.copy_), value.detach().clone())
-    elif isinstance(value, np.ndarray) and _is_small(value) and _can_write(value):
-        yield functools.partial(operator.setitem, value, ..., value.copy())
-    elif isinstance(value, torch.Generator | np.random.RandomState):
-        yield functools.partial(value.set_state, value.get_state())  # type: ignore[arg-type]
-    elif isinstance(value, random.Random):
-        yield functools.partial(value.setstate, value.getstate())
-    elif isinstance(value, np.random.Generator):
-        yield functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    if isinstance(value, dict | list | tuple | deque):
-        for item in _items(value):
-            if type(item) not in OPAQUE:
-                yield from _contents(item, moved, can_keep)
-
-
-def _put_back_dict(value: dict[Any, Any], kept: dict[Any, Any], can_keep: Callable[[Any], bool]) -> None:
-    others = {key: item for key, item in value.items() if key not in kept and not can_keep(item)}
-    if list(value) != [*kept, *others] or any(value[key] is not item for key, item in kept.items()):
-        value.clear()
-        value.update(kept | others)
-
-
-def _put_back_list(value: Any, kept: list[Any]) -> None:
-    if len(kept) != len(value) or not all(map(operator.is_, kept, value)):
-        value.clear()
-        value.extend(kept)
-
-
-def _put_back_set(value: set[Any], kept: set[Any]) -> None:
-    value.clear()
-    value.update(kept)

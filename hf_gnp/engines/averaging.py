@@ -1,0 +1,45 @@
+"""The mean of gradients over ranks, where no backward has reduced them."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hf_gnp import penalty
+
+from .dtensors import gradient_of
+
+
+BUCKET = 25 * 2**20  # bytes, as DDP's
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter], some_unused: bool) -> None:
+    """
+    Replace each parameter's whole gradient by its mean over ranks; 0 stands for one that is absent. A collective.
+
+    Args:
+        some_unused: Whether a parameter that no rank's loss has reached keeps none.
+    """
+    if some_unused:
+        flags = [p.grad is not None for p in parameters]
+        used = torch.tensor(flags, device=parameters[0].device).float()
+        dist.all_reduce(used)
+        parameters = [p for p, count in zip(parameters, used.tolist(), strict=True) if count > 0]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for gradients in _buckets([gradient_of(p) for p in parameters]):
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        penalty.copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Tensors of one dtype that are reduced together, as many as fit into `BUCKET` or one."""
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+        yield from penalty.in_groups(of_dtype, lambda tensor: tensor.nbytes, BUCKET)

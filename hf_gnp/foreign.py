@@ -1,0 +1,71 @@
+"""Gradients that are not of the window's loss: of a regulariser, or of an earlier call in the same step."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .engines import Engine
+
+
+class ForeignGradient:
+    """
+    Set aside before the window's own backward, and added to the step's gradient when its second pass is over.
+
+    Args:
+        trainer_name: For what the errors say.
+    """
+
+    def __init__(self, engine: Engine, trainer_name: str):
+        self.engine, self._trainer_name = engine, trainer_name
+        self._aside: list[Any] = []
+        self._marks: Any = None  # of the gradient after the window's last backward
+
+    def set_aside(self) -> None:
+        """What is there before the window's first backward is not the window's."""
+        gradient = self.engine.take_gradient()
+        if gradient:
+            self._aside.append(gradient)
+
+    def before_backward(self) -> None:
+        if self._marks is None:
+            self.set_aside()
+        else:
+            self.refuse()
+
+    def after_backward(self) -> None:
+        self._marks = self.engine.gradient_marks()
+
+    def refuse(self) -> None:
+        """
+        Raises:
+            RuntimeError: where somebody has added to the gradient since the window's last backward.
+        """
+        if self._marks is not None and self._marks != self.engine.gradient_marks():
+            raise RuntimeError(
+                "A gradient was added between the micro-batches of one step by something other than "
+                "Trainer.training_step, and cannot be told from the gradient of the loss: call backward through "
+                "self.accelerator.backward, add it to the loss, or set gnp_alpha=0."
+            )
+
+    def backward(self, call: Callable[[], None]) -> None:
+        """A call of `accelerator.backward` by somebody else than `Trainer.training_step`."""
+        if not self.engine.sets_gradients_aside:
+            raise NotImplementedError(
+                f"{self._trainer_name} calls accelerator.backward outside of Trainer.training_step. Under "
+                "ZeRO-1 to 3 its gradient cannot be told from that of the loss: add the term to the loss in "
+                "compute_loss, use DDP or FSDP2, or set gnp_alpha=0."
+            )
+        if self._marks is None:
+            call()  # it is set aside before the first backward of the window
+        else:
+            ours = self.engine.take_gradient()
+            call()
+            self._aside.append(self.engine.take_gradient())
+            self.engine.add_gradient(ours)
+            self.after_backward()
+
+    def add(self) -> None:
+        for gradient in self._aside:
+            self.engine.add_gradient(gradient)
+
+    def clear(self) -> None:
+        self._aside, self._marks = [], None
