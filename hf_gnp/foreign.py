@@ -41,7 +41,7 @@ class ForeignGradient:
         """
         if self._marks is not None and self._marks != self.engine.gradient_marks():
             raise RuntimeError(
-                "A gradient was added between the micro-batches of one step by something other than "
+                "A gradient was added (or dropped) between the micro-batches of one step by something other than "
                 "Trainer.training_step, and cannot be told from the gradient of the loss: call backward through "
                 "self.accelerator.backward, add it to the loss, or set gnp_alpha=0."
             )

@@ -47,8 +47,10 @@ class PenalisedSteps:
         self._first_passes = math.inf
         self._begins_penalised = False
         self._is_probed = False
+        self._recorded = 0
         self._hooks = contextlib.ExitStack()
         self._foreign = ForeignGradient(self.engine, type(trainer).__name__)
+        self._has_reached = False  # `Trainer.training_step`
         self._inputs: Any = None
 
     @property
@@ -76,11 +78,7 @@ class PenalisedSteps:
             self._hooks.enter_context(replaced(self.trainer.accelerator, backward=self._backward))
             self._foreign.set_aside()
         elif inputs is self._inputs:
-            raise NotImplementedError(
-                f"{type(self.trainer).__name__} calls training_step twice for one micro-batch, in the middle of an "
-                "accumulation window: what changed between the calls (weights that an adversarial attack moved) would "
-                "be gone in the second pass. Set gradient_accumulation_steps=1, or gnp_alpha=0."
-            )
+            raise NotImplementedError(called_twice(self.trainer))
         self._inputs = inputs
 
     def _penalty_at(self, step: int) -> Penalty | None:
@@ -99,17 +97,21 @@ class PenalisedSteps:
     @contextlib.contextmanager
     def first_pass(self) -> Iterator[None]:
         """Around a subclass's `training_step`: what `Trainer.training_step` computes in it is recorded."""
-        recorded = len(self.window)
+        self._recorded = recorded = len(self.window)
+        marks = self.engine.gradient_marks()
         is_last = recorded + 1 == self._first_passes
         with self.engine.first_pass(is_last), replaced(self.trainer, compute_loss=self._compute_loss):
             yield
-        if len(self.window) == recorded:
-            raise NotImplementedError(never_reached(self.trainer))
+        if len(self.window) > recorded:
+            self._has_reached = True
+            self.window.drop_unfinished()
+        elif marks != self.engine.gradient_marks() or (marks is None and not self._has_reached):
+            raise NotImplementedError(never_reached(self.trainer))  # else a batch was skipped
         self._foreign.refuse()
 
     def end_first_pass(self, loss: torch.Tensor) -> None:
         """What `training_step` returned."""
-        if not self.window.deferred:
+        if len(self.window.micro_batches) > self._recorded:
             self.window.micro_batches[-1].loss = loss
 
     def _compute_loss(
@@ -117,6 +119,8 @@ class PenalisedSteps:
     ) -> Any:
         if not is_called_by_training_step():
             return original(model, inputs, *args, **kwargs)
+        if len(self.window) > self._recorded:
+            raise NotImplementedError(called_twice(self.trainer))
         items, steps = kwargs.get("num_items_in_batch"), self.trainer.current_gradient_accumulation_steps
         if len(self.window) >= self._first_passes:
             self.window.deferred.append(Deferred(inputs, items, steps))
@@ -130,8 +134,6 @@ class PenalisedSteps:
             kwargs["num_items_in_batch"] = self._items_in([micro_batch.first_rows])
             with replaced(self.trainer, log=not_logged), self.engine.hidden_gradient():
                 loss = original(model, micro_batch.first_rows, *args, **kwargs)
-            micro_batch.random_state.restore()
-            micro_batch.python_state.put_back()
         micro_batch.forward_loss = loss.detach().clone()
         return loss
 
@@ -147,9 +149,10 @@ class PenalisedSteps:
             original(loss, *args, **kwargs)
             self.engine.own_gradient()
             self._foreign.after_backward()
+            self.window.micro_batches[-1].has_gradient = True
             if self._takes_rows:  # only now: backward asks whether buffers are as the forward left them
                 self.window.tensors.end()
-                self.window.tensors.rewind()
+                next(self.window.replayed())
         else:
             self._foreign.backward(functools.partial(original, loss, *args, **kwargs))
 
@@ -175,7 +178,7 @@ class PenalisedSteps:
         with DeferredSignals():
             if not self.window.micro_batches:
                 self._foreign.set_aside()
-            if self.penalty is not None:
+            if self.penalty is not None and len(self.window):
                 lacking = self._penalise(self.penalty, run_pass, noise_seed, measure)
             elif self.reuse is not None and (strength := self.schedule.strength(self.step)) is not None:
                 self.reuse.add(strength.alpha)
@@ -336,6 +339,14 @@ def never_reached(trainer: Any) -> str:
     return (
         f"{name}.training_step never reaches Trainer.training_step, whose loss the gradient-norm penalty runs again, "
         "so the penalty cannot be applied: call super().training_step(...) in it, or set gnp_alpha=0."
+    )
+
+
+def called_twice(trainer: Any) -> str:
+    return (
+        f"{type(trainer).__name__} calls training_step twice for one micro-batch, within an accumulation window: what "
+        "changed between the calls (weights that an adversarial attack moved) would be gone in the second pass. Do so "
+        "in a subclass of GNPTrainer, with gradient_accumulation_steps=1, or set gnp_alpha=0."
     )
 
 

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "SENTENCE.format": "takes a moment of the optimizer",
     "sentence.format": "The gradient-norm penalty does not run with",
     "never_reached": "training_step never reaches Trainer.training_step",
+    "called_twice": "calls training_step twice for one micro-batch",
     "_too_early": "shards a model together with its optimizer",
     "FP16": "Sharpness is not measured in fp16",
     "warning": "The checkpoint was trained with other gnp arguments",

@@ -7,13 +7,12 @@ Neither names nor version counters tell which: `batch_norm` and `.data` write wi
 `LEARNING` penalised windows of a run they are copied before the first pass, the smallest first, as many as fit into
 `BUDGET`, or into the size of the trainable weights (which a teacher has) if that is more, and compared after it. Those
 that stood still are put back as well: a teacher that is still a copy of the weights moves in the second pass alone.
-From then on copies are made of those that were seen to move, and of the statistics of normalisation layers, which move
-when their layer is set to training. The others, quantised base weights among them, are watched: one that is replaced,
-gets a new version, or changes in a sample of its elements is copied from the next window on.
+From then on copies are made of those that were seen to move, of small buffers, and of the statistics of normalisation
+layers, which move when their layer is set to training. The others, quantised base weights among them, are watched: one
+that is replaced, gets a new version, or changes in a sample of its elements is copied from the next window on.
 """
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from hf_gnp.engines.dtensors import local_part
 
 
 BUDGET = 2**26  # bytes
+SMALL = 2**16  # bytes: such a buffer is copied in each window
 LEARNING = 2  # penalised windows: a teacher that starts as a copy of the weights does not move in the first
 SAMPLE = 256  # elements at most
 
@@ -53,16 +53,8 @@ class _Watched(NamedTuple):
         return self.sample is not None and (_bytes(_sample(self.tensor)) != _bytes(self.sample)).any()
 
 
-class Attribute(NamedTuple):
-    """A tensor that is an attribute, and its owner's `__dict__`."""
-
-    of: dict[str, Any]
-    name: str
-    tensor: torch.Tensor
-
-
 class RunningTensors:
-    """Buffers, frozen parameters and attributes: put back for the second pass, and after it."""
+    """Buffers, frozen parameters and large attributes: put back for the second pass, and after it."""
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
@@ -75,14 +67,13 @@ class RunningTensors:
         self._flags: list[torch.Tensor | bool] = []
         self._still: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._start: list[dict[str, torch.Tensor | None]] = []
-        self._attributes: list[Attribute] = []
 
     @torch.no_grad()
     def start(
         self,
         modules: Iterable[nn.Module],
         trained: Sequence[nn.Parameter] = (),
-        attributes: Iterable[Attribute] = (),
+        others: Iterable[torch.Tensor] = (),
     ) -> None:
         """
         Before the first pass of a window.
@@ -90,37 +81,32 @@ class RunningTensors:
         Args:
             trained: The trainable parameters of the model and of the optimizer: the engine's to move and put back, and
                 so is what shares their memory.
-            attributes: Other tensors that a forward may write into, or replace.
+            others: Tensors beside buffers and parameters that a forward may write into.
         """
         self._modules, self._trained = list(modules), trained
         self._start = [dict(module._buffers) for module in self._modules]
         found: dict[int, torch.Tensor] = {}
         reached = {id(parameter) for parameter in trained} - self._unreached
         weights = addresses(parameter for parameter in trained if id(parameter) in reached)
-        trainable, statistics = 0, set()
+        always: set[int] = set()
         for module in self._modules:
             for tensor in (*module._buffers.values(), *module._parameters.values()):
-                if id(tensor) in reached:
-                    trainable += _size(tensor)  # type: ignore[arg-type]  # no None: it is a parameter
-                elif tensor is not None and not hasattr(tensor, "ds_id") and storage_address(tensor) not in weights:
+                if tensor is None or id(tensor) in reached or hasattr(tensor, "ds_id"):
+                    continue
+                if storage_address(tensor) not in weights:
                     found[id(tensor)] = tensor
-            if isinstance(module, _NormBase):
-                statistics |= {id(buffer) for buffer in module._buffers.values()}
-        budget = max(BUDGET, trainable)
-        others = [attribute for attribute in attributes if storage_address(attribute.tensor) not in weights]
-        others.sort(key=lambda attribute: _size(attribute.tensor))
-        found.update((id(attribute.tensor), attribute.tensor) for attribute in others)
-        # One that the forward replaces is held here, and may be an activation, which would be gone.
-        held = itertools.accumulate(_size(attribute.tensor) for attribute in others)
-        self._attributes = [other for other, size in zip(others, held, strict=True) if size <= budget]
-        self._left = budget if self._compared < LEARNING else -1
+            buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+            is_norm = isinstance(module, _NormBase)
+            always |= {id(buffer) for buffer in buffers if is_norm or _size(buffer) <= SMALL}
+        found.update((id(tensor), tensor) for tensor in others if storage_address(tensor) not in weights)
+        self._left = budget_of(trained) if self._compared < LEARNING else -1
         self._watched = []
         for key, tensor in sorted(found.items(), key=lambda item: _size(item[1])):
             self._left -= _size(tensor)
             copy = sample = shape = None
             if is_dense(tensor):
                 shape = local_part(tensor).shape
-                if self._left >= 0 or key in self._moving or key in statistics:
+                if self._left >= 0 or key in self._moving or key in always:
                     copy = local_part(tensor).clone()
                 else:
                     sample = _sample(tensor)
@@ -129,7 +115,7 @@ class RunningTensors:
     def drop(self) -> None:
         """The window is over: keep what was learnt, and no tensor."""
         self._modules, self._trained, self._watched, self._flags = [], (), [], []
-        self._still, self._start, self._attributes = [], [], []
+        self._still, self._start = [], []
 
     @torch.no_grad()
     def compare(self) -> torch.Tensor:
@@ -188,9 +174,6 @@ class RunningTensors:
 
     def rewind(self) -> None:
         """Everything is as the first pass found it."""
-        for owner, name, tensor in self._attributes:
-            if owner.get(name) is not tensor:
-                owner[name] = tensor
         self._put_back(self._start, [(local_part(w.tensor), w.copy) for w in self._watched if w.copy is not None])
 
     @torch.no_grad()
@@ -205,6 +188,11 @@ class RunningTensors:
                 tensor.copy_(value)
             else:
                 tensor.data = value.clone()
+
+
+def budget_of(trained: Iterable[torch.Tensor]) -> int:
+    """How many bytes may be held of what a forward moves."""
+    return max(BUDGET, sum(_size(parameter) for parameter in trained))
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

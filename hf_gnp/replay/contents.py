@@ -4,12 +4,13 @@ import functools
 import operator
 import random
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .buffers import is_dense, storage_address
 
@@ -18,6 +19,8 @@ from .buffers import is_dense, storage_address
 SMALL = 2**14
 # A longer list is only cut back to its length, which undoes what a metric appends.
 LONG = 2**12
+DEEP = 16  # containers within containers
+TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 IMMUTABLE = (int, float, complex, str, bytes, type(None))
 # Most attributes of a model's modules are of these: nothing in them is looked at, and asking their type is enough.
 OPAQUE = {*IMMUTABLE, bool, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype, torch.device}
@@ -36,26 +39,35 @@ def items(value: Any) -> Iterable[Any]:
 
 
 def is_small(value: torch.Tensor | np.ndarray) -> bool:
-    """Whether it may be held until the window ends: not an activation, and not part of a graph."""
+    """Whether what is in it is copied: it is not large, and not part of a graph."""
     if isinstance(value, np.ndarray):
         return value.size <= SMALL
-    return type(value) is torch.Tensor and value.numel() <= SMALL and value.grad_fn is None
+    return _is_state(value) and value.numel() <= SMALL
 
 
-def _can_write(value: torch.Tensor | np.ndarray) -> bool:
-    """Whether what is in it can be copied, and put back in place."""
-    if isinstance(value, np.ndarray):
-        return value.dtype != object and value.flags.writeable
-    return is_dense(value)
+def _is_state(value: torch.Tensor) -> bool:
+    """Neither a part of a graph, nor a parameter that is trained or, under ZeRO-3, gathered and released."""
+    is_weight = isinstance(value, nn.Parameter) and (value.requires_grad or hasattr(value, "ds_id"))
+    return type(value) in TENSORS and value.grad_fn is None and not is_weight
 
 
-def keeps_small(value: Any) -> bool:
-    """Of tensors and arrays the small ones, of anything else all."""
-    return not isinstance(value, torch.Tensor | np.ndarray) or is_small(value)
+class Held:
+    """
+    Whether a value is held until the window ends: all but large tensors and arrays that do not fit into what is left
+    of a budget. Each counts once; one that no pass replaces would be there anyway.
+    """
 
+    def __init__(self, budget: float):
+        self._left = budget  # bytes
+        self._counted: set[int] = set()
 
-def keeps_any(value: Any) -> bool:
-    return True
+    def __call__(self, value: Any) -> bool:
+        if isinstance(value, torch.Tensor | np.ndarray) and not is_small(value) and id(value) not in self._counted:
+            if value.nbytes > self._left:
+                return False
+            self._left -= value.nbytes
+            self._counted.add(id(value))
+        return True
 
 
 def is_opaque(value: Any) -> bool:
@@ -64,27 +76,35 @@ def is_opaque(value: Any) -> bool:
     return type(value) in OPAQUE or not issubclass(type(value), WITH_CONTENTS)
 
 
-def restorers(value: Any, moved: set[int], can_keep: Callable[[Any], bool]) -> Iterator[Callable[[], Any]]:
-    """Functions that put back, in place, what is in `value` now and may change there."""
-    if is_opaque(value):
+def restorers(
+    value: Any, moved: set[int], keeps: Callable[[Any], bool], seen: set[int], depth: int = DEEP
+) -> Iterator[Callable[[], Any]]:
+    """
+    Functions that put back, in place, what is in `value` now and may change there.
+
+    Args:
+        moved: Storage addresses of tensors that are left as they are.
+        keeps: What of a dictionary's values is held.
+        seen: Ids of values that are done; added to.
+    """
+    if is_opaque(value) or id(value) in seen or depth == 0:
         return
+    seen.add(id(value))
     if isinstance(value, dict) and len(value) <= LONG:
-        yield functools.partial(_put_back_dict, value, {k: v for k, v in value.items() if can_keep(v)}, can_keep)
+        kept = {key: item for key, item in value.items() if keeps(item)}
+        yield functools.partial(_put_back_dict, value, list(value), kept)
     elif isinstance(value, list | deque) and len(value) <= LONG:
         yield functools.partial(_put_back_list, value, list(value))
     elif isinstance(value, list):
         yield functools.partial(operator.delitem, value, slice(len(value), None))
     elif isinstance(value, set):
         yield functools.partial(_put_back_set, value, set(value))
-    elif (
-        isinstance(value, torch.Tensor)
-        and is_small(value)
-        and _can_write(value)
-        and storage_address(value) not in moved
-    ):
-        yield functools.partial(torch.no_grad()(value.copy_), value.detach().clone())
-    elif isinstance(value, np.ndarray) and is_small(value) and _can_write(value):
-        yield functools.partial(operator.setitem, value, ..., value.copy())
+    elif isinstance(value, torch.Tensor):
+        if is_small(value) and is_dense(value) and storage_address(value) not in moved:
+            yield functools.partial(torch.no_grad()(value.copy_), value.detach().clone())
+    elif isinstance(value, np.ndarray):
+        if is_small(value) and value.dtype != object and value.flags.writeable:
+            yield functools.partial(operator.setitem, value, ..., value.copy())
     elif isinstance(value, torch.Generator | np.random.RandomState):
         yield functools.partial(value.set_state, value.get_state())  # type: ignore[arg-type]
     elif isinstance(value, random.Random):
@@ -94,14 +114,20 @@ def restorers(value: Any, moved: set[int], can_keep: Callable[[Any], bool]) -> I
     if isinstance(value, dict | list | tuple | deque):
         for item in items(value):
             if type(item) not in OPAQUE:
-                yield from restorers(item, moved, can_keep)
+                yield from restorers(item, moved, keeps, seen, depth - 1)
 
 
-def _put_back_dict(value: dict[Any, Any], kept: dict[Any, Any], can_keep: Callable[[Any], bool]) -> None:
-    others = {key: item for key, item in value.items() if key not in kept and not can_keep(item)}
-    if list(value) != [*kept, *others] or any(value[key] is not item for key, item in kept.items()):
-        value.clear()
-        value.update(kept | others)
+def _put_back_dict(value: dict[Any, Any], keys: list[Any], kept: dict[Any, Any]) -> None:
+    is_same = len(value) == len(keys) and all(map(operator.is_, value, keys))
+    if is_same and all(value[key] is item for key, item in kept.items()):
+        return
+    # Not by the methods of its own class, which may refuse, as those of a ModelOutput.
+    own: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    now = dict(value)
+    own.clear(value)
+    for key in keys:
+        if key in kept or key in now:
+            own.__setitem__(value, key, kept.get(key, now.get(key)))
 
 
 def _put_back_list(value: Any, kept: list[Any]) -> None:
@@ -113,3 +139,13 @@ def _put_back_list(value: Any, kept: list[Any]) -> None:
 def _put_back_set(value: set[Any], kept: set[Any]) -> None:
     value.clear()
     value.update(kept)
+
+
+def large_tensors(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    """Those in `value`, or in containers in it, that are too large for `restorers`, and no part of a graph."""
+    if isinstance(value, torch.Tensor):
+        if _is_state(value) and value.numel() > SMALL:
+            yield value
+    elif depth and type(value) not in OPAQUE and isinstance(value, CONTAINERS):
+        for item in items(value):
+            yield from large_tensors(item, depth - 1)

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
-from .buffers import RunningTensors, addresses
+from .buffers import RunningTensors, addresses, budget_of
+from .contents import Held
+from .owners import find_large_tensors, find_modules, find_owners, find_trained, is_users_object
 from .randomness import RandomState, random_devices
-from .side_effects import PythonState, find_modules, find_owners, find_trained, large_attributes
+from .side_effects import PythonState
 
 
 @dataclass
@@ -26,6 +29,7 @@ class MicroBatch:
     python_state: PythonState
     forward_loss: torch.Tensor | None = None  # what compute_loss returned
     loss: torch.Tensor | None = None  # what training_step returned
+    has_gradient: bool = False  # whether its backward has ended
     first_rows: Any = None  # the inputs of the first pass, if it ran on a part of them only
 
     @property
@@ -62,6 +66,7 @@ class Window:
         self._owners: list[Any] = []
         self._trained: list[torch.nn.Parameter] = []
         self._weights: set[int] = set()  # their storage addresses
+        self._holds = Held(0)
 
     def record(
         self,
@@ -75,12 +80,19 @@ class Window:
             self._owners = find_owners(self._trainer)
             self._trained = find_trained(self._trainer)
             self._weights = addresses(self._trained)
+            self._holds = Held(budget_of(self._trained))
             if is_penalised:
-                self.tensors.start(find_modules(self._trainer), self._trained, large_attributes(self._owners))
-        state = RandomState(self.devices), self._python_state()
+                large = find_large_tensors(self._owners)
+                self.tensors.start(find_modules(self._owners), self._trained, large)
+        state = RandomState(self.devices), self._python_state(self._holds)
         micro_batch = MicroBatch(copied(inputs), num_items_in_batch, accumulation_steps, *state)
         self.micro_batches.append(micro_batch)
         return micro_batch
+
+    def drop_unfinished(self) -> None:
+        """Forget the last micro-batch if a subclass has caught what its forward or backward raised."""
+        if self.micro_batches and not self.deferred and not self.micro_batches[-1].has_gradient:
+            del self.micro_batches[-1]
 
     def __len__(self) -> int:
         return len(self.micro_batches) + len(self.deferred)
@@ -97,7 +109,7 @@ class Window:
         in it is known (`tensors.end`).
         """
         random_state = RandomState(self.devices)
-        python_state = self._python_state(holds_all=True)
+        python_state = self._python_state(lambda value: True)
         try:
             with self.tensors.kept():
                 yield
@@ -105,34 +117,42 @@ class Window:
             random_state.restore()
             python_state.put_back()
 
-    def _python_state(self, holds_all: bool = False) -> PythonState:
+    def _python_state(self, keeps: Callable[[Any], bool]) -> PythonState:
         moved = self._weights | addresses(parameter.grad for parameter in self._trained)
-        return PythonState(self._owners, moved, holds_all)
+        return PythonState(self._owners, moved, keeps)
 
     def replayed(self) -> Iterator[MicroBatch]:
         """The micro-batches again, each in the state that it had."""
         if self.micro_batches:
             self.tensors.rewind()
-        for micro_batch in tuple(self.micro_batches):
+        for number, micro_batch in enumerate(tuple(self.micro_batches)):
             micro_batch.random_state.restore()
-            micro_batch.python_state.put_back()
+            micro_batch.python_state.put_back(written=number == 0)
             yield micro_batch
 
     def clear(self) -> None:
         self.micro_batches.clear()
         self.deferred.clear()
         self.tensors.drop()
-        self._owners, self._trained, self._weights = [], [], set()
+        self._owners, self._trained, self._weights, self._holds = [], [], set(), Held(0)
 
 
 def copied(inputs: Any) -> Any:
-    """`inputs` with new containers, tensors and arrays; one that stands in two places does so again."""
+    """`inputs` with new containers, tensors and arrays; one in two places is one again. Not parameters."""
     copies: dict[int, torch.Tensor | np.ndarray] = {}
 
     def copy_tensor(tensor: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
         if id(tensor) not in copies:
             if isinstance(tensor, np.ndarray):
                 copies[id(tensor)] = tensor.copy()
+            elif isinstance(tensor, nn.Parameter):
+                copies[id(tensor)] = tensor
+            elif tensor.grad_fn is not None:
+                raise NotImplementedError(
+                    "The inputs of compute_loss have a graph: what was computed from weights before cannot be "
+                    "computed again at moved ones. Compute it in compute_loss or in the model's forward, detach it, "
+                    "or set gnp_alpha=0."
+                )
             else:
                 copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         return copies[id(tensor)]
@@ -158,7 +178,9 @@ def map_tensors(function: Callable[[Any], Any], data: Any) -> Any:
         for field in fields(data):
             object.__setattr__(result, field.name, map_tensors(function, getattr(data, field.name)))
         return result
-    return function(data) if isinstance(data, torch.Tensor | np.ndarray) else data
+    if isinstance(data, torch.Tensor | np.ndarray):
+        return function(data)
+    return copy.copy(data) if is_users_object(data) else data  # whose attributes a forward may set
 
 
 def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from hf_gnp.engines import refuse_engine
-from hf_gnp.replay.buffers import RunningTensors, addresses
+from hf_gnp.replay.buffers import RunningTensors, addresses, budget_of
+from hf_gnp.replay.contents import Held
+from hf_gnp.replay.owners import find_large_tensors, find_modules, find_owners, find_trained
 from hf_gnp.replay.randomness import RandomState, random_devices
-from hf_gnp.replay.side_effects import PythonState, find_modules, find_owners, find_trained, large_attributes
+from hf_gnp.replay.side_effects import PythonState
 
 
 FP16 = (
@@ -95,10 +97,10 @@ class UntouchedState:
         self._tensors = RunningTensors()
         trained = find_trained(trainer)
         owners = find_owners(trainer)
-        self._tensors.start(find_modules(trainer), trained, large_attributes(owners))
+        self._tensors.start(find_modules(owners), trained, find_large_tensors(owners))
         self._random_state = RandomState(random_devices(trainer, model))
         moved = addresses(tensor for parameter in trained for tensor in (parameter, parameter.grad))
-        self._python_state = PythonState(owners, moved)
+        self._python_state = PythonState(owners, moved, Held(budget_of(trained)))
         self._model, self._training = model, [(module, module.training) for module in model.modules()]
 
     def begin(self) -> None:
