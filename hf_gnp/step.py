@@ -97,12 +97,12 @@ class PenalisedSteps:
     @contextlib.contextmanager
     def first_pass(self) -> Iterator[None]:
         """Around a subclass's `training_step`: what `Trainer.training_step` computes in it is recorded."""
-        self._recorded = recorded = len(self.window)
+        self._recorded = len(self.window)
         marks = self.engine.gradient_marks()
-        is_last = recorded + 1 == self._first_passes
+        is_last = self._recorded + 1 == self._first_passes
         with self.engine.first_pass(is_last), replaced(self.trainer, compute_loss=self._compute_loss):
             yield
-        if len(self.window) > recorded:
+        if len(self.window) > self._recorded:
             self._has_reached = True
             self.window.drop_unfinished()
         elif marks != self.engine.gradient_marks() or (marks is None and not self._has_reached):

@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -330,13 +329,9 @@ def parameter_in_the_inputs(cls):
 
 @case
 def object_in_the_inputs_that_the_forward_edits(cls):
-    @dataclasses.dataclass
-    class Sizes:
-        scale: float = 1.0
-
     class Graph:
         def __init__(self, x):
-            self.x, self.sizes = x, Sizes()
+            self.x = x
 
     class Edits(Net):
         def forward(self, graph, labels):
@@ -468,13 +463,17 @@ def test_an_inner_trainer_that_steps_twice_is_refused(tmp_path):
 
 def test_outputs_that_are_kept_whole(tmp_path):
     """A ModelOutput refuses the methods of a dict."""
-    from runs import make_trainer as make
 
-    class Keeping(GNPTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            self.outputs = model(**inputs, output_hidden_states=True)
-            return self.outputs.loss
+    def train(cls):
+        class Keeping(cls):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                self.outputs = model(**inputs, output_hidden_states=True)
+                return self.outputs.loss
 
-    trainer = make(tmp_path, "bert", Keeping, max_steps=4)
-    trainer.train()
-    assert trainer.state.global_step == 4
+        unmoved = UNMOVED if issubclass(cls, GNPMixin) else {}
+        trainer = make_trainer(tmp_path, "bert", Keeping, max_steps=4, **unmoved)
+        trainer.train()
+        assert trainer.state.global_step == 4
+        return trainer.model.state_dict()
+
+    torch.testing.assert_close(train(GNPTrainer), train(Trainer), rtol=0, atol=0)

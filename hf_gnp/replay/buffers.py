@@ -24,9 +24,10 @@ from hf_gnp.engines.dtensors import local_part
 
 
 BUDGET = 2**26  # bytes
-SMALL = 2**16  # bytes: such a buffer is copied in each window
+SMALL_BUFFER = 2**16  # bytes: such a one is copied in each window
 LEARNING = 2  # penalised windows: a teacher that starts as a copy of the weights does not move in the first
 SAMPLE = 256  # elements at most
+TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 class _Watched(NamedTuple):
@@ -97,7 +98,7 @@ class RunningTensors:
                     found[id(tensor)] = tensor
             buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
             is_norm = isinstance(module, _NormBase)
-            always |= {id(buffer) for buffer in buffers if is_norm or _size(buffer) <= SMALL}
+            always |= {id(buffer) for buffer in buffers if is_norm or _size(buffer) <= SMALL_BUFFER}
         found.update((id(tensor), tensor) for tensor in others if storage_address(tensor) not in weights)
         self._left = budget_of(trained) if self._compared < LEARNING else -1
         self._watched = []
@@ -201,7 +202,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
     quantised, lazy or expanded tensors.
     """
     local = local_part(tensor)
-    if type(local) not in (torch.Tensor, nn.Parameter, nn.Buffer) or local.layout != torch.strided:
+    if type(local) not in TENSORS or local.layout != torch.strided:
         return False
     if local.is_quantized or local.is_nested or local.is_inference() or local.device.type == "meta":
         return False

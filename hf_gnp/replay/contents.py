@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .buffers import is_dense, storage_address
+from .buffers import TENSORS, is_dense, storage_address
 
 
 # A small tensor or array: a counter, a table of weights; larger ones are activations that a module keeps to look at.
@@ -20,7 +20,6 @@ SMALL = 2**14
 # A longer list is only cut back to its length, which undoes what a metric appends.
 LONG = 2**12
 DEEP = 16  # containers within containers
-TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 IMMUTABLE = (int, float, complex, str, bytes, type(None))
 # Most attributes of a model's modules are of these: nothing in them is looked at, and asking their type is enough.
 OPAQUE = {*IMMUTABLE, bool, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype, torch.device}
@@ -146,6 +145,6 @@ def large_tensors(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         if _is_state(value) and value.numel() > SMALL:
             yield value
-    elif depth and type(value) not in OPAQUE and isinstance(value, CONTAINERS):
+    elif depth and issubclass(type(value), CONTAINERS):
         for item in items(value):
             yield from large_tensors(item, depth - 1)

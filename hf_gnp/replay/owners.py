@@ -52,11 +52,6 @@ def find_owners(trainer: Any) -> list[Any]:
     roots = [trainer, trainer.state, trainer.args, getattr(trainer.model, "config", None)]
     for root in (*roots, *_held_by_functions(trainer)):
         _collect(root, found, depth=4)
-    done: set[int] = set()
-    while left := [module for module in _with_children(find_modules(found.values())) if id(module) not in done]:
-        for module in left:
-            done.add(id(module))
-            _collect(module, found, depth=3)
     return [owner for owner in found.values() if owner is not None]
 
 
@@ -92,7 +87,7 @@ def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
-    """Add `value` if it is an owner or a generator, and what hangs on it."""
+    """Add `value` if it is an owner or a generator, what hangs on it, and the children of a module."""
     if depth == 0 or type(value) in OPAQUE:
         return
     if issubclass(type(value), CONTAINERS):
@@ -103,12 +98,13 @@ def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
             found[id(value)] = value
         elif _is_owner(value, is_root=depth == 4):
             found[id(value)] = value
+            within = 2 if isinstance(value, nn.Module) else depth - 1  # wherever a module was found
             for _, attribute in list(watched(value)):
                 if type(attribute) not in OPAQUE:
-                    _collect(attribute, found, depth - 1)
-        elif isinstance(value, nn.Module):
+                    _collect(attribute, found, within)
+        if isinstance(value, nn.Module):
             for child in value._modules.values():
-                _collect(child, found, depth)
+                _collect(child, found, depth=3)
 
 
 def _is_owner(value: Any, is_root: bool) -> bool:
@@ -135,8 +131,9 @@ def _is_wrapper(module: nn.Module) -> bool:
     return is_parallel or _library(type(module)) == "deepspeed" or type(module).__name__ == "OptimizedModule"
 
 
-def _library(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
+def _library(named: Any) -> str:
+    """Of a class or a function."""
+    return (named.__module__ or "").partition(".")[0]
 
 
 @functools.cache
@@ -188,7 +185,7 @@ def _held_by_functions(trainer: Any) -> Iterator[Any]:
         for value in (*cells, *(function.__defaults__ or ()), *named):
             if isinstance(value, (*GENERATORS, nn.Module)):
                 yield value
-            elif inspect.isfunction(value) and (value.__module__ or "").partition(".")[0] not in LIBRARIES:
+            elif inspect.isfunction(value) and _library(value) not in LIBRARIES:
                 left.append(value)
 
 
