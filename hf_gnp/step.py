@@ -174,8 +174,8 @@ class PenalisedSteps:
         """
         engine, lacking = self.engine, None
         assert self.step is not None  # since `begin_micro_batch`
-        self._hooks.close()
         with DeferredSignals():
+            self._hooks.close()
             if not self.window.micro_batches:
                 self._foreign.set_aside()
             if self.penalty is not None and len(self.window):

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPTrainer, penalty
 from hf_gnp.engines.private import optimizer_that_skips
+from hf_gnp.replay.first_pass import replaced
 
 
 FIRST, SECOND = 0, 1
@@ -429,3 +430,20 @@ def test_metrics_under_fp16_are_unscaled(tmp_path):
     for name in names:
         # A chain of a few operations that each round to the 11 bits of fp16: 2^-11 times about 10.
         assert logs[name] == pytest.approx(expected[name], rel=5e-3), name
+
+
+def test_ctrl_c_while_methods_are_replaced():
+    class Owner:
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "second":
+                raise KeyboardInterrupt
+
+        def first(self): ...
+
+        def second(self): ...
+
+    owner = Owner()
+    with pytest.raises(KeyboardInterrupt), replaced(owner, first=print, second=print):
+        pass
+    assert not vars(owner)

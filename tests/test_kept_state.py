@@ -2,12 +2,13 @@
 
 import collections
 import copy
+import types
 
 import numpy as np
 import pytest
 import torch
 from runs import assert_identical, make_trainer, run
-from tiny import Net
+from tiny import Net, collate
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import Trainer
@@ -228,6 +229,73 @@ def frozen_parameter_of_the_trainer(cls):
         trainer.centre = nn.Parameter(torch.zeros(3), requires_grad=False)
 
     return Centred, {"setup": setup}
+
+
+@case
+def hook_that_the_first_loss_registers(cls):
+    class Hooked(cls):
+        features = None
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if self.features is None:
+                self.features = []
+                model.layers[0].register_forward_hook(lambda module, inputs, output: self.features.append(output))
+            self.features.clear()
+            loss = model(**inputs)["loss"]
+            return loss + 0.1 * sum(feature.pow(2).mean() for feature in self.features)
+
+    return Hooked, {"accumulation": 2}
+
+
+class Graph:
+    """A batch that knows its features, and they know it."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes, itself=self)
+
+
+def with_inputs(pack, unpack):
+    """`pack(x)` is what holds a batch's features, which the forward writes into; `unpack` returns them."""
+
+    def make(cls):
+        class Writing(Net):
+            def forward(self, packed, labels):
+                unpack(packed).mul_(2).add_(1)
+                return super().forward(unpack(packed).clone(), labels)
+
+        def collated(samples):
+            batch = collate(samples)
+            return {"packed": pack(batch["x"]), "labels": batch["labels"]}
+
+        def setup(trainer):
+            trainer.data_collator = collated
+
+        return cls, {"model": Writing(nn.Tanh), "setup": setup, "accumulation": 2, "remove_unused_columns": False}
+
+    return make
+
+
+CASES |= {
+    "inputs_in_an_object": with_inputs(lambda x: Graph(x=x), lambda graph: graph.x),
+    "inputs_in_an_object_in_an_object": with_inputs(lambda x: Graph(g=Graph(x=x)), lambda graph: graph.itself.g.x),
+    "inputs_in_a_dict_in_an_object": with_inputs(lambda x: Graph(store={"x": x}), lambda graph: graph.store["x"]),
+    "inputs_in_a_namespace": with_inputs(lambda x: types.SimpleNamespace(x=x), lambda space: space.x),
+    "inputs_in_a_deque": with_inputs(lambda x: collections.deque([x], maxlen=1), lambda queue: queue[0]),
+    "inputs_in_a_set": with_inputs(lambda x: {x}, lambda values: next(iter(values))),
+}
+
+
+@case
+def generator_in_the_inputs(cls):
+    class Noisy(Net):
+        def forward(self, x, labels, generator):
+            return super().forward(x + 0.1 * torch.randn(x.shape, generator=generator), labels)
+
+    def setup(trainer):
+        generator = torch.Generator().manual_seed(3)
+        trainer.data_collator = lambda samples: {**collate(samples), "generator": generator}
+
+    return cls, {"model": Noisy(nn.Tanh), "setup": setup}
 
 
 class Meter:
@@ -461,19 +529,28 @@ def test_an_inner_trainer_that_steps_twice_is_refused(tmp_path):
         trainer_of(tmp_path, inner(GNPTrainer, base)).train()
 
 
-def test_outputs_that_are_kept_whole(tmp_path):
-    """A ModelOutput refuses the methods of a dict."""
+class KeepsOutputs(Trainer):
+    """A ModelOutput refuses the methods of a dict. transformers makes hooks for hidden states in the first forward."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.outputs = model(**inputs, output_hidden_states=True)
+        return self.outputs.loss + 0.1 * sum(states.pow(2).mean() for states in self.outputs.hidden_states)
+
+
+class PenalisedKeepsOutputs(GNPMixin, KeepsOutputs): ...
+
+
+@pytest.mark.parametrize(
+    "kind, classes", [("bert", (PenalisedKeepsOutputs, KeepsOutputs)), ("llama-8bit", (GNPTrainer, Trainer))]
+)
+def test_a_model_that_changes_in_its_first_forward(tmp_path, kind, classes):
+    """It registers hooks; a layer of 8 bit takes over what its weight brought along."""
 
     def train(cls):
-        class Keeping(cls):
-            def compute_loss(self, model, inputs, *args, **kwargs):
-                self.outputs = model(**inputs, output_hidden_states=True)
-                return self.outputs.loss
-
         unmoved = UNMOVED if issubclass(cls, GNPMixin) else {}
-        trainer = make_trainer(tmp_path, "bert", Keeping, max_steps=4, **unmoved)
-        trainer.train()
-        assert trainer.state.global_step == 4
-        return trainer.model.state_dict()
+        trainer = make_trainer(tmp_path, kind, cls, max_steps=4, **unmoved)
+        result = run(trainer)
+        hooks = [len(module._forward_hooks) for module in trainer.model.modules()]
+        return result["weights"], hooks
 
-    torch.testing.assert_close(train(GNPTrainer), train(Trainer), rtol=0, atol=0)
+    torch.testing.assert_close(train(classes[0]), train(classes[1]), rtol=0, atol=0)

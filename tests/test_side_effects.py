@@ -44,6 +44,7 @@ from transformers import (
 
 from hf_gnp import GNPTrainer, GNPTrainingArguments
 from hf_gnp.replay.buffers import RunningTensors
+from hf_gnp.replay.contents import MANY, restorers
 
 
 NO_MOVE = 1e-30
@@ -865,3 +866,10 @@ def test_models_that_edit_their_inputs_leave_the_samples_alone(tmp_path):
 
     # Stock's own forward writes into the samples, once; the probe and the second pass must not do so again.
     assert_identical(*(train(cls, lambda samples: samples[0]) for cls in BOTH))
+
+
+def test_of_a_corpus_that_a_trainer_holds_only_so_much_is_looked_into():
+    corpus = [{"input_ids": torch.zeros(3)} for _ in range(2 * MANY)]
+    seen: set[int] = set()
+    assert 0 < len(list(restorers(corpus, set(), lambda value: True, seen))) <= MANY
+    assert len(list(restorers([torch.zeros(3)], set(), lambda value: True, seen))) > 0  # of another attribute

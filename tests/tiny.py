@@ -23,21 +23,25 @@ from transformers import (
 
 KINDS = ("vit", "bert", "llama")
 VOCABULARY, LENGTH, LABELS = 61, 12, 3
+QUANTISED = {
+    "llama-qlora": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "llama-8bit": {"load_in_8bit": True},
+}
 
 
 def make_model(kind: str, dropout: float = 0.0, loaded_from: Any = None, adapter: bool = True, **kwargs: Any):
     """
     A model with seeded weights, or one that `from_pretrained` loads. The sizes divide by neither 2 nor 3, so that
     shards come out uneven. "llama" has tied embeddings, "llama-untied" has not, "llama-lora" and "llama-dora" have an
-    adapter, "llama-qlora" has one on layers of 4 bit. "mixtral" has five experts, and "vit-deep" so many layers that a
-    batch is small beside them.
+    adapter, "llama-qlora" has one on layers of 4 bit and "llama-8bit" on layers of 8. "mixtral" has five experts, and
+    "vit-deep" so many layers that a batch is small beside them.
     """
     torch.manual_seed(0)
     model_class, config = _model_config(kind, dropout)
     model = model_class(config) if loaded_from is None else model_class.from_pretrained(loaded_from, **kwargs)
-    if kind == "llama-qlora":
-        model = _in_4_bit(model)
-    if kind in ("llama-lora", "llama-dora", "llama-qlora") and adapter:
+    if kind in QUANTISED:
+        model = _quantised(model, **QUANTISED[kind])
+    if kind in ("llama-lora", "llama-dora", *QUANTISED) and adapter:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(1)
@@ -65,9 +69,9 @@ def _model_config(kind: str, dropout: float) -> tuple[type[PreTrainedModel], Pre
     return LlamaForCausalLM, LlamaConfig(**sizes, **small, **tied)
 
 
-def _in_4_bit(model: PreTrainedModel) -> PreTrainedModel:
+def _quantised(model: PreTrainedModel, **how: Any) -> PreTrainedModel:
     """The model as `from_pretrained` quantises it: all linear layers but the head."""
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantisation = BitsAndBytesConfig(**how)
     state_dict = model.state_dict()
     return type(model).from_pretrained(
         None, config=model.config, state_dict=state_dict, quantization_config=quantisation

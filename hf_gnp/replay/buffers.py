@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from hf_gnp.engines.dtensors import local_part
 
@@ -28,6 +29,8 @@ SMALL_BUFFER = 2**16  # bytes: such a one is copied in each window
 LEARNING = 2  # penalised windows: a teacher that starts as a copy of the weights does not move in the first
 SAMPLE = 256  # elements at most
 TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
+# What a forward may register in a module, and note in an attribute that it has.
+REGISTERED = ("_buffers", *(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name))
 
 
 class _Watched(NamedTuple):
@@ -67,7 +70,7 @@ class RunningTensors:
         self._watched: list[_Watched] = []
         self._flags: list[torch.Tensor | bool] = []
         self._still: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._start: list[dict[str, torch.Tensor | None]] = []
+        self._start: list[dict[str, dict[Any, Any]]] = []
 
     @torch.no_grad()
     def start(
@@ -85,7 +88,7 @@ class RunningTensors:
             others: Tensors beside buffers and parameters that a forward may write into.
         """
         self._modules, self._trained = list(modules), trained
-        self._start = [dict(module._buffers) for module in self._modules]
+        self._start = [_registered(module) for module in self._modules]
         found: dict[int, torch.Tensor] = {}
         reached = {id(parameter) for parameter in trained} - self._unreached
         weights = addresses(parameter for parameter in trained if id(parameter) in reached)
@@ -159,14 +162,14 @@ class RunningTensors:
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """On leaving, everything is as the first pass left it."""
-        end = [dict(module._buffers) for module in self._modules]
+        end = [_registered(module) for module in self._modules]
         values = [(local_part(w.tensor), local_part(w.tensor).clone()) for w in self._watched if is_dense(w.tensor)]
         values += self._still
         rebound = [
             (tensor, tensor.clone())
             for now, start in zip(end, self._start, strict=True)
-            for name, tensor in now.items()
-            if tensor is not None and start.get(name) is not tensor and is_dense(tensor)
+            for name, tensor in now["_buffers"].items()
+            if tensor is not None and start["_buffers"].get(name) is not tensor and is_dense(tensor)
         ]
         try:
             yield
@@ -178,17 +181,26 @@ class RunningTensors:
         self._put_back(self._start, [(local_part(w.tensor), w.copy) for w in self._watched if w.copy is not None])
 
     @torch.no_grad()
-    def _put_back(self, buffers: list[dict[str, Any]], values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for module, names in zip(self._modules, buffers, strict=True):
-            now = module._buffers
-            if list(now) != list(names) or any(now[name] is not tensor for name, tensor in names.items()):
-                now.clear()
-                now.update(names)
+    def _put_back(
+        self, registered: list[dict[str, dict[Any, Any]]], values: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        for module, kinds in zip(self._modules, registered, strict=True):
+            for kind, kept in kinds.items():
+                now = getattr(module, kind)
+                if list(now) != list(kept) or any(now[name] is not value for name, value in kept.items()):
+                    now.clear()
+                    now.update(kept)
         for tensor, value in values:
             if tensor.shape == value.shape:
                 tensor.copy_(value)
             else:
                 tensor.data = value.clone()
+
+
+def _registered(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    # The hooks of a lazy module make another module of it, once.
+    kinds = REGISTERED[:1] if isinstance(module, LazyModuleMixin) else REGISTERED
+    return {kind: dict(getattr(module, kind)) for kind in kinds}
 
 
 def budget_of(trained: Iterable[torch.Tensor]) -> int:

@@ -20,6 +20,7 @@ SMALL = 2**14
 # A longer list is only cut back to its length, which undoes what a metric appends.
 LONG = 2**12
 DEEP = 16  # containers within containers
+MANY = 2**10  # of what is in an attribute no more is looked into, in each micro-batch
 IMMUTABLE = (int, float, complex, str, bytes, type(None))
 # Most attributes of a model's modules are of these: nothing in them is looked at, and asking their type is enough.
 OPAQUE = {*IMMUTABLE, bool, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype, torch.device}
@@ -76,7 +77,12 @@ def is_opaque(value: Any) -> bool:
 
 
 def restorers(
-    value: Any, moved: set[int], keeps: Callable[[Any], bool], seen: set[int], depth: int = DEEP
+    value: Any,
+    moved: set[int],
+    keeps: Callable[[Any], bool],
+    seen: set[int],
+    depth: int = DEEP,
+    limit: int | None = None,
 ) -> Iterator[Callable[[], Any]]:
     """
     Functions that put back, in place, what is in `value` now and may change there.
@@ -85,8 +91,10 @@ def restorers(
         moved: Storage addresses of tensors that are left as they are.
         keeps: What of a dictionary's values is held.
         seen: Ids of values that are done; added to.
+        limit: How many those may become; `MANY` more if None.
     """
-    if is_opaque(value) or id(value) in seen or depth == 0:
+    limit = len(seen) + MANY if limit is None else limit
+    if is_opaque(value) or id(value) in seen or depth == 0 or len(seen) >= limit:
         return
     seen.add(id(value))
     if isinstance(value, dict) and len(value) <= LONG:
@@ -113,7 +121,7 @@ def restorers(
     if isinstance(value, dict | list | tuple | deque):
         for item in items(value):
             if type(item) not in OPAQUE:
-                yield from restorers(item, moved, keeps, seen, depth - 1)
+                yield from restorers(item, moved, keeps, seen, depth - 1, limit)
 
 
 def _put_back_dict(value: dict[Any, Any], keys: list[Any], kept: dict[Any, Any]) -> None:

@@ -20,9 +20,9 @@ def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
     is what runs whichever class overrides the method, and nothing else notices.
     """
     kept = {name: vars(owner)[name] for name in methods if name in vars(owner)}
-    for name, method in methods.items():
-        setattr(owner, name, functools.partial(method, getattr(owner, name)))
     try:
+        for name, method in methods.items():
+            setattr(owner, name, functools.partial(method, getattr(owner, name)))
         yield
     finally:
         for name in methods:

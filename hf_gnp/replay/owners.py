@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -13,11 +14,12 @@ from torch import nn
 
 from hf_gnp.engines.shards import parameters_beside
 
-from .contents import CONTAINERS, GENERATORS, OPAQUE, items, large_tensors
+from .contents import CONTAINERS, GENERATORS, MANY, OPAQUE, items, large_tensors
 
 
 LIBRARIES = sys.stdlib_module_names | {
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "deepspeed",
     "hf_gnp",
@@ -91,7 +93,7 @@ def _collect(value: Any, found: dict[int, Any], depth: int) -> None:
     if depth == 0 or type(value) in OPAQUE:
         return
     if issubclass(type(value), CONTAINERS):
-        for item in items(value):
+        for item in itertools.islice(items(value), MANY):
             _collect(item, found, depth - 1)
     elif id(value) not in found:
         if issubclass(type(value), GENERATORS):

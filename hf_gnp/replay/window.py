@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
-from collections import UserDict
+import functools
+import types
+from collections import UserDict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from .buffers import RunningTensors, addresses, budget_of
-from .contents import Held
+from .contents import GENERATORS, OPAQUE, Held
 from .owners import find_large_tensors, find_modules, find_owners, find_trained, is_users_object
 from .randomness import RandomState, random_devices
 from .side_effects import PythonState
@@ -138,7 +140,10 @@ class Window:
 
 
 def copied(inputs: Any) -> Any:
-    """`inputs` with new containers, tensors and arrays; one in two places is one again. Not parameters."""
+    """
+    `inputs` with new containers, objects of the user's, tensors and arrays; one in two places is one again. Not
+    parameters.
+    """
     copies: dict[int, torch.Tensor | np.ndarray] = {}
 
     def copy_tensor(tensor: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
@@ -160,27 +165,49 @@ def copied(inputs: Any) -> Any:
     return map_tensors(copy_tensor, inputs)
 
 
-def map_tensors(function: Callable[[Any], Any], data: Any) -> Any:
-    """`data` in new containers, with `function` of its tensors and arrays."""
+def map_tensors(function: Callable[[Any], Any], data: Any, done: dict[int, Any] | None = None) -> Any:
+    """
+    `data` in new containers and objects of the user's, with `function` of its tensors and arrays.
+
+    Args:
+        done: Copies of objects, by the id of the original: an object may refer to what holds it.
+    """
+    if type(data) in OPAQUE:
+        return data
+    if isinstance(data, torch.Tensor | np.ndarray):
+        return function(data)
+    done = {} if done is None else done
+    if id(data) in done:
+        return done[id(data)]
+    mapped = functools.partial(map_tensors, function, done=done)
     if isinstance(data, dict | UserDict):  # whose attributes stay, as those of a BatchEncoding
         result: Any = copy.copy(data)
         for key, value in data.items():
-            result[key] = map_tensors(function, value)
+            result[key] = mapped(value)
         return result
     if isinstance(data, Mapping):
         kind: Any = type(data)
-        return kind({key: map_tensors(function, value) for key, value in data.items()})
+        return kind({key: mapped(value) for key, value in data.items()})
     if isinstance(data, tuple | list):
-        values = [map_tensors(function, value) for value in data]
+        values = [mapped(value) for value in data]
         return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
-    if is_dataclass(data) and not isinstance(data, type):
+    if isinstance(data, set | deque):
         result = copy.copy(data)
-        for field in fields(data):
-            object.__setattr__(result, field.name, map_tensors(function, getattr(data, field.name)))
+        result.clear()
+        (result.update if isinstance(data, set) else result.extend)(map(mapped, data))
         return result
-    if isinstance(data, torch.Tensor | np.ndarray):
-        return function(data)
-    return copy.copy(data) if is_users_object(data) else data  # whose attributes a forward may set
+    if isinstance(data, GENERATORS):
+        return data.clone_state() if isinstance(data, torch.Generator) else copy.deepcopy(data)
+    is_data = is_dataclass(data) and not isinstance(data, type)
+    if is_data or is_users_object(data) or isinstance(data, types.SimpleNamespace):  # a forward may set its attributes
+        result = done[id(data)] = copy.copy(data)
+        if is_data:
+            for field in fields(data):
+                object.__setattr__(result, field.name, mapped(getattr(data, field.name)))
+        elif result is not data:  # as a member of an Enum is
+            vars(result).update((name, mapped(value)) for name, value in vars(data).items())
+        return result
+    return data
 
 
 def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
