@@ -34,7 +34,7 @@ import datasets
 import transformers
 from studies.catalogue import METHODS, STUDIES, Study, needs_model, quick, task_of
 from studies.methods import Method
-from studies.report import REPORTS, Runs, draw, has, sweep_table, table
+from studies.report import REPORTS, Runs, draw, measures_of, sweep_table, table
 from studies.store import Store
 from studies.task import Task
 from studies.training import train
@@ -163,7 +163,8 @@ def unordered(run: Callable[..., Any], items: Sequence[Any], pool: ProcessPoolEx
 def tables_of(case: Case) -> dict[str, str]:
     """By title: how r was chosen, and each report whose measures were taken."""
     runs = case.reported()
-    return {SWEEP: sweep_table(case.sweep())} | {name: table(runs, name) for name in REPORTS if has(runs, name)}
+    reports = {name: table(runs, name) for name in REPORTS if measures_of(runs, name)}
+    return {SWEEP: sweep_table(case.sweep())} | reports
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

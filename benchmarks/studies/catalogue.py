@@ -87,7 +87,7 @@ SMALL_M = ("m = 32", "m = 8", "m = 4", "m = 8, every 2nd step")
 OF_128 = ("m = 128", "m = 32 of 128", "momentum")
 
 STUDIES = {
-    "vit": Study({"ViT from scratch": LARGE_VIT}, (PLAIN, TWICE, *OF_128), (0.05, 0.1, 0.2, 0.4)),
+    "vit": Study({"ViT from scratch": LARGE_VIT}, (PLAIN, TWICE, *OF_128), (0.02, 0.05, 0.1, 0.2, 0.4)),
     "cnn": Study(
         {f"{wrong}% wrong": LARGE_RESNET | {"wrong": wrong} for wrong in (0, 20, 40, 60)},
         (PLAIN, TWICE, *OF_128),

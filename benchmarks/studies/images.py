@@ -135,7 +135,8 @@ def resnet(width: int) -> nn.Module:
     config = ResNetConfig(
         embedding_size=width, hidden_sizes=sizes, depths=[1, 1, 1], layer_type="basic", num_labels=10
     )
-    return ResNetForImageClassification(config)
+    # A quarter less time for its convolutions on a CPU.
+    return ResNetForImageClassification(config).to(memory_format=torch.channels_last)
 
 
 def image_task(settings: dict[str, Any], folder: str, model_path: str | None) -> Task:

@@ -24,6 +24,7 @@ REPORTS = {
     "quantisation": {f"lost_{bits}_bits": (f"lost at {bits} bits, points", *PERCENT) for bits in (8, 4, 3, 2)},
     "flatness": {
         "top_eigenvalue": ("largest eigenvalue", 1, 1),
+        "trace": ("trace", 1, 0),
         "ascent": ("rise at r = 0.05", 1, 3),
         "train_grad_norm": ("‖∇L‖", 1, 2),
     },
@@ -33,11 +34,10 @@ REPORTS = {
 Runs = dict[str, dict[int, Run]]
 
 
-def has(runs: Runs, report: str) -> bool:
-    """Whether its measures were taken."""
-    return bool(runs) and all(
-        name in run for by_seed in runs.values() for run in by_seed.values() for name in REPORTS[report]
-    )
+def measures_of(runs: Runs, report: str) -> dict[str, tuple[str, float, int]]:
+    """Those of the report that were taken of all runs."""
+    taken = [run for by_seed in runs.values() for run in by_seed.values()]
+    return {name: how for name, how in REPORTS[report].items() if taken and all(name in run for run in taken)}
 
 
 def table(runs: Runs, report: str, baselines: Sequence[str] = BASELINES) -> str:
@@ -46,7 +46,7 @@ def table(runs: Runs, report: str, baselines: Sequence[str] = BASELINES) -> str:
 
     p is Holm's, over all tests of penalised methods in the table.
     """
-    measures = REPORTS[report]
+    measures = measures_of(runs, report)
     tests = [(method, name, baseline) for method in runs for name in measures for baseline in baselines]
     tests = [test for test in tests if test[0] not in (*BASELINES, *baselines)]
     gains = {test: paired(_values(runs[test[0]], test[1]), _values(runs.get(test[2], {}), test[1])) for test in tests}
