@@ -199,15 +199,26 @@ def map_tensors(function: Callable[[Any], Any], data: Any, done: dict[int, Any] 
     if isinstance(data, GENERATORS):
         return data.clone_state() if isinstance(data, torch.Generator) else copy.deepcopy(data)
     is_data = is_dataclass(data) and not isinstance(data, type)
-    if is_data or is_users_object(data) or isinstance(data, types.SimpleNamespace):  # a forward may set its attributes
-        result = done[id(data)] = copy.copy(data)
+    is_object = is_users_object(data) and not isinstance(data, torch.utils.data.Dataset)
+    if is_data or is_object or isinstance(data, types.SimpleNamespace):  # a forward may set its attributes
+        result = done[id(data)] = _copy_of_object(data)
+        if result is data:
+            return data
         if is_data:
             for field in fields(data):
                 object.__setattr__(result, field.name, mapped(getattr(data, field.name)))
-        elif result is not data:  # as a member of an Enum is
+        else:
             vars(result).update((name, mapped(value)) for name, value in vars(data).items())
         return result
     return data
+
+
+def _copy_of_object(data: Any) -> Any:
+    """Itself where it has no copy: a member of an Enum, a handle of an open file."""
+    try:
+        return copy.copy(data)
+    except TypeError:
+        return data
 
 
 def first_rows(inputs: Any, count: Callable[[int], int]) -> Any:
