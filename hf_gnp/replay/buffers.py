@@ -14,7 +14,7 @@ that is replaced, gets a new version, or changes in a sample of its elements is 
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -57,6 +57,27 @@ class _Watched(NamedTuple):
         return self.sample is not None and (_bytes(_sample(self.tensor)) != _bytes(self.sample)).any()
 
 
+class _Registered:
+    """What is registered in a module, as it stands when this is made."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        # The hooks of a lazy module make another module of it, once.
+        self._kinds = REGISTERED[:1] if isinstance(module, LazyModuleMixin) else REGISTERED
+        self._found = {kind: dict(found) for kind in self._kinds if (found := getattr(module, kind))}
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor | None]:
+        return self._found.get("_buffers", {})
+
+    def put_back(self) -> None:
+        for kind in self._kinds:
+            now, kept = getattr(self._module, kind), self._found.get(kind, {})
+            if (now or kept) and (list(now) != list(kept) or any(now[name] is not kept[name] for name in kept)):
+                now.clear()
+                now.update(kept)
+
+
 class RunningTensors:
     """Buffers, frozen parameters and large attributes: put back for the second pass, and after it."""
 
@@ -70,7 +91,7 @@ class RunningTensors:
         self._watched: list[_Watched] = []
         self._flags: list[torch.Tensor | bool] = []
         self._still: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._start: list[dict[str, dict[Any, Any]]] = []
+        self._start: list[_Registered] = []
 
     @torch.no_grad()
     def start(
@@ -88,7 +109,7 @@ class RunningTensors:
             others: Tensors beside buffers and parameters that a forward may write into.
         """
         self._modules, self._trained = list(modules), trained
-        self._start = [_registered(module) for module in self._modules]
+        self._start = [_Registered(module) for module in self._modules]
         found: dict[int, torch.Tensor] = {}
         reached = {id(parameter) for parameter in trained} - self._unreached
         weights = addresses(parameter for parameter in trained if id(parameter) in reached)
@@ -162,14 +183,14 @@ class RunningTensors:
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """On leaving, everything is as the first pass left it."""
-        end = [_registered(module) for module in self._modules]
+        end = [_Registered(module) for module in self._modules]
         values = [(local_part(w.tensor), local_part(w.tensor).clone()) for w in self._watched if is_dense(w.tensor)]
         values += self._still
         rebound = [
             (tensor, tensor.clone())
             for now, start in zip(end, self._start, strict=True)
-            for name, tensor in now["_buffers"].items()
-            if tensor is not None and start["_buffers"].get(name) is not tensor and is_dense(tensor)
+            for name, tensor in now.buffers.items()
+            if tensor is not None and start.buffers.get(name) is not tensor and is_dense(tensor)
         ]
         try:
             yield
@@ -181,26 +202,14 @@ class RunningTensors:
         self._put_back(self._start, [(local_part(w.tensor), w.copy) for w in self._watched if w.copy is not None])
 
     @torch.no_grad()
-    def _put_back(
-        self, registered: list[dict[str, dict[Any, Any]]], values: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
-        for module, kinds in zip(self._modules, registered, strict=True):
-            for kind, kept in kinds.items():
-                now = getattr(module, kind)
-                if list(now) != list(kept) or any(now[name] is not value for name, value in kept.items()):
-                    now.clear()
-                    now.update(kept)
+    def _put_back(self, registered: list[_Registered], values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for of_module in registered:
+            of_module.put_back()
         for tensor, value in values:
             if tensor.shape == value.shape:
                 tensor.copy_(value)
             else:
                 tensor.data = value.clone()
-
-
-def _registered(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    # The hooks of a lazy module make another module of it, once.
-    kinds = REGISTERED[:1] if isinstance(module, LazyModuleMixin) else REGISTERED
-    return {kind: dict(getattr(module, kind)) for kind in kinds}
 
 
 def budget_of(trained: Iterable[torch.Tensor]) -> int:
