@@ -174,6 +174,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model_path", help="The pretrained model of sst2 and pretrained_vit.")
     parser.add_argument("--cases", nargs="+", help="Default: all of the study.")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="Default: those of the study.")
+    parser.add_argument("--radii", nargs="+", type=float, help="r is chosen of these. Default: the study's.")
     parser.add_argument("--train_size", type=int, help="Training examples. Default: the study's.")
     parser.add_argument("--epochs", type=int, help="Of plain training. Default: the study's.")
     parser.add_argument("--seeds", type=int, help="How many to report. Default: the study's.")
@@ -201,7 +202,8 @@ def study_of(args: argparse.Namespace) -> Study:
         changes["pretrained"] = "/".join(Path(args.model_path).parts[-2:])
     study = replace(study, cases={name: settings | changes for name, settings in cases.items()})
     study = quick(study) if args.quick else study
-    return replace(study, methods=tuple(args.methods or study.methods), seeds=args.seeds or study.seeds)
+    changed = {name: tuple(value) for name in ("methods", "radii") if (value := getattr(args, name))}
+    return replace(study, **changed, seeds=args.seeds or study.seeds)
 
 
 def quieten() -> None:
@@ -218,8 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("A quick run: next to no data and training. Its figures show that the script works and prove nothing.")
     study, is_complete = study_of(args), True
     store = Store(args.output_dir / f"study_{args.study}.json")
-    chosen = {"--cases": args.cases, "--methods": args.methods}
-    flags = "".join(f" {flag} " + " ".join(f'"{name}"' for name in names) for flag, names in chosen.items() if names)
+    chosen = {"--cases": args.cases, "--methods": args.methods, "--radii": args.radii}
+    flags = "".join(
+        f" {flag} " + " ".join(f'"{v}"' if isinstance(v, str) else f"{v:g}" for v in values)
+        for flag, values in chosen.items()
+        if values
+    )
     command = f"python benchmarks/study.py {args.study}{flags}"
     # Spawned: CUDA does not live through a fork.
     pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) if args.jobs > 1 else None

@@ -209,6 +209,18 @@ def test_r_is_the_best_of_the_seeds_that_are_not_reported(tmp_path):
     assert {method: list(by_seed) for method, by_seed in case.reported().items()} == {methods.PLAIN: [0], name: [0]}
 
 
+def test_flags_choose_of_a_study(data, vision_model):
+    flags = ["--cases", "4000 images", "--methods", methods.PLAIN, "m = 32", "--radii", "0.01", "0.002"]
+    chosen = study.study_of(study.parse_args(["pretrained_vit", "--model_path", str(vision_model), *flags]))
+    assert (chosen.methods, chosen.radii) == ((methods.PLAIN, "m = 32"), (0.01, 0.002))
+    assert chosen.seeds == catalogue.STUDIES["pretrained_vit"].seeds
+    (settings,) = chosen.cases.values()
+    assert settings["train_size"] == 4000
+    small = settings | {"validation_size": 32, "test_size": 32}
+    model = images.image_task(small, str(data), str(vision_model)).make_model()
+    assert model.config._attn_implementation == "eager"
+
+
 def test_best_epoch_is_kept_as_it_was():
     model, best = torch.nn.Linear(1, 1), training.KeepBest()
     for weight, accuracy in ((1.0, 0.5), (2.0, 0.7), (3.0, 0.7), (4.0, 0.6)):

@@ -115,9 +115,13 @@ STUDIES = {
         (0.05, 0.1, 0.2, 0.4),
     ),
     "pretrained_vit": Study(
-        {f"{size} images": PRETRAINED | {"train_size": size} for size in (1000, 4000)},
+        {
+            "1000 images": PRETRAINED | {"train_size": 1000},
+            # In bf16 on a CPU a quarter less time for a step than the fused one.
+            "4000 images": PRETRAINED | {"train_size": 4000, "attention": "eager"},
+        },
         (PLAIN, TWICE, "m = 32", "m = 32, every 2nd step", "momentum"),
-        (0.02, 0.05, 0.1, 0.2),
+        (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
     ),
     "sst2": Study(
         {f"{wrong}% wrong": SST2 | {"wrong": wrong} for wrong in (0, 20, 40)},

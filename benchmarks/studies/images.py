@@ -145,7 +145,10 @@ def image_task(settings: dict[str, Any], folder: str, model_path: str | None) ->
         "vit": lambda: vit(settings["source"], settings["width"], settings["layers"]),
         "resnet": lambda: resnet(settings["width"]),
         "pretrained": lambda: AutoModelForImageClassification.from_pretrained(
-            model_path, num_labels=10, ignore_mismatched_sizes=True
+            model_path,
+            num_labels=10,
+            ignore_mismatched_sizes=True,
+            attn_implementation=settings.get("attention"),
         ),
     }
     arguments = {"lr_scheduler_type": "cosine", "remove_unused_columns": False}
