@@ -76,13 +76,12 @@ def parse_args(data_arguments: type[DataArguments], embedded_defaults: dict[str,
     """
     parser = HfArgumentParser((ModelArguments, data_arguments, GNPTrainingArguments, *others))
     parser.add_argument("--config", help="A YAML file of arguments, which the flags override.")
-    argv, config = sys.argv[1:], {}
-    if "--config" in argv:
-        config = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8"))
-    given = {flag.partition("=")[0].removeprefix("--") for flag in argv} | config.keys()
-    is_embedded = given.isdisjoint(("model_name_or_path", "dataset_name"))
-    parser.set_defaults(**(SCRIPT_DEFAULTS | (embedded_defaults if is_embedded else {}) | config))
-    *parsed, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    parser.set_defaults(**SCRIPT_DEFAULTS)
+    flags, _ = parser.parse_known_args()
+    config = yaml.safe_load(Path(flags.config).read_text(encoding="utf-8")) if flags.config else {}
+    is_own = any(getattr(flags, name) or name in config for name in ("model_name_or_path", "dataset_name"))
+    parser.set_defaults(**(({} if is_own else embedded_defaults) | config))
+    *parsed, rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
     if unknown := vars(rest).keys() - {"config"}:
         raise ValueError(f"{rest.config} has keys that are no arguments of this script: {sorted(unknown)}")
     return parsed

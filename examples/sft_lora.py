@@ -86,7 +86,8 @@ def save_merged(trainer: GNPSFTTrainer, folder: Path) -> None:
 
 def main() -> None:
     parser = TrlParser((ScriptArguments, GNPSFTConfig, ModelConfig))
-    is_own = any(flag.startswith(("--model_name_or_path", "--dataset_name", "--config")) for flag in sys.argv)
+    flags, _ = parser.parse_known_args()
+    is_own = flags.model_name_or_path or flags.dataset_name or "--config" in sys.argv
     parser.set_defaults(**(DEFAULTS if is_own else DEFAULTS | EMBEDDED_DEFAULTS))
     script_args, args, model_args = parser.parse_args_and_config()
     if script_args.dataset_name is None:

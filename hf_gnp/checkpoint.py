@@ -145,11 +145,12 @@ def add_to_model_card(path: str, values: dict[str, Any]) -> None:
     if values["gnp_alpha"] == 0:
         return
     card = ModelCard.load(path)
-    sentence = (
-        f"The gradient norm of the loss was penalised ([Zhao et al., 2022]({PAPER})): a penalised step mixes the "
-        f"gradient at the weights with α = {values['gnp_alpha']:g} of that at the weights moved by "
-        f"r = {values['gnp_r']:g} along it."
-    )
+    moved = f"at the weights moved by r = {values['gnp_r']:g}"
+    if values.get("gnp_direction") == "momentum":
+        step = f"takes the gradient {moved} against the optimizer's momentum"
+    else:
+        step = f"mixes the gradient at the weights with α = {values['gnp_alpha']:g} of that {moved} along it"
+    sentence = f"The gradient norm of the loss was penalised ([Zhao et al., 2022]({PAPER})): a penalised step {step}."
     lines = "".join(f"- {name}: {value}\n" for name, value in values.items())
     heading = "The following hyperparameters were used during training:\n"
     if heading in card.text:

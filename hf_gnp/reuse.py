@@ -94,11 +94,16 @@ class OrthogonalComponent:
             self._kept[number] = self._kept[number].to(shard.gradient.device)
         return [self._kept[shard.place.parameter] for shard in shards]
 
-    def save(self, folder: str) -> None:
-        """Beside the optimizer's state: a file for each rank, or one where all ranks hold the same."""
+    def save(self, folder: str, should_save: bool) -> None:
+        """
+        Beside the optimizer's state: a file for each rank, or one where all ranks hold the same.
+
+        Args:
+            should_save: Whether this rank writes what all hold: one of a cluster, or of each node.
+        """
         layout, rank = self._engine.layout()
         os.makedirs(folder, exist_ok=True)
-        if rank is not None or self._engine.accelerator.is_main_process:
+        if rank is not None or should_save:
             torch.save({"layout": layout, "norm": self._norm, "kept": self._kept}, _file(folder, rank))
 
     def load(self, folder: str) -> bool:

@@ -275,7 +275,7 @@ class GNPMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._gnp_run is not None and self._gnp_run.reuse is not None:
-            self._gnp_run.reuse.save(output_dir)
+            self._gnp_run.reuse.save(output_dir, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -24,7 +24,7 @@ from tiny import KINDS, Net, flat_weights, make_data, make_model, relative_dista
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
-from hf_gnp import GNPMixin, GNPTrainer
+from hf_gnp import GNPMixin, GNPTrainer, GNPTrainingArguments
 from hf_gnp.replay.window import first_rows
 
 
@@ -405,6 +405,15 @@ def test_resumed_run_is_the_run_that_never_stopped(tmp_path, settings):
     for step in (1, 3, 4):
         result = run(make("resumed"), resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_identical(result, expected, f"from step {step}")
+
+
+@pytest.mark.parametrize("should_save", [True, False])
+def test_reuse_is_saved_where_trainer_saves(tmp_path, monkeypatch, should_save):
+    """With `save_on_each_node` that is a process of each node."""
+    monkeypatch.setattr(GNPTrainingArguments, "should_save", should_save)
+    settings = {"gnp_interval": 2, "gnp_reuse": True, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, "vit", **settings).train()
+    assert Path(tmp_path, "checkpoint-1", "gnp_reuse.pt").exists() == should_save
 
 
 def test_reuse_resumes_without_its_file_by_a_penalised_step(tmp_path):

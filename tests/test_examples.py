@@ -1,5 +1,6 @@
 """The example scripts, run as scripts, on the data that they embed and on the user's own."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -91,6 +92,31 @@ def test_search_tries_and_draws(tmp_path):
     assert len(re.findall(r"accuracy 0\.\d+  gnp_r=[\d.e-]+  gnp_alpha=[\d.]+  gnp_scope=\w+", printed)) == 2
     picture = PILImage.open(tmp_path / "search.png")
     assert len(picture.convert("L").getcolors()) > 10
+
+
+def test_however_a_config_is_given_it_is_read(tmp_path, monkeypatch):
+    config = tmp_path / "run.yaml"
+    config.write_text("gnp_r: 0.3\nlearning_rate: 0.007\n")
+    for flags in ([f"--config={config}"], ["--config", str(config)]):
+        args = parsed(monkeypatch, *flags)
+        assert (args.gnp_r, args.learning_rate, args.num_train_epochs) == (0.3, 0.007, 6)
+        args = parsed(monkeypatch, *flags, "--gnp_r=0.1")
+        assert (args.gnp_r, args.learning_rate) == (0.1, 0.007)
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--model-name-or-path", "--model_name", "--dataset-name"])
+def test_what_suits_the_embedded_model_is_for_that_alone(monkeypatch, flag):
+    assert parsed(monkeypatch).learning_rate == 1e-3
+    assert parsed(monkeypatch, flag, "theirs").learning_rate == 5e-5
+
+
+def parsed(monkeypatch, *flags: str):
+    """The training arguments that a script makes of its flags."""
+    monkeypatch.setattr(sys, "argv", ["script.py", "--report_to", "none", *flags])
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    common = importlib.import_module("common")
+    embedded = {"learning_rate": 1e-3, "num_train_epochs": 6}
+    return common.parse_args(common.DataArguments, embedded)[2]
 
 
 def test_a_config_with_an_unknown_key_is_refused(tmp_path):

@@ -188,6 +188,13 @@ def test_model_card_names_the_values_once(tmp_path):
         assert "α = 0.3" in sentence and "r = 0.07" in sentence and PAPER in sentence
 
 
+def test_model_card_says_which_way_the_weights_moved(tmp_path):
+    trainer = make_resumable(tmp_path, "vit", max_steps=1, gnp_r=0.07, gnp_alpha=1.0, gnp_direction="momentum")
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "takes the gradient at the weights moved by r = 0.07 against the optimizer's momentum" in text
+
+
 def test_model_card_of_plain_training_says_nothing(tmp_path):
     trainer = make_resumable(tmp_path, "vit", max_steps=1, gnp_alpha=0.0)
     trainer.create_model_card()
