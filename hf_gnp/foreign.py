@@ -16,14 +16,15 @@ class ForeignGradient:
 
     def __init__(self, engine: Engine, trainer_name: str):
         self.engine, self._trainer_name = engine, trainer_name
-        self._aside: list[Any] = []
+        self._aside: list[tuple[Any, bool]] = []  # with whether it is this rank's own
         self._marks: Any = None  # of the gradient after the window's last backward
 
     def set_aside(self) -> None:
         """What is there before the window's first backward is not the window's."""
-        gradient = self.engine.take_gradient()
-        if gradient:
-            self._aside.append(gradient)
+        if self.engine.hides_gradient():
+            raise NotImplementedError(self._refusal())
+        if gradient := self.engine.take_gradient():
+            self._aside.append((gradient, self.engine.is_unreduced()))
 
     def before_backward(self) -> None:
         if self._marks is None:
@@ -48,24 +49,28 @@ class ForeignGradient:
 
     def backward(self, call: Callable[[], None]) -> None:
         """A call of `accelerator.backward` by somebody else than `Trainer.training_step`."""
-        if not self.engine.sets_gradients_aside:
-            raise NotImplementedError(
-                f"{self._trainer_name} calls accelerator.backward outside of Trainer.training_step. Under "
-                "ZeRO-1 to 3 its gradient cannot be told from that of the loss: add the term to the loss in "
-                "compute_loss, use DDP or FSDP2, or set gnp_alpha=0."
-            )
+        if not self.engine.sets_gradients_aside():
+            raise NotImplementedError(self._refusal())
         if self._marks is None:
             call()  # it is set aside before the first backward of the window
         else:
             ours = self.engine.take_gradient()
             call()
-            self._aside.append(self.engine.take_gradient())
+            self._aside.append((self.engine.take_gradient(), self.engine.is_unreduced()))
             self.engine.add_gradient(ours)
             self.after_backward()
 
     def add(self) -> None:
-        for gradient in self._aside:
-            self.engine.add_gradient(gradient)
+        """A collective, where ranks have each their own: all of them have called backward, as they have to in DDP."""
+        for gradient, is_unreduced in self._aside:
+            self.engine.add_gradient(self.engine.reduced(gradient) if is_unreduced else gradient)
+
+    def _refusal(self) -> str:
+        return (
+            f"{self._trainer_name} calls backward outside of Trainer.training_step. Under DeepSpeed, and under FSDP2 "
+            "with gradient_accumulation_steps > 1, its gradient cannot be told from that of the loss: add the term to "
+            "the loss in compute_loss, use DDP, or set gnp_alpha=0."
+        )
 
     def clear(self) -> None:
         self._aside, self._marks = [], None

@@ -188,6 +188,9 @@ class PenalisedSteps:
             else:
                 engine.hold_gradient()
         self.close()
+        if not self.trainer.accelerator.sync_gradients and not engine.sets_gradients_aside():
+            # In the middle of a step, and the next window would not see it.
+            self._hooks.enter_context(replaced(self.trainer.accelerator, backward=self._backward))
         return lacking
 
     def _penalise(self, penalty: Penalty, run_pass: RunPass, noise_seed: int, measure: bool) -> torch.Tensor | None:

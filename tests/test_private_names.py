@@ -59,6 +59,38 @@ def test_ddp(name):
         native.has_communication_hook(ddp)
 
 
+def fsdp_module(missing: str | None = None) -> SimpleNamespace:
+    """What is asked of a module that FSDP2 shards, without one of the names; with a gradient of one parameter."""
+
+    def having(**names) -> SimpleNamespace:
+        return SimpleNamespace(**{name: value for name, value in names.items() if name != missing})
+
+    unsharded = torch.nn.Parameter(torch.ones(2))
+    unsharded.grad = torch.ones(2)
+    parameters = [having(unsharded_accumulated_grad=None), having(unsharded_accumulated_grad=None)]
+    parameters[1]._unsharded_param = unsharded  # the first has had no forward
+    group = having(fsdp_params=parameters)
+    return having(_get_fsdp_state=lambda: having(_fsdp_param_group=group))
+
+
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        ("FSDPModule", "_get_fsdp_state"),
+        ("FSDPState", "_fsdp_param_group"),
+        ("FSDPParamGroup", "fsdp_params"),
+        ("FSDPParam", "unsharded_accumulated_grad"),
+    ],
+)
+def test_fsdp(owner, name):
+    module = fsdp_module()
+    assert private.has_unreduced_gradient([module])
+    private.drop_unreduced_gradients([module])
+    assert not private.has_unreduced_gradient([module])
+    with pytest.raises(RuntimeError, match=sentence("torch", f"{owner}.{name}")):
+        private.has_unreduced_gradient([fsdp_module(name)])
+
+
 def offload_names(kind: str) -> tuple[str, ...]:
     asynchronous = kind == "DeepSpeedZeroOptimizer" and deepspeed_private.copies_are_asynchronous()
     return deepspeed_private.OFFLOAD_NAMES[kind] + deepspeed_private.ASYNCHRONOUS_COPIES_NAMES * asynchronous
@@ -120,6 +152,11 @@ def test_deepspeed_engine(name):
     accelerator = SimpleNamespace(deepspeed_engine_wrapped=SimpleNamespace(engine=engine, backward=None))
     with pytest.raises(RuntimeError, match=sentence("deepspeed", f"DeepSpeedEngine.{name}")):
         deepspeed_private.check_engine(accelerator)
+
+
+def test_deepspeed_engine_that_accelerate_has_forgotten():
+    with pytest.raises(RuntimeError, match="make a new trainer for the next run"):
+        deepspeed_private.check_engine(SimpleNamespace(deepspeed_engine_wrapped=None))
 
 
 def test_deepspeed_padding_that_is_not_marked():

@@ -29,7 +29,6 @@ class Engine(Moves):
     """
 
     steps_with_shards = True  # whether the gradients in `shards` are all that the optimizer's step looks at
-    sets_gradients_aside = False  # whether `take_gradient` works in the middle of a window
 
     def begin_window(self, perturbation: Perturbation) -> None:
         """A window begins: parameters may have been frozen or unfrozen since the last one."""
@@ -150,6 +149,22 @@ class Engine(Moves):
     @abstractmethod
     def hold_gradient(self) -> None:
         """A micro-batch with a direction of its own has ended: its gradient stays, and the weights are θ."""
+
+    def sets_gradients_aside(self) -> bool:
+        """Whether `take_gradient` gives what a backward leaves now, in the middle of a window too."""
+        return False
+
+    def hides_gradient(self) -> bool:
+        """Whether there is a gradient that `take_gradient` does not give."""
+        return False
+
+    def is_unreduced(self) -> bool:
+        """Whether what a backward leaves now is this rank's own, so that nothing reduces it once it is taken."""
+        return False
+
+    def reduced(self, gradient: Any) -> Any:
+        """The mean over ranks of what `take_gradient` returned. A collective."""
+        return gradient
 
     def hidden_gradient(self) -> AbstractContextManager[None]:
         """Inside, parameters have no gradient, where `take_gradient` works; one that is made there is dropped."""

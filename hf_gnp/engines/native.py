@@ -30,7 +30,13 @@ from .dtensors import (
     local_part,
     shard_gradient_as_weight,
 )
-from .private import next_step_skipped, optimizer_that_skips, sync_gradients_set
+from .private import (
+    drop_unreduced_gradients,
+    has_unreduced_gradient,
+    next_step_skipped,
+    optimizer_that_skips,
+    sync_gradients_set,
+)
 from .shards import HeldShard, OptimizerState, Shard, number_parameters, parameters_beside
 from .wrappers import defer_reduction, has_communication_hook, reducing
 
@@ -52,7 +58,6 @@ class NativeEngine(Engine):
     """
 
     has_master = False
-    sets_gradients_aside = True
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module, optimizer: Any = None):
         super().__init__(accelerator, perturbation)
@@ -60,6 +65,7 @@ class NativeEngine(Engine):
         self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         within = {id(child) for module in self._fsdp_modules for child in module.modules() if child is not module}
         self._fsdp_roots = [module for module in self._fsdp_modules if id(module) not in within]
+        has_unreduced_gradient(self._fsdp_modules)  # refuses a release of torch whose names are others
         has_communication_hook(model)  # refuses one
         self._uses_cuda_graphs = accelerator.state.dynamo_plugin.mode in CUDA_GRAPHS
         self.begin_window(perturbation)
@@ -199,6 +205,7 @@ class NativeEngine(Engine):
         # A layer whose forward failed counts as running, and `reshard` leaves one as it is that is not resharded after
         # its forward: gathered, and moved.
         self._forget_forward()
+        drop_unreduced_gradients(self._fsdp_modules)
         super().abandon()
 
     def _forget_forward(self) -> None:
@@ -241,6 +248,28 @@ class NativeEngine(Engine):
     def add_gradient(self, gradient: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
         for parameter, other in gradient:
             parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
+
+    def sets_gradients_aside(self) -> bool:
+        # Until the window's last backward FSDP2 keeps gradients to itself.
+        return not self._fsdp_modules or (self.accelerator.sync_gradients and not self.hides_gradient())
+
+    def hides_gradient(self) -> bool:
+        return has_unreduced_gradient(self._fsdp_modules)
+
+    def is_unreduced(self) -> bool:
+        if self.is_sharded or not dist.is_initialized() or dist.get_world_size() == 1:
+            return False
+        is_of_step = not (self.perturbation.is_per_rank or self.perturbation.is_per_micro_batch)
+        return is_of_step and not self.accelerator.sync_gradients
+
+    @torch.no_grad()
+    def reduced(self, gradient: list[tuple[nn.Parameter, torch.Tensor]]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        inside = {id(parameter) for parameter in self.parameters}
+        with self.hidden_gradient():
+            for parameter, own in gradient:
+                parameter.grad = own
+            average_gradients([parameter for parameter, _ in gradient if id(parameter) in inside], some_unused=False)
+        return gradient
 
     @contextlib.contextmanager
     def hidden_gradient(self) -> Iterator[None]:

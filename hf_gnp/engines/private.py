@@ -81,6 +81,38 @@ def check_private_names(accelerator: Accelerator) -> None:
     require("accelerate", accelerator.gradient_state, ["_set_sync_gradients", "plugin_kwargs"], "GradientState")
 
 
+def has_unreduced_gradient(fsdp_modules: Iterable[Any]) -> bool:
+    """Whether a gradient waits in FSDP2 for the backward that reduces it: no `grad` shows it."""
+    parameters = list(_fsdp_parameters(fsdp_modules))
+    waiting = (p.unsharded_accumulated_grad for p in parameters)
+    whole = (p._unsharded_param.grad for p in parameters if hasattr(p, "_unsharded_param"))
+    return any(gradient is not None for gradient in (*waiting, *whole))
+
+
+def drop_unreduced_gradients(fsdp_modules: Iterable[Any]) -> None:
+    """Drop the gradients that wait in FSDP2, which `reset_iter_state` of torch 2.13 promises and leaves."""
+    for parameter in _fsdp_parameters(fsdp_modules):
+        parameter.unsharded_accumulated_grad = None
+        if hasattr(parameter, "_unsharded_param"):  # since its first forward
+            parameter._unsharded_param.grad = None
+
+
+def _fsdp_parameters(modules: Iterable[Any]) -> Iterator[Any]:
+    """What FSDP2 knows of each parameter that it has sharded."""
+    for module in modules:
+        require("torch", module, ["_get_fsdp_state"], "FSDPModule")
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # older releases of torch: one a module
+            require("torch", state, ["_fsdp_param_group"], "FSDPState")
+            groups = [state._fsdp_param_group]
+        for group in filter(None, groups):
+            require("torch", group, ["fsdp_params"], "FSDPParamGroup")
+            for parameter in group.fsdp_params:
+                require("torch", parameter, ["unsharded_accumulated_grad"], "FSDPParam")
+                yield parameter
+
+
 def optimizer_that_skips(optimizer: Any, device: torch.device) -> torch.optim.Optimizer | None:
     """
     The optimizer inside accelerate's wrapper if it can skip a step by a flag on the device, without the host knowing;

@@ -111,6 +111,12 @@ def _refuse_perturbation(accelerator: Accelerator, perturbation: Perturbation, m
             f"({'DeepSpeed' if is_deepspeed else 'FSDP2'}) has only a part: use DDP or one process, or "
             "gnp_scope=micro_batch."
         )
+    if perturbation.is_per_rank and getattr(getattr(accelerator, "ddp_handler", None), "static_graph", False):
+        raise ValueError(
+            f"gnp_scope={perturbation.scope} with ddp_static_graph=True: DDP learns its static graph in the first "
+            "backward, which has no reduction where each rank moves along its own gradient. Leave out "
+            "ddp_static_graph, or use gnp_scope=step or micro_batch."
+        )
     if not is_deepspeed:  # which has yet to cast the weights
         perturbation.check_rounding(model)
 

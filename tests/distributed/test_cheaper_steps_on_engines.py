@@ -100,7 +100,23 @@ NO_DIRECTION = {
         "args": {**CHEAPER["fraction"], "gnp_scope": "rank", "max_steps": 3, **ACCUMULATION},
     }
 }
-CASES = ON_ENGINES | CHEAPER_LOW | COUNTED_ON_ENGINES | REFUSED | LOCAL_TOKENS | NO_DIRECTION
+# Which parameters lie where in a partition matters where only some are moved.
+TARGETS = {
+    f"momentum_of_norms-{engine}{'-round-robin' if zero else ''}": {
+        "engine": engine,
+        "kind": "vit",
+        "zero": zero,
+        "args": {**CHEAPER["momentum"], "gnp_r": 3.0, "gnp_target_modules": "norm", **ACCUMULATION},
+    }
+    for engine, zero in (
+        ("ddp", {}),
+        ("zero2", {}),
+        ("zero1", {"round_robin_gradients": True}),
+        ("zero2", {"round_robin_gradients": True}),
+        ("zero2-offload", {"round_robin_gradients": True}),
+    )
+}
+CASES = ON_ENGINES | CHEAPER_LOW | COUNTED_ON_ENGINES | REFUSED | LOCAL_TOKENS | NO_DIRECTION | TARGETS
 
 
 @pytest.fixture(scope="session")
@@ -213,3 +229,10 @@ def test_ranks_stay_together_where_each_counts_its_own_labels(results):
 def test_ranks_log_together_when_one_has_no_direction(results):
     logs = result_of(results, "fraction_of_rank-no-direction")["logs"]
     assert len(logs["gnp_grad_norm"]) == 3 and all(norm > 0 for norm in logs["gnp_grad_norm"])
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if "ddp" not in name])
+def test_some_parameters_along_the_momentum(results, name):
+    result, of_ddp = result_of(results, name), result_of(results, "momentum_of_norms-ddp")
+    start = flat_weights(make_model("vit"))
+    assert relative_distance(result["weights"], of_ddp["weights"], start) < WEIGHTS_TOLERANCE

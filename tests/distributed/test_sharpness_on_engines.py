@@ -43,6 +43,7 @@ CASES = {f"{engine}-llama": case_of(engine, "llama") for engine in ENGINES} | {
     "zero0-vit": case_of("zero0", "vit"),
     "zero1-vit": case_of("zero1", "vit"),
     "zero1-bf16-vit": case_of("zero1", "vit", "bf16"),
+    "zero2-round-robin-vit": case_of("zero2", "vit") | {"zero": {"round_robin_gradients": True}},
     "zero3-bf16-vit": case_of("zero3", "vit", "bf16"),
 }
 

@@ -125,6 +125,49 @@ class AdversarialTrainer(GNPTrainer):
         return compute_loss(model, adversarial(lambda moved: compute_loss(model, moved), inputs), *args, **kwargs)
 
 
+class AuxiliaryLoss:
+    """Calls backward on a loss of its own, of inputs twice as large: `where` is before, after or inside the step."""
+
+    where: str
+
+    def auxiliary(self, model, inputs):
+        inputs = self._prepare_inputs({name: 2 * v if v.is_floating_point() else v for name, v in inputs.items()})
+        self.accelerator.backward(0.1 * model(**inputs).loss)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.where == "inside":
+            self.auxiliary(model, inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.where == "before":
+            self.auxiliary(model, inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.where == "after":
+            self.auxiliary(model, inputs)
+        return loss
+
+
+class AuxiliaryTrainer(AuxiliaryLoss, Trainer):
+    pass
+
+
+class AuxiliaryGNPTrainer(AuxiliaryLoss, GNPTrainer):
+    pass
+
+
+class SkippingTrainer(FaultyLoss, GNPTrainer):
+    """Goes on after an error, as trainers do that run out of memory on a long batch."""
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if "injected" not in str(error):
+                raise
+            return torch.zeros(())
+
+
 class HookedTrainer(GNPTrainer):
     """Registers a communication hook of DDP, as users do: `Trainer` has no argument for it."""
 
@@ -198,7 +241,14 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
 
         set_z3_leaf_modules(model, [case["leaf"]])
     classes = (FaultyTrainer, FaultyGNPTrainer) if "faults" in case else (Trainer, GNPTrainer)
-    special = {"logs_in_loss": LoggingTrainer, "is_adversarial": AdversarialTrainer, "comm_hook": HookedTrainer}
+    auxiliary = (AuxiliaryTrainer, AuxiliaryGNPTrainer)[not stock]
+    special = {
+        "auxiliary": auxiliary,
+        "skips": SkippingTrainer,
+        "logs_in_loss": LoggingTrainer,
+        "is_adversarial": AdversarialTrainer,
+        "comm_hook": HookedTrainer,
+    }
     cls = next((cls for key, cls in special.items() if key in case), classes[not stock])
     data = make_data(case["kind"], case.get("size", 48))
     trainer = cls(model=model, args=training_args, train_dataset=data, data_collator=collate)
@@ -209,6 +259,8 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
         trainer.add_callback(Generates())
     if case.get("count"):
         trainer.add_callback(CountCollectives())
+    if "auxiliary" in case:
+        trainer.where = case["auxiliary"]
     if "comm_hook" in case:
         trainer.comm_hook = case["comm_hook"]
     if case.get("holds"):
@@ -249,11 +301,9 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     result["masters"] = full_weights(trainer.model, masters=True)
     result["loss_scale"] = loss_scale(trainer)
     if case.get("compare_ranks"):
-        others = trainer.seen.second_call.clone()
-        dist.broadcast(others, src=0)
-        agree = torch.tensor(torch.equal(others, trainer.seen.second_call))
-        dist.all_reduce(agree, op=dist.ReduceOp.MIN)
-        result["ranks_agree"] = bool(agree)
+        result["ranks_agree"] = is_same_on_ranks(trainer.seen.second_call)
+    if "auxiliary" in case:
+        result["ranks_agree"] = is_same_on_ranks(result["weights"])
     if case.get("count"):
         result["collectives"] = dict(trainer.pop_callback(CountCollectives).bytes)
     if case.get("holds"):
@@ -264,6 +314,14 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     if case.get("zero_to_fp32") and dist.get_rank() == 0:
         result["from_checkpoint"] = zero_to_fp32(trainer)
     return result
+
+
+def is_same_on_ranks(values: torch.Tensor) -> bool:
+    others = values.clone()
+    dist.broadcast(others, src=0)
+    is_same = torch.tensor(torch.equal(others, values))
+    dist.all_reduce(is_same, op=dist.ReduceOp.MIN)
+    return bool(is_same)
 
 
 def storages() -> dict[int, int]:

@@ -63,6 +63,9 @@ class DeepSpeedSteps(Engine):
         is_autocast = self.accelerator.deepspeed_plugin.hf_ds_config.get_value("torch_autocast.enabled")
         return bool(is_autocast) or super().computes_in_16_bit()
 
+    def sets_gradients_aside(self) -> bool:
+        return False  # and accelerate steps after a backward that is not `Trainer.training_step`'s
+
     def finish(self) -> None:
         self.engine.step()
 

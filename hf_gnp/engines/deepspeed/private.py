@@ -48,6 +48,9 @@ OPTIMIZER_NAMES = {
         "cpu_offload",
         "dtype",
         "first_offset",
+        "get_param_id",
+        "grad_partition_insertion_offset",
+        "grad_start_offset",
         "micro_step_id",
         "parallel_partitioned_bit16_groups",
         "params_in_partition",
@@ -77,7 +80,6 @@ OPTIMIZER_NAMES = {
 }
 OFFLOAD_NAMES = {
     "DeepSpeedZeroOptimizer": (
-        "get_param_id",
         "grad_position",
         "local_overflow",
         "norm_for_param_grads",
@@ -121,6 +123,11 @@ def forget_offloaded_gradients(optimizer: Any) -> None:
 def check_engine(accelerator: Accelerator) -> None:
     """Raise a RuntimeError where accelerate's or DeepSpeed's engine lacks a name that all stages use."""
     require("accelerate", accelerator, ["deepspeed_engine_wrapped"], "Accelerator")
+    if accelerator.deepspeed_engine_wrapped is None:
+        raise RuntimeError(
+            "accelerate forgets the DeepSpeed engine when a training run ends, so under DeepSpeed a trainer trains "
+            "once, without the gradient-norm penalty too: make a new trainer for the next run."
+        )
     require("accelerate", accelerator.deepspeed_engine_wrapped, ["engine", "backward"], "DeepSpeedEngineWrapper")
     require("deepspeed", accelerator.deepspeed_engine_wrapped.engine, ENGINE_NAMES, "DeepSpeedEngine")
 

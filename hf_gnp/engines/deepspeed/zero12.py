@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -81,14 +82,15 @@ class _ReplicatedEngine(ShardedEngine):
     def hold_weights(self, moved_only: bool = False) -> list[HeldShard]:
         self.keep_weights([])
         held, numbers = [], number_parameters(self.engine.module)
-        for (weight, master), parameters in zip(self.partitions(), self._lists("parameters"), strict=True):
-            for parameter in parameters:
-                if (mapping := fragment_of(parameter)) is not None:
-                    part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    local, theta = (flat.narrow(0, part.start, part.numel) for flat in (weight, master))
-                    place = Place.run(numbers[id(parameter)], whole.start, whole.numel)
-                    held.append(HeldShard(parameter, local, theta, place))
+        for group, (weight, master) in enumerate(self.partitions()):
+            for parameter, offset, start, size in self._fragments(group):
+                local, theta = (flat.narrow(0, offset, size) for flat in (weight, master))
+                held.append(HeldShard(parameter, local, theta, Place.run(numbers[id(parameter)], start, size)))
         return held
+
+    @abstractmethod
+    def _fragments(self, group: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        """What lies in this rank's partition: of which parameter, where in the partition, where in it, how much."""
 
     def end_perturbation(self) -> None:
         pass  # `finish` publishes new weights, or `hold_gradient` those of the masters
@@ -132,6 +134,17 @@ class Zero12Engine(_ReplicatedEngine):
         "weight_partitions": "parallel_partitioned_bit16_groups",
         "masters": "single_partition_of_fp32_groups",
     }
+
+    def _fragments(self, group: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        # Not by `_hp_mapping`, which does not know the order of `round_robin_gradients`.
+        optimizer, rank = self.optimizer, dist.get_rank(self.optimizer.real_dp_process_group[group])
+        offsets = optimizer.grad_partition_insertion_offset[group][rank]
+        starts = optimizer.grad_start_offset[group][rank]
+        for parameter in optimizer.params_in_partition[group]:
+            number = optimizer.get_param_id(parameter)
+            offset, start = int(offsets[number]), int(starts[number])  # DeepSpeed 0.19.0 counts in floats
+            size = min(parameter.numel() - start, int(optimizer.partition_size[group]) - offset)
+            yield parameter, offset, start, size
 
     def shards(self) -> list[Shard]:
         shards, numbers = [], number_parameters(self.engine.module)
@@ -203,6 +216,12 @@ class Bf16Zero1Engine(_ReplicatedEngine):
         "weight_partitions": "bf16_partitioned_groups",
         "masters": "fp32_groups_flat_partition",
     }
+
+    def _fragments(self, group: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        for parameter in self._lists("parameters")[group]:
+            if (mapping := fragment_of(parameter)) is not None:
+                part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield parameter, part.start, whole.start, part.numel
 
     def shards(self) -> list[Shard]:
         shards, numbers = [], number_parameters(self.engine.module)
