@@ -97,9 +97,11 @@ def draw(cases: dict[str, Runs], title: str, path: Path) -> None:
     if not cases:
         return
     figure, panels = plt.subplots(len(cases), 2, figsize=(11, 3.6 * len(cases)), layout="constrained", squeeze=False)
+    methods = dict.fromkeys(method for runs in cases.values() for method in runs)
+    colours = {method: f"C{index}" for index, method in enumerate(methods)}
     for (name, runs), (curves, bars) in zip(cases.items(), panels, strict=True):
-        _draw_curves(curves, runs)
-        _draw_bars(bars, runs)
+        _draw_curves(curves, runs, colours)
+        _draw_bars(bars, runs, colours)
         curves.set(ylabel="validation accuracy %", title=name)
     panels[-1][0].set_xlabel("cost so far, in epochs of plain training")
     panels[-1][1].set_xlabel("test accuracy %, mean ± standard error (axis cut)")
@@ -108,28 +110,29 @@ def draw(cases: dict[str, Runs], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_curves(axes: Any, runs: Runs) -> None:
-    for index, (method, by_seed) in enumerate(runs.items()):
+def _draw_curves(axes: Any, runs: Runs, colours: dict[str, str]) -> None:
+    for method, by_seed in runs.items():
         curves = np.array([run["curve"] for run in by_seed.values()]) * 100
         cost = METHODS[method].cost / METHODS[method].epochs
         passes = cost * np.arange(1, 1 + curves.shape[1])
         mean = curves.mean(0)
-        axes.plot(passes, mean, color=f"C{index}", label=method)
+        axes.plot(passes, mean, color=colours[method], label=method)
         if len(curves) > 1:
             error = curves.std(0, ddof=1) / math.sqrt(len(curves))
-            axes.fill_between(passes, mean - error, mean + error, color=f"C{index}", alpha=0.2, linewidth=0)
+            axes.fill_between(passes, mean - error, mean + error, color=colours[method], alpha=0.2, linewidth=0)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
 
 
-def _draw_bars(axes: Any, runs: Runs) -> None:
+def _draw_bars(axes: Any, runs: Runs, colours: dict[str, str]) -> None:
     marks = (("best", "best epoch", -0.15, "o", None), ("final", "last epoch", 0.15, "s", "white"))
-    for index, by_seed in enumerate(runs.values()):
+    for index, (method, by_seed) in enumerate(runs.items()):
+        colour = colours[method]
         for name, label, offset, marker, face in marks:
             mean, error = mean_and_error([100 * run[name] for run in by_seed.values()])
-            kwargs = {"fmt": marker, "color": f"C{index}", "capsize": 3, "label": None if index else label}
+            kwargs = {"fmt": marker, "color": colour, "capsize": 3, "label": None if index else label}
             error = None if math.isnan(error) else error
-            axes.errorbar(mean, index + offset, xerr=error, markerfacecolor=face or f"C{index}", **kwargs)
+            axes.errorbar(mean, index + offset, xerr=error, markerfacecolor=face or colour, **kwargs)
     axes.set_yticks(range(len(runs)), list(runs))
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")
