@@ -20,6 +20,7 @@ ELSEWHERE = {
     "missing": "The gradient-norm penalty uses",
     "SENTENCE.format": "takes a moment of the optimizer",
     "sentence.format": "The gradient-norm penalty does not run with",
+    "self._refusal": "calls backward outside of Trainer.training_step",
     "never_reached": "training_step never reaches Trainer.training_step",
     "called_twice": "calls training_step twice for one micro-batch",
     "_too_early": "shards a model together with its optimizer",
