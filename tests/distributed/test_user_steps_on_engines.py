@@ -38,7 +38,7 @@ REFUSED_BACKWARD = {
     for where in ("before", "after", "inside")
     for scope in ("step", "micro_batch")
 }
-# In the third step, at its second micro-batch and in its second pass; and the run in which that step is not made.
+# In the third step: at its second micro-batch, and in its second pass.
 SKIPPED = {
     f"skipped-{engine}-{where}": {
         "engine": engine,
