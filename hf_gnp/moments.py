@@ -131,6 +131,16 @@ def has_second(state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
     return {"betas", "eps"} <= group.keys() and ("step" in state or "step" in group)
 
 
+def with_step_of_group(
+    values: Mapping[str, Any], group: Mapping[str, Any], state: Mapping[nn.Parameter, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """What an optimizer keeps of one parameter: DeepSpeed's FusedAdam counts a group's steps in its last one's."""
+    if type(values.get("step")) is not int or values["step"] > 0:
+        return values
+    steps = (state[parameter]["step"] for parameter in reversed(group["params"]) if "step" in state.get(parameter, {}))
+    return {**values, "step": next((step for step in steps if step > 0), 0)}
+
+
 def second_moment_of(moment: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> SecondMoment:
     """
     Adam's v̂ of a local tensor.

@@ -87,6 +87,10 @@ class PenalisedSteps:
             return self.schedule.strength(step)
         return self.schedule.at(step)
 
+    def end_micro_batch(self) -> None:
+        """`Trainer`'s loop goes on: the next inputs may be the same object, from a loader that repeats a batch."""
+        self._inputs = None
+
     def resume_from(self, checkpoint: str | None) -> None:
         """Before the first step: what `gnp_reuse` kept. A run that resumes without begins with a penalised step."""
         if self.reuse is not None and checkpoint is not None:
@@ -131,6 +135,7 @@ class PenalisedSteps:
         else:
             # A pass without a trace: that of the whole micro-batch is yet to come, at the moved weights.
             micro_batch.first_rows = first_rows(inputs, self._perturbation.first_rows)
+            self._hooks.enter_context(self.window.gradients_beside_kept())
             kwargs["num_items_in_batch"] = self._items_in([micro_batch.first_rows])
             with replaced(self.trainer, log=not_logged), self.engine.hidden_gradient():
                 loss = original(model, micro_batch.first_rows, *args, **kwargs)

@@ -177,6 +177,13 @@ class GNPMixin(_Base):
             raise
         return loss
 
+    @_documented_as(Trainer.floating_point_ops)
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
+        if self._gnp_run is not None:
+            self._gnp_run.end_micro_batch()  # after which Trainer's loop calls this
+        flops: int = super().floating_point_ops(inputs)
+        return flops
+
     def _gnp_second_pass(self, model: nn.Module, micro_batch: MicroBatch | Deferred) -> torch.Tensor:
         """
         A micro-batch at the moved weights, through `Trainer.training_step`: what a subclass does around it happened

@@ -11,7 +11,7 @@ from runs import assert_identical, make_trainer, run
 from tiny import Net, collate
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPMixin, GNPTrainer
 
@@ -151,6 +151,94 @@ def optimizer_of_a_discriminator(cls):
         trainer.second_optimizer = torch.optim.Adam(trainer.critic.parameters(), lr=1e-2)
 
     return Adversarial, {"setup": setup}
+
+
+@case
+def scheduler_of_a_discriminator(cls):
+    class Adversarial(cls):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            outputs = model(**inputs)
+            self.second_optimizer.zero_grad()
+            self.critic(outputs["logits"].detach()).mean().backward()
+            self.second_optimizer.step()
+            self.second_scheduler.step()
+            return outputs["loss"] + 0.1 * self.critic(outputs["logits"]).mean()
+
+    def setup(trainer):
+        torch.manual_seed(1)
+        trainer.critic = nn.Linear(3, 1)
+        trainer.second_optimizer = torch.optim.Adam(trainer.critic.parameters(), lr=1e-1)
+        trainer.second_scheduler = torch.optim.lr_scheduler.StepLR(trainer.second_optimizer, 2, 0.5)
+
+    return Adversarial, {"setup": setup, "accumulation": 2}
+
+
+class StepsMultiplier(TrainerCallback):
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def with_multiplier(trainer):
+    trainer.multiplier = nn.Parameter(torch.tensor(0.5))
+    trainer.second_optimizer = torch.optim.SGD([trainer.multiplier], lr=0.5, maximize=True)
+
+
+@case
+def multiplier_that_the_loss_moves(cls):
+    """From the third step on, when the probe is long over."""
+
+    class Constrained(cls):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            outputs = model(**inputs)
+            excess = outputs["logits"].pow(2).mean() - 0.1
+            loss = outputs["loss"] + self.multiplier.detach().clone() * excess
+            if self.state.global_step >= 2:
+                (self.multiplier * excess.detach()).backward()
+                self.second_optimizer.step()
+                self.second_optimizer.zero_grad()
+            return loss
+
+    return Constrained, {"setup": with_multiplier, "accumulation": 2}
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "module"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("gnp", [{}, {"gnp_ascent_fraction": 0.5}], ids=["whole", "part"])
+def test_a_multiplier_that_the_backward_reaches_has_the_gradient_of_one_pass(tmp_path, where, accumulation, gnp):
+    """No step of the trainer's moves it: its own optimizer does."""
+
+    def trained(cls):
+        class Constrained(cls):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                outputs = model(**inputs)
+                loss = outputs["loss"] + parameter_of(self) * (outputs["logits"].pow(2).mean() - 0.1)
+                return loss / self.args.gradient_accumulation_steps
+
+        def parameter_of(trainer):
+            kept = trainer.kept
+            return kept if where == "attribute" else kept[0] if where == "list" else kept.weight[0, 0]
+
+        def setup(trainer):
+            torch.manual_seed(1)
+            parameter = nn.Parameter(torch.tensor(0.5))
+            trainer.kept = {"attribute": parameter, "list": [parameter], "module": nn.Linear(1, 1, bias=False)}[where]
+            own = trainer.kept.weight if where == "module" else parameter
+            trainer.add_callback(StepsMultiplier(torch.optim.SGD([own], lr=0.5, maximize=True)))
+
+        options = {"setup": setup, "accumulation": accumulation, "gnp": gnp}
+        trainer = trainer_of(tmp_path, Constrained, **options)
+        trainer.train()
+        return parameter_of(trainer).item(), trainer.model.state_dict()
+
+    expected, result = trained(Trainer), trained(GNPTrainer)
+    assert expected[0] != 0.5
+    # A part of the rows is a step's gradient in another order of addition.
+    close = {"rtol": 0, "atol": 0} if not gnp else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(result, expected, **close)
 
 
 @case
@@ -437,6 +525,74 @@ def evaluation_mode_left_by_the_loss(cls):
             return loss
 
     return Measuring, {"model": Net(lambda: nn.Dropout(0.5))}
+
+
+def following_teacher(cls):
+    class Taught(cls):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            outputs = model(**inputs)
+            follow(self.teacher, model)
+            with torch.no_grad():
+                target = self.teacher(**inputs)["logits"] + 0.1
+            return outputs["loss"] + mse_loss(outputs["logits"], target)
+
+    def setup(trainer):
+        trainer.teacher = copy.deepcopy(trainer.model).requires_grad_(False)
+
+    return Taught, {"setup": setup}
+
+
+@case
+def teacher_of_weights_that_do_not_move_at_first(cls):
+    """The first step of a warm-up has a learning rate of 0."""
+    trainer_cls, options = following_teacher(cls)
+    return trainer_cls, {**options, "optim": "sgd", "warmup_steps": 3, "learning_rate": 0.5}
+
+
+def test_a_teacher_with_a_window_for_each_micro_batch(tmp_path):
+    """The first windows of a run are all of its first step, in which the teacher is a copy of the weights."""
+    found = []
+    for cls in (Trainer, GNPTrainer):
+        trainer_cls, options = following_teacher(cls)
+        torch.manual_seed(0)
+        trainer = trainer_of(tmp_path, trainer_cls, accumulation=4, gnp={"gnp_scope": "micro_batch"}, **options)
+        trainer.train()
+        found.append(trainer.teacher.state_dict())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+@case
+def weights_that_the_loss_moves_and_the_step_puts_back(cls):
+    def base(parent):
+        class Attacked(parent):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                weight = model.layers[0].weight
+                (gradient,) = torch.autograd.grad(model(**inputs)["loss"], [weight])
+                self.kept = weight.detach().clone()
+                weight.data.add_(0.1 * gradient / gradient.norm())
+                return model(**inputs)["loss"]
+
+            def training_step(self, model, *args, **kwargs):
+                loss = super().training_step(model, *args, **kwargs)
+                model.layers[0].weight.data.copy_(self.kept)
+                return loss
+
+        return Attacked
+
+    return inner(cls, base), {}
+
+
+@pytest.mark.parametrize("scope, expected", [("step", [0, 1, 0, 1]), ("micro_batch", [0, 0, 1, 1])])
+def test_the_second_pass_sees_accelerates_flag_of_the_first(tmp_path, scope, expected):
+    seen = []
+
+    class Asks(GNPTrainer):
+        def compute_loss(self, *args, **kwargs):
+            seen.append(int(self.accelerator.sync_gradients))
+            return super().compute_loss(*args, **kwargs)
+
+    trainer_of(tmp_path, Asks, accumulation=2, gnp={"gnp_scope": scope}, max_steps=2).train()
+    assert seen[-4:] == expected
 
 
 @case

@@ -177,6 +177,30 @@ def test_a_step_that_is_made_twice_within_a_window_is_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_loader_that_yields_one_batch_again_and_again(tmp_path, steps):
+    """The same object each time, as to see whether a model can learn one batch by heart."""
+    batch = collate(make_data("net", 4))
+
+    def base(cls):
+        class Repeats(cls):
+            def get_train_dataloader(self):
+                return [batch] * 12
+
+            if steps:
+
+                def training_step(self, *args, **kwargs):
+                    return super().training_step(*args, **kwargs)
+
+        return Repeats
+
+    settings = {"gradient_accumulation_steps": 3, "max_steps": 4}
+    expected = run(make_trainer(tmp_path, "net", base(Trainer), model=Net(nn.Tanh), **settings))
+    gnp = {"gnp_alpha": 1.0, "gnp_r": NO_MOVE, "gnp_warmup_type": "none"}
+    result = run(make_trainer(tmp_path, "net", base(GNPTrainer), model=Net(nn.Tanh), **settings, **gnp))
+    assert_identical(result["weights"], expected["weights"])
+
+
 # --- Steps that Trainer never sees ---
 
 

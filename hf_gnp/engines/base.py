@@ -11,6 +11,7 @@ import torch
 from hf_gnp.direction import Perturbation
 
 from .moves import Moves
+from .private import sync_gradients_set
 from .shards import HeldShard
 
 
@@ -91,6 +92,15 @@ class Engine(Moves):
         return None
 
     # What follows from it.
+
+    def sync_gradients_set(self, is_last: bool) -> AbstractContextManager[None]:
+        """
+        Inside, accelerate's flag stands as it did in the micro-batch's first pass, for whoever asks for it. Where each
+        has a second pass of its own, that is as it stands now.
+        """
+        if self.perturbation.is_per_micro_batch:
+            return contextlib.nullcontext()
+        return sync_gradients_set(self.accelerator, is_last)
 
     @contextlib.contextmanager
     def perturbed(

@@ -14,9 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hf_gnp import penalty
+from hf_gnp import moments, penalty
 from hf_gnp.direction import Perturbation
-from hf_gnp.moments import unwrapped
 from hf_gnp.rounding import Place
 
 from .averaging import average_gradients
@@ -35,7 +34,6 @@ from .private import (
     has_unreduced_gradient,
     next_step_skipped,
     optimizer_that_skips,
-    sync_gradients_set,
 )
 from .shards import HeldShard, OptimizerState, Shard, number_parameters, parameters_beside
 from .wrappers import defer_reduction, has_communication_hook, reducing
@@ -74,6 +72,7 @@ class NativeEngine(Engine):
         self._first_gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._axes: dict[Any, tuple[torch.Tensor, ...]] = {}
         self._skipping = contextlib.ExitStack()
+        self._is_reducing = False  # whether gradients are reduced in this pass
 
     def begin_window(self, perturbation: Perturbation) -> None:
         super().begin_window(perturbation)
@@ -122,20 +121,22 @@ class NativeEngine(Engine):
         return bool(self._moved)
 
     def first_pass(self, is_last: bool = False) -> AbstractContextManager[None]:
+        self._is_reducing = not self.perturbation.is_per_rank and (is_last or self.perturbation.is_per_micro_batch)
         if self.perturbation.is_per_rank:
             return self.accelerator.no_sync(self.model)
-        return reducing(self.model) if is_last or self.perturbation.is_per_micro_batch else contextlib.nullcontext()
+        return reducing(self.model) if self._is_reducing else contextlib.nullcontext()
 
     def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
         parameter = shard.parameter
         values = self._optimizer.state.get(parameter)
         if not values:
             return None
-        part = functools.partial(as_sharded, parameter)
-        return OptimizerState(values, self._group_of[id(parameter)], parameter.shape, part)
+        group = self._group_of[id(parameter)]
+        values = moments.with_step_of_group(values, group, self._optimizer.state)
+        return OptimizerState(values, group, parameter.shape, functools.partial(as_sharded, parameter))
 
     def optimizer_name(self) -> str:
-        return type(unwrapped(self._optimizer)).__name__
+        return type(moments.unwrapped(self._optimizer)).__name__
 
     def layout(self) -> tuple[str, int | None]:
         if not self.is_sharded:
@@ -149,8 +150,9 @@ class NativeEngine(Engine):
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
-        reduced = reducing(self.model) if self._reduces(is_last) else self._no_sync()
-        with sync_gradients_set(self.accelerator, is_last), reduced:
+        self._is_reducing = self._reduces(is_last)
+        reduced = reducing(self.model) if self._is_reducing else self._no_sync()
+        with self.sync_gradients_set(is_last), reduced:
             yield
 
     def keep_weights(self, shards: list[Shard]) -> None:
@@ -287,16 +289,32 @@ class NativeEngine(Engine):
         return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
 
     def own_gradient(self) -> None:
+        if self._is_reducing and not self.accelerator.sync_gradients and (adapters := self._beside_shards()):
+            average_gradients(adapters, some_unused=True)
         # A parameter's first gradient is the very tensor that backward made, here one of a CUDA graph's.
         if self._uses_cuda_graphs:
             for parameter in self._with_any_gradient():
                 parameter.grad = gradient_of(parameter).clone()
 
+    def _beside_shards(self) -> list[nn.Parameter]:
+        """
+        Of a model that transformers sharded at load time what came later, an adapter: a hook of `Trainer`'s takes the
+        mean over ranks of its gradients in the last backward of a step, and in no other.
+        """
+        is_sharded_at_load = getattr(self.model, "is_distributed_loading_by_transformers", False)
+        return [p for p in self.parameters if not isinstance(p, DTensor)] if is_sharded_at_load else []
+
     @contextlib.contextmanager
     def probed(self) -> Iterator[None]:
-        # With a graph: the same kernels run as in the first pass, and a loss may differentiate.
-        with self._no_sync():
-            yield
+        # With a graph: the same kernels run as in the first pass, and a loss may differentiate. It may also move
+        # weights, which its trainer puts back after the backward.
+        weights = [local_part(parameter).detach() for parameter in self.parameters]
+        kept = [weight.clone() for weight in weights]
+        try:
+            with self._no_sync():
+                yield
+        finally:
+            penalty.copy_(weights, kept)
         self._forget_forward()
         self.publish()
 

@@ -37,8 +37,9 @@ def has_communication_hook(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def reducing(model: nn.Module) -> Iterator[None]:
     """Gradients are reduced, also within the `no_sync` that `Trainer` puts around all but the last micro-batch."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(True)
+    for module in model.modules():  # also within what torch.compile and PEFT put around them
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(True, recurse=False)
     ddp = without_compile(model)
     if not isinstance(ddp, DistributedDataParallel):
         yield

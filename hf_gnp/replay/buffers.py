@@ -4,7 +4,7 @@ teacher's (frozen ones, and those that the last window's loss did not reach), an
 a bank of past features.
 
 Neither names nor version counters tell which: `batch_norm` and `.data` write without a new version. So in the first
-`LEARNING` penalised windows of a run they are copied before the first pass, the smallest first, as many as fit into
+`LEARNING` penalised steps of a run they are copied before the first pass, the smallest first, as many as fit into
 `BUDGET`, or into the size of the trainable weights (which a teacher has) if that is more, and compared after it. Those
 that stood still are put back as well: a teacher that is still a copy of the weights moves in the second pass alone.
 From then on copies are made of those that were seen to move, of small buffers, and of the statistics of normalisation
@@ -26,7 +26,7 @@ from hf_gnp.engines.dtensors import local_part
 
 BUDGET = 2**26  # bytes
 SMALL_BUFFER = 2**16  # bytes: such a one is copied in each window
-LEARNING = 2  # penalised windows: a teacher that starts as a copy of the weights does not move in the first
+LEARNING = 2  # penalised steps: a teacher that starts as a copy of the weights does not move in the first
 SAMPLE = 256  # elements at most
 TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 # What a forward may register in a module, and note in an attribute that it has.
@@ -35,8 +35,8 @@ REGISTERED = ("_buffers", *(name for name in vars(nn.Module()) if "_hooks" in na
 
 class _Watched(NamedTuple):
     """
-    A tensor and how it looked when the window began: its `shape` and a `copy` of all of it, or else the `version` and
-    the `storage` that it had and a `sample` of its elements. One that is not dense has none and counts as not moved.
+    A tensor and how it looked when the window began: its `shape`, the `version` and the `storage` that it had, and a
+    `copy` of all of it or a `sample` of its elements. One that is not dense has none and counts as not moved.
     """
 
     key: int
@@ -50,10 +50,10 @@ class _Watched(NamedTuple):
     def has_moved(self) -> torch.Tensor | bool:
         if self.shape is not None and self.shape != local_part(self.tensor).shape:  # observers of quantisation resize
             return True
+        if (_storage(self.tensor), _version(self.tensor)) != (self.storage, self.version):
+            return True  # also to what it was: a teacher that follows weights which have not moved yet
         if self.copy is not None:
             return (_bytes(local_part(self.tensor)) != _bytes(self.copy)).any()
-        if (_storage(self.tensor), _version(self.tensor)) != (self.storage, self.version):
-            return True
         return self.sample is not None and (_bytes(_sample(self.tensor)) != _bytes(self.sample)).any()
 
 
@@ -86,7 +86,8 @@ class RunningTensors:
         self._trained: Sequence[nn.Parameter] = ()
         self._moving: set[int] = set()  # ids of tensors that were seen to move
         self._unreached: set[int] = set()  # ids of parameters that had no gradient in the last window
-        self._compared = 0  # windows
+        self._step: int | None = None
+        self._steps = 0  # with a window
         self._left = 0
         self._watched: list[_Watched] = []
         self._flags: list[torch.Tensor | bool] = []
@@ -99,6 +100,7 @@ class RunningTensors:
         modules: Iterable[nn.Module],
         trained: Sequence[nn.Parameter] = (),
         others: Iterable[torch.Tensor] = (),
+        step: int = 0,
     ) -> None:
         """
         Before the first pass of a window.
@@ -107,7 +109,10 @@ class RunningTensors:
             trained: The trainable parameters of the model and of the optimizer: the engine's to move and put back, and
                 so is what shares their memory.
             others: Tensors beside buffers and parameters that a forward may write into.
+            step: The number of the step that the window belongs to.
         """
+        self._steps += step != self._step
+        self._step = step
         self._modules, self._trained = list(modules), trained
         self._start = [_Registered(module) for module in self._modules]
         found: dict[int, torch.Tensor] = {}
@@ -124,7 +129,7 @@ class RunningTensors:
             is_norm = isinstance(module, _NormBase)
             always |= {id(buffer) for buffer in buffers if is_norm or _size(buffer) <= SMALL_BUFFER}
         found.update((id(tensor), tensor) for tensor in others if storage_address(tensor) not in weights)
-        self._left = budget_of(trained) if self._compared < LEARNING else -1
+        self._left = budget_of(trained) if self._steps <= LEARNING else -1
         self._watched = []
         for key, tensor in sorted(found.items(), key=lambda item: _size(item[1])):
             self._left -= _size(tensor)
@@ -166,12 +171,11 @@ class RunningTensors:
         self._watched = [watched for watched, has_moved in mine if has_moved]
         self._moving |= {watched.key for watched in self._watched}
         unreached = [p for p in self._trained if id(p) not in reached] if reached else []  # ZeRO keeps no `grad`
-        if self._compared < LEARNING:
+        if self._steps <= LEARNING:
             still = [(w.tensor, w.copy) for w, has_moved in mine if w.copy is not None and not has_moved]
             self._still = [(local_part(tensor), copy) for tensor, copy in still if copy.is_floating_point()]
             self._still += self._copies_of([p for p in unreached if id(p) not in self._unreached])
         self._unreached = {id(parameter) for parameter in unreached}
-        self._compared += 1
 
     def _copies_of(self, tensors: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The smallest first, as many as fit into what is left of the budget."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from .buffers import TENSORS, is_dense, storage_address
 
@@ -46,9 +45,8 @@ def is_small(value: torch.Tensor | np.ndarray) -> bool:
 
 
 def _is_state(value: torch.Tensor) -> bool:
-    """Neither a part of a graph, nor a parameter that is trained or, under ZeRO-3, gathered and released."""
-    is_weight = isinstance(value, nn.Parameter) and (value.requires_grad or hasattr(value, "ds_id"))
-    return type(value) in TENSORS and value.grad_fn is None and not is_weight
+    """Neither a part of a graph, nor a parameter that ZeRO-3 gathers and releases."""
+    return type(value) in TENSORS and value.grad_fn is None and not hasattr(value, "ds_id")
 
 
 class Held:

@@ -37,6 +37,8 @@ NOT_OF_A_STEP = {
     *("train_dataset", "eval_dataset", "log_history", "callback_handler", "stateful_callbacks"),
     *("compute_loss", "log", "_prepare_inputs"),
 }
+# Of a library's objects those that a loss may have for an adversary of its own.
+STEPPED = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 OF_EVERY_MODULE = set(vars(nn.Module()))
 # The books that DeepSpeed and FSDP keep on modules.
 OF_ENGINES = ("ds_", "_ds_", "_fsdp", "_external_params", "_original_parameters", "_in_forward")
@@ -48,8 +50,9 @@ def find_owners(trainer: Any) -> list[Any]:
     and the user's own objects on them. Generators, and what the user's functions are bound to.
     """
     found: dict[int, Any] = {}
-    own = (trainer.optimizer, getattr(trainer.optimizer, "optimizer", None))  # what only the step itself moves
-    found.update((id(optimizer), None) for optimizer in own)
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler  # what only the step itself moves
+    own = (optimizer, getattr(optimizer, "optimizer", None), scheduler, getattr(scheduler, "scheduler", None))
+    found.update((id(value), None) for value in own)
     # Not `trainer.control`: what a signal handler or a timer asks for while a second pass runs would be lost.
     roots = [trainer, trainer.state, trainer.args, getattr(trainer.model, "config", None)]
     for root in (*roots, *_held_by_functions(trainer)):
@@ -67,6 +70,25 @@ def find_trained(trainer: Any) -> list[nn.Parameter]:
     optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer  # DeepSpeed's groups are flat partitions
     parameters = (*trainer.model.parameters(), *parameters_beside(trainer.model, optimizer))
     return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def find_parameters_beside(trainer: Any, owners: Iterable[Any], trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that may have a gradient, and that no step of the trainer's moves: an adversary's, a multiplier."""
+    groups = () if trainer.optimizer is None else trainer.optimizer.param_groups
+    found = {id(parameter): None for parameter in (*trained, *(p for group in groups for p in group["params"]))}
+    beside = []
+    for owner in owners:
+        if isinstance(owner, nn.Module):
+            values: Iterable[Any] = owner._parameters.values()
+        elif isinstance(owner, GENERATORS):
+            continue
+        else:
+            values = (item for _, value in watched(owner) if type(value) not in OPAQUE for item in items(value))
+        for value in values:
+            if isinstance(value, nn.Parameter) and value.requires_grad and id(value) not in found:
+                found[id(value)] = None
+                beside.append(value)
+    return beside
 
 
 def find_large_tensors(owners: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -124,7 +146,7 @@ def is_users_object(value: Any) -> bool:
 
 def _is_of_library(value: Any) -> bool:
     kind = type(value)  # not its own `__class__`, which some look up
-    return _library(kind) in LIBRARIES and not issubclass(kind, torch.optim.Optimizer)
+    return _library(kind) in LIBRARIES and not issubclass(kind, STEPPED)
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -15,7 +15,14 @@ from torch import nn
 
 from .buffers import RunningTensors, addresses, budget_of
 from .contents import GENERATORS, OPAQUE, Held
-from .owners import find_large_tensors, find_modules, find_owners, find_trained, is_users_object
+from .owners import (
+    find_large_tensors,
+    find_modules,
+    find_owners,
+    find_parameters_beside,
+    find_trained,
+    is_users_object,
+)
 from .randomness import RandomState, random_devices
 from .side_effects import PythonState
 
@@ -68,6 +75,7 @@ class Window:
         self._owners: list[Any] = []
         self._trained: list[torch.nn.Parameter] = []
         self._weights: set[int] = set()  # their storage addresses
+        self._beside: list[torch.nn.Parameter] = []
         self._holds = Held(0)
 
     def record(
@@ -85,7 +93,8 @@ class Window:
             self._holds = Held(budget_of(self._trained))
             if is_penalised:
                 large = find_large_tensors(self._owners)
-                self.tensors.start(find_modules(self._owners), self._trained, large)
+                self.tensors.start(find_modules(self._owners), self._trained, large, self._trainer.state.global_step)
+                self._beside = find_parameters_beside(self._trainer, self._owners, self._trained)
         state = RandomState(self.devices), self._python_state(self._holds)
         micro_batch = MicroBatch(copied(inputs), num_items_in_batch, accumulation_steps, *state)
         self.micro_batches.append(micro_batch)
@@ -113,11 +122,23 @@ class Window:
         random_state = RandomState(self.devices)
         python_state = self._python_state(lambda value: True)
         try:
-            with self.tensors.kept():
+            with self.tensors.kept(), self.gradients_beside_kept():
                 yield
         finally:
             random_state.restore()
             python_state.put_back()
+
+    @contextlib.contextmanager
+    def gradients_beside_kept(self) -> Iterator[None]:
+        """Inside, parameters that no step of the trainer's moves have no gradient; on leaving, that which they had."""
+        kept = [(parameter, parameter.grad) for parameter in self._beside]
+        for parameter, _ in kept:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in kept:
+                parameter.grad = gradient
 
     def _python_state(self, keeps: Callable[[Any], bool]) -> PythonState:
         moved = self._weights | addresses(parameter.grad for parameter in self._trained)
@@ -136,7 +157,8 @@ class Window:
         self.micro_batches.clear()
         self.deferred.clear()
         self.tensors.drop()
-        self._owners, self._trained, self._weights, self._holds = [], [], set(), Held(0)
+        self._owners, self._trained, self._weights, self._beside = [], [], set(), []
+        self._holds = Held(0)
 
 
 def copied(inputs: Any) -> Any:

@@ -39,6 +39,26 @@ ON_ENGINES["fraction_of_rank-ddp-vit"] = {
     "kind": "vit",
     "args": {**CHEAPER["fraction"], "gnp_scope": "rank", "gradient_accumulation_steps": 4, "num_train_epochs": 2},
 }
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+# Whose gradients FSDP2 does not reduce, or whose wrapper is torch.compile's.
+ON_ENGINES |= {
+    f"fraction-fsdp2-{name}": {
+        "engine": "fsdp2",
+        "kind": kind,
+        "args": {**CHEAPER["fraction"], **ACCUMULATION, "num_train_epochs": 2, **arguments},
+    }
+    for name, kind, arguments in (("lora", "llama-lora", {}), ("compiled", untied("llama", "fsdp2"), COMPILED))
+}
+# What stage 0 takes in fp32: it counts the steps of a group in the state of one parameter.
+ON_ENGINES["precondition-zero0-fused"] = {
+    **ON_ENGINES["precondition-zero0-vit"],
+    "deepspeed": {
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        }
+    },
+}
 CHEAPER_LOW = {
     f"{name}-{engine}-{precision}": {
         "engine": engine,

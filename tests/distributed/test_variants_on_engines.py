@@ -55,6 +55,18 @@ SCOPED = {
     for engine in engines
     for kind, alpha, accumulation in (("vit", 0.8, 2), ("vit", 1.0, 4), ("llama", 0.8, 4))
 }
+# Whose gradients FSDP2 does not reduce, or whose wrapper is torch.compile's.
+SCOPED |= {
+    f"micro_batch-fsdp2-{name}": {
+        "engine": "fsdp2",
+        "kind": kind,
+        "args": gnp(0.8, gnp_scope="micro_batch", **ACCUMULATION, **arguments),
+    }
+    for name, kind, arguments in (
+        ("lora", "llama-lora", {}),
+        ("compiled", untied("llama", "fsdp2"), {"torch_compile": True, "torch_compile_backend": "eager"}),
+    )
+}
 SCOPED_LOW = {
     f"micro_batch-{engine}-{precision}-{where}": {
         "engine": engine,

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from hf_gnp import penalty
 from hf_gnp.direction import Perturbation
 from hf_gnp.engines.base import Engine
-from hf_gnp.engines.private import sync_gradients_set
 from hf_gnp.engines.shards import HeldShard, OptimizerState, Shard
 
 from . import private
@@ -56,7 +55,7 @@ class DeepSpeedSteps(Engine):
 
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
-        with sync_gradients_set(self.accelerator, is_last), _backward_only(self.accelerator):
+        with self.sync_gradients_set(is_last), _backward_only(self.accelerator, always_reduces=is_last):
             yield
 
     def computes_in_16_bit(self) -> bool:
