@@ -126,7 +126,7 @@ STUDIES = {
     "sst2": Study(
         {f"{wrong}% wrong": SST2 | {"wrong": wrong} for wrong in (0, 20, 40)},
         (PLAIN, TWICE, "m = 32", "m = 8", "momentum"),
-        (0.01, 0.02, 0.05, 0.1),
+        (0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
     ),
     "forgetting": Study(
         {"SST-2, then AG News": SST2 | {"second": AG_NEWS}}, (PLAIN, TWICE, "m = 32", "m = 8"), (0.02, 0.05, 0.1)
