@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from hf_gnp import SharpnessCallback
+from hf_gnp import GNPTrainer, SharpnessCallback
 from hf_gnp.sharpness import measure_sharpness
 from hf_gnp.sharpness.loss import SampleLoss
 
@@ -200,6 +200,22 @@ def test_a_loss_function_of_the_users(tmp_path):
     own = WithoutLabels(nn.Tanh)
     trainer = trainer_of(tmp_path, own, compute_loss_func=loss_function, per_device_eval_batch_size=3)
     assert_matches(trainer.measure_sharpness(probes=0), Exact(model, data), 1)
+
+
+def test_the_gradient_of_a_parameter_of_the_users_stays(tmp_path):
+    class Constrained(GNPTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            outputs = model(**inputs)
+            return outputs["loss"] + self.multiplier * outputs["logits"].pow(2).mean()
+
+    trainer = make_trainer(
+        tmp_path, "net", Constrained, model=Net(nn.Tanh), eval_dataset=make_data("net", size=SAMPLES)
+    )
+    trainer.multiplier = nn.Parameter(torch.tensor(0.5))
+    trainer.multiplier.grad = gradient = torch.tensor(3.0)
+    trainer.measure_sharpness(samples=SAMPLES, probes=1)
+    assert trainer.multiplier.grad is gradient
+    assert gradient == 3.0
 
 
 def test_a_sample_is_drawn_by_the_seed(tmp_path):

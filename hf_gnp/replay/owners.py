@@ -85,7 +85,8 @@ def find_parameters_beside(trainer: Any, owners: Iterable[Any], trained: Iterabl
         else:
             values = (item for _, value in watched(owner) if type(value) not in OPAQUE for item in items(value))
         for value in values:
-            if isinstance(value, nn.Parameter) and value.requires_grad and id(value) not in found:
+            is_parameter = issubclass(type(value), torch.Tensor) and isinstance(value, nn.Parameter)
+            if is_parameter and value.requires_grad and id(value) not in found:
                 found[id(value)] = None
                 beside.append(value)
     return beside

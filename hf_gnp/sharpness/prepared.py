@@ -10,7 +10,13 @@ from torch import nn
 from hf_gnp.engines import refuse_engine
 from hf_gnp.replay.buffers import RunningTensors, addresses, budget_of
 from hf_gnp.replay.contents import Held
-from hf_gnp.replay.owners import find_large_tensors, find_modules, find_owners, find_trained
+from hf_gnp.replay.owners import (
+    find_large_tensors,
+    find_modules,
+    find_owners,
+    find_parameters_beside,
+    find_trained,
+)
 from hf_gnp.replay.randomness import RandomState, random_devices
 from hf_gnp.replay.side_effects import PythonState
 
@@ -101,10 +107,13 @@ class UntouchedState:
         self._random_state = RandomState(random_devices(trainer, model))
         moved = addresses(tensor for parameter in trained for tensor in (parameter, parameter.grad))
         self._python_state = PythonState(owners, moved, Held(budget_of(trained)))
+        self._gradients = [(p, p.grad) for p in find_parameters_beside(trainer, owners, trained)]
         self._model, self._training = model, [(module, module.training) for module in model.modules()]
 
     def begin(self) -> None:
         self._model.eval()
+        for parameter, _ in self._gradients:
+            parameter.grad = None
 
     def put_back(self) -> None:
         self._tensors.rewind()
@@ -113,5 +122,7 @@ class UntouchedState:
 
     def end(self) -> None:
         self.put_back()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
         for module, training in self._training:
             module.training = training
