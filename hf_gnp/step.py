@@ -135,7 +135,7 @@ class PenalisedSteps:
         else:
             # A pass without a trace: that of the whole micro-batch is yet to come, at the moved weights.
             micro_batch.first_rows = first_rows(inputs, self._perturbation.first_rows)
-            self._hooks.enter_context(self.window.gradients_beside_kept())
+            self._hooks.enter_context(self.window.gradients_beside_hidden())
             kwargs["num_items_in_batch"] = self._items_in([micro_batch.first_rows])
             with replaced(self.trainer, log=not_logged), self.engine.hidden_gradient():
                 loss = original(model, micro_batch.first_rows, *args, **kwargs)
@@ -152,7 +152,7 @@ class PenalisedSteps:
                 return  # of a loss that is yet to be computed
             self._foreign.before_backward()
             original(loss, *args, **kwargs)
-            self.engine.own_gradient()
+            self.engine.after_backward()
             self._foreign.after_backward()
             self.window.micro_batches[-1].has_gradient = True
             if self._takes_rows:  # only now: backward asks whether buffers are as the forward left them
@@ -290,7 +290,7 @@ class PenalisedSteps:
                         with engine.micro_batch(is_last), replaced(self.trainer, **methods):
                             # CUDA graphs write the next pass's loss over it.
                             collected.append(run_pass(micro_batch).clone())
-                            engine.own_gradient()
+                            engine.after_backward()
                     if first:
                         kept.close()
         if fidelity is not None:

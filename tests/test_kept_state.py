@@ -135,42 +135,42 @@ def teacher_in_a_list_of_the_model(cls):
     return cls, {"model": Taught()}
 
 
-@case
-def optimizer_of_a_discriminator(cls):
+def with_discriminator(cls, learning_rate):
     class Adversarial(cls):
+        second_scheduler = None
+
         def compute_loss(self, model, inputs, *args, **kwargs):
             outputs = model(**inputs)
             self.second_optimizer.zero_grad()
             self.critic(outputs["logits"].detach()).mean().backward()
             self.second_optimizer.step()
+            if self.second_scheduler is not None:
+                self.second_scheduler.step()
             return outputs["loss"] + 0.1 * self.critic(outputs["logits"]).mean()
 
     def setup(trainer):
         torch.manual_seed(1)
         trainer.critic = nn.Linear(3, 1)
-        trainer.second_optimizer = torch.optim.Adam(trainer.critic.parameters(), lr=1e-2)
+        trainer.second_optimizer = torch.optim.Adam(trainer.critic.parameters(), lr=learning_rate)
 
-    return Adversarial, {"setup": setup}
+    return Adversarial, setup
+
+
+@case
+def optimizer_of_a_discriminator(cls):
+    trainer_cls, setup = with_discriminator(cls, learning_rate=1e-2)
+    return trainer_cls, {"setup": setup}
 
 
 @case
 def scheduler_of_a_discriminator(cls):
-    class Adversarial(cls):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            outputs = model(**inputs)
-            self.second_optimizer.zero_grad()
-            self.critic(outputs["logits"].detach()).mean().backward()
-            self.second_optimizer.step()
-            self.second_scheduler.step()
-            return outputs["loss"] + 0.1 * self.critic(outputs["logits"]).mean()
+    trainer_cls, setup = with_discriminator(cls, learning_rate=1e-1)
 
-    def setup(trainer):
-        torch.manual_seed(1)
-        trainer.critic = nn.Linear(3, 1)
-        trainer.second_optimizer = torch.optim.Adam(trainer.critic.parameters(), lr=1e-1)
+    def with_scheduler(trainer):
+        setup(trainer)
         trainer.second_scheduler = torch.optim.lr_scheduler.StepLR(trainer.second_optimizer, 2, 0.5)
 
-    return Adversarial, {"setup": setup, "accumulation": 2}
+    return trainer_cls, {"setup": with_scheduler, "accumulation": 2}
 
 
 class StepsMultiplier(TrainerCallback):
@@ -180,11 +180,6 @@ class StepsMultiplier(TrainerCallback):
     def on_pre_optimizer_step(self, *args, **kwargs):
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def with_multiplier(trainer):
-    trainer.multiplier = nn.Parameter(torch.tensor(0.5))
-    trainer.second_optimizer = torch.optim.SGD([trainer.multiplier], lr=0.5, maximize=True)
 
 
 @case
@@ -202,7 +197,11 @@ def multiplier_that_the_loss_moves(cls):
                 self.second_optimizer.zero_grad()
             return loss
 
-    return Constrained, {"setup": with_multiplier, "accumulation": 2}
+    def setup(trainer):
+        trainer.multiplier = nn.Parameter(torch.tensor(0.5))
+        trainer.second_optimizer = torch.optim.SGD([trainer.multiplier], lr=0.5, maximize=True)
+
+    return Constrained, {"setup": setup, "accumulation": 2}
 
 
 @pytest.mark.parametrize("where", ["attribute", "list", "module"])

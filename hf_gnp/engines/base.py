@@ -188,8 +188,8 @@ class Engine(Moves):
         """Something that changes when anybody adds to the gradient; None where that cannot be seen."""
         return None
 
-    def own_gradient(self) -> None:
-        """After each backward, where the gradient that it left would not outlive the next forward."""
+    def after_backward(self) -> None:
+        """After each backward of the loss: its gradient outlives the next forward, and is reduced if the pass is."""
         return None
 
     def computes_in_16_bit(self) -> bool:

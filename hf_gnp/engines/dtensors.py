@@ -1,6 +1,7 @@
 """Parameters and gradients that may be DTensors: this rank's part of one, and where it lies in the whole."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
     """The gradient of a parameter that has one."""
     assert parameter.grad is not None
     return parameter.grad
+
+
+@contextlib.contextmanager
+def gradients_hidden(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters have no gradient, and one that is made there is dropped; on leaving, they have their own."""
+    hidden = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in hidden:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in hidden:
+            parameter.grad = gradient
 
 
 def local_gradient(parameter: nn.Parameter) -> torch.Tensor:

@@ -24,6 +24,7 @@ from .dtensors import (
     as_sharded,
     count_copies,
     gradient_of,
+    gradients_hidden,
     local_axes,
     local_gradient,
     local_part,
@@ -124,7 +125,7 @@ class NativeEngine(Engine):
         self._is_reducing = not self.perturbation.is_per_rank and (is_last or self.perturbation.is_per_micro_batch)
         if self.perturbation.is_per_rank:
             return self.accelerator.no_sync(self.model)
-        return reducing(self.model) if self._is_reducing else contextlib.nullcontext()
+        return reducing(self.model, self._fsdp_modules) if self._is_reducing else contextlib.nullcontext()
 
     def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
         parameter = shard.parameter
@@ -151,7 +152,7 @@ class NativeEngine(Engine):
     @contextlib.contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
         self._is_reducing = self._reduces(is_last)
-        reduced = reducing(self.model) if self._is_reducing else self._no_sync()
+        reduced = reducing(self.model, self._fsdp_modules) if self._is_reducing else self._no_sync()
         with self.sync_gradients_set(is_last), reduced:
             yield
 
@@ -273,30 +274,22 @@ class NativeEngine(Engine):
             average_gradients([parameter for parameter, _ in gradient if id(parameter) in inside], some_unused=False)
         return gradient
 
-    @contextlib.contextmanager
-    def hidden_gradient(self) -> Iterator[None]:
-        hidden = [(parameter, parameter.grad) for parameter in (*self.parameters, *self._outside)]
-        for parameter, _ in hidden:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            for parameter, gradient in hidden:
-                parameter.grad = gradient
+    def hidden_gradient(self) -> AbstractContextManager[None]:
+        return gradients_hidden((*self.parameters, *self._outside))
 
     def gradient_marks(self) -> list[tuple[int, int]]:
         gradients = [p.grad for p in (*self.parameters, *self._outside)]
         return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
 
-    def own_gradient(self) -> None:
-        if self._is_reducing and not self.accelerator.sync_gradients and (adapters := self._beside_shards()):
+    def after_backward(self) -> None:
+        if self._is_reducing and not self.accelerator.sync_gradients and (adapters := self._unsharded()):
             average_gradients(adapters, some_unused=True)
         # A parameter's first gradient is the very tensor that backward made, here one of a CUDA graph's.
         if self._uses_cuda_graphs:
             for parameter in self._with_any_gradient():
                 parameter.grad = gradient_of(parameter).clone()
 
-    def _beside_shards(self) -> list[nn.Parameter]:
+    def _unsharded(self) -> list[nn.Parameter]:
         """
         Of a model that transformers sharded at load time what came later, an adapter: a hook of `Trainer`'s takes the
         mean over ranks of its gradients in the last backward of a step, and in no other.

@@ -1,7 +1,7 @@
 """What DDP, FSDP2 and torch.compile put around a model: what is inside, and when gradients are reduced."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from accelerate.utils import is_compiled_module
@@ -35,11 +35,15 @@ def has_communication_hook(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def reducing(model: nn.Module) -> Iterator[None]:
-    """Gradients are reduced, also within the `no_sync` that `Trainer` puts around all but the last micro-batch."""
-    for module in model.modules():  # also within what torch.compile and PEFT put around them
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(True, recurse=False)
+def reducing(model: nn.Module, fsdp_modules: Iterable[FSDPModule]) -> Iterator[None]:
+    """
+    Gradients are reduced, also within the `no_sync` that `Trainer` puts around all but the last micro-batch.
+
+    Args:
+        fsdp_modules: Those of the model, also within what torch.compile and PEFT put around them.
+    """
+    for module in fsdp_modules:
+        module.set_requires_gradient_sync(True, recurse=False)
     ddp = without_compile(model)
     if not isinstance(ddp, DistributedDataParallel):
         yield

@@ -5,7 +5,7 @@ import inspect
 import itertools
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,32 +72,34 @@ def find_trained(trainer: Any) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if parameter.requires_grad]
 
 
-def find_parameters_beside(trainer: Any, owners: Iterable[Any], trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+def find_parameters_beside(trainer: Any, owners: Sequence[Any], trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Those that may have a gradient, and that no step of the trainer's moves: an adversary's, a multiplier."""
     groups = () if trainer.optimizer is None else trainer.optimizer.param_groups
-    found = {id(parameter): None for parameter in (*trained, *(p for group in groups for p in group["params"]))}
+    found = {id(parameter) for parameter in (*trained, *(p for group in groups for p in group["params"]))}
+    registered = (parameter for module in find_modules(owners) for parameter in module._parameters.values())
+    others = (owner for owner in owners if not isinstance(owner, nn.Module))
+    attributes = (item for value in _values(others) for item in items(value))
     beside = []
-    for owner in owners:
-        if isinstance(owner, nn.Module):
-            values: Iterable[Any] = owner._parameters.values()
-        elif isinstance(owner, GENERATORS):
-            continue
-        else:
-            values = (item for _, value in watched(owner) if type(value) not in OPAQUE for item in items(value))
-        for value in values:
-            is_parameter = issubclass(type(value), torch.Tensor) and isinstance(value, nn.Parameter)
-            if is_parameter and value.requires_grad and id(value) not in found:
-                found[id(value)] = None
-                beside.append(value)
+    for value in (*registered, *attributes):
+        is_parameter = issubclass(type(value), torch.Tensor) and isinstance(value, nn.Parameter)
+        if is_parameter and value.requires_grad and id(value) not in found:
+            found.add(id(value))
+            beside.append(value)
     return beside
 
 
 def find_large_tensors(owners: Iterable[Any]) -> Iterator[torch.Tensor]:
     """Those in attributes, or in containers in attributes, that `PythonState` does not look into."""
+    for value in _values(owners):
+        yield from large_tensors(value)
+
+
+def _values(owners: Iterable[Any]) -> Iterator[Any]:
+    """Of attributes that may be state of a step, those in which there may be something."""
     for owner in owners:
         for _, value in () if isinstance(owner, GENERATORS) else watched(owner):
             if type(value) not in OPAQUE:
-                yield from large_tensors(value)
+                yield value
 
 
 def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:

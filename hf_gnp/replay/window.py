@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_gnp.engines.dtensors import gradients_hidden
+
 from .buffers import RunningTensors, addresses, budget_of
 from .contents import GENERATORS, OPAQUE, Held
 from .owners import (
@@ -122,23 +124,15 @@ class Window:
         random_state = RandomState(self.devices)
         python_state = self._python_state(lambda value: True)
         try:
-            with self.tensors.kept(), self.gradients_beside_kept():
+            with self.tensors.kept(), self.gradients_beside_hidden():
                 yield
         finally:
             random_state.restore()
             python_state.put_back()
 
-    @contextlib.contextmanager
-    def gradients_beside_kept(self) -> Iterator[None]:
-        """Inside, parameters that no step of the trainer's moves have no gradient; on leaving, that which they had."""
-        kept = [(parameter, parameter.grad) for parameter in self._beside]
-        for parameter, _ in kept:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            for parameter, gradient in kept:
-                parameter.grad = gradient
+    def gradients_beside_hidden(self) -> contextlib.AbstractContextManager[None]:
+        """`gradients_hidden` of the parameters that no step of the trainer's moves."""
+        return gradients_hidden(self._beside)
 
     def _python_state(self, keeps: Callable[[Any], bool]) -> PythonState:
         moved = self._weights | addresses(parameter.grad for parameter in self._trained)

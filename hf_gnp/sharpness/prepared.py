@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_gnp.engines import refuse_engine
+from hf_gnp.engines.dtensors import gradients_hidden
 from hf_gnp.replay.buffers import RunningTensors, addresses, budget_of
 from hf_gnp.replay.contents import Held
 from hf_gnp.replay.owners import (
@@ -107,13 +108,12 @@ class UntouchedState:
         self._random_state = RandomState(random_devices(trainer, model))
         moved = addresses(tensor for parameter in trained for tensor in (parameter, parameter.grad))
         self._python_state = PythonState(owners, moved, Held(budget_of(trained)))
-        self._gradients = [(p, p.grad) for p in find_parameters_beside(trainer, owners, trained)]
+        self._beside, self._hidden = find_parameters_beside(trainer, owners, trained), contextlib.ExitStack()
         self._model, self._training = model, [(module, module.training) for module in model.modules()]
 
     def begin(self) -> None:
         self._model.eval()
-        for parameter, _ in self._gradients:
-            parameter.grad = None
+        self._hidden.enter_context(gradients_hidden(self._beside))
 
     def put_back(self) -> None:
         self._tensors.rewind()
@@ -122,7 +122,6 @@ class UntouchedState:
 
     def end(self) -> None:
         self.put_back()
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
+        self._hidden.close()
         for module, training in self._training:
             module.training = training

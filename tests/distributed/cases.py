@@ -47,6 +47,13 @@ def untied(kind: str, engine: str) -> str:
     return "llama-untied" if kind == "llama" and engine == "fsdp2" else kind
 
 
+# Kinds and arguments under FSDP2 whose gradients it does not reduce, or whose wrapper is torch.compile's.
+BESIDE_FSDP2: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama-lora", {}),
+    "compiled": (untied("llama", "fsdp2"), {"torch_compile": True, "torch_compile_backend": "eager"}),
+}
+
+
 def reference_of(case: dict[str, Any], ranks: int = RANKS, **kwargs: Any):
     model = make_model(case["kind"])
     for name, parameter in model.named_parameters():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from cases import ENGINES, RANKS, gnp, result_of, run_cases, untied
+from cases import BESIDE_FSDP2, ENGINES, RANKS, gnp, result_of, run_cases, untied
 from runs import BASE, WEIGHTS_TOLERANCE, ascent_from, by_scope, window_loss, windows
 from tiny import flat_weights, make_model, relative_distance
 
@@ -39,15 +39,13 @@ ON_ENGINES["fraction_of_rank-ddp-vit"] = {
     "kind": "vit",
     "args": {**CHEAPER["fraction"], "gnp_scope": "rank", "gradient_accumulation_steps": 4, "num_train_epochs": 2},
 }
-COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
-# Whose gradients FSDP2 does not reduce, or whose wrapper is torch.compile's.
 ON_ENGINES |= {
     f"fraction-fsdp2-{name}": {
         "engine": "fsdp2",
         "kind": kind,
         "args": {**CHEAPER["fraction"], **ACCUMULATION, "num_train_epochs": 2, **arguments},
     }
-    for name, kind, arguments in (("lora", "llama-lora", {}), ("compiled", untied("llama", "fsdp2"), COMPILED))
+    for name, (kind, arguments) in BESIDE_FSDP2.items()
 }
 # What stage 0 takes in fp32: it counts the steps of a group in the state of one parameter.
 ON_ENGINES["precondition-zero0-fused"] = {

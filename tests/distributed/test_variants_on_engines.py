@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 import reference
 import torch
-from cases import ENGINES, RANKS, assert_matches_reference, gnp, reference_of, result_of, run_cases, untied
+from cases import (
+    BESIDE_FSDP2,
+    ENGINES,
+    RANKS,
+    assert_matches_reference,
+    gnp,
+    reference_of,
+    result_of,
+    run_cases,
+    untied,
+)
 from runs import WEIGHTS_TOLERANCE, by_scope, reference_run, window_loss, windows
 from tiny import adversarial, flat_weights, make_model, relative_distance
 
@@ -55,17 +65,13 @@ SCOPED = {
     for engine in engines
     for kind, alpha, accumulation in (("vit", 0.8, 2), ("vit", 1.0, 4), ("llama", 0.8, 4))
 }
-# Whose gradients FSDP2 does not reduce, or whose wrapper is torch.compile's.
 SCOPED |= {
     f"micro_batch-fsdp2-{name}": {
         "engine": "fsdp2",
         "kind": kind,
         "args": gnp(0.8, gnp_scope="micro_batch", **ACCUMULATION, **arguments),
     }
-    for name, kind, arguments in (
-        ("lora", "llama-lora", {}),
-        ("compiled", untied("llama", "fsdp2"), {"torch_compile": True, "torch_compile_backend": "eager"}),
-    )
+    for name, (kind, arguments) in BESIDE_FSDP2.items()
 }
 SCOPED_LOW = {
     f"micro_batch-{engine}-{precision}-{where}": {
