@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # PATH: DeepSpeed looks there for ninja, to compile its CPU collectives.
-test: $(STAMP) ## run the whole test suite (PYTEST_ARGS="-x tests/test_trainer.py" for a part)
+test: $(STAMP) ## run the whole test suite (PYTEST_ARGS="-x tests/step/test_identity.py" for a part)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 LOWEST := PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest
@@ -29,8 +29,9 @@ test-lowest: ## run the tests of one process and a case of each engine with the 
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt -e ".[deepspeed,sharpness]" bitsandbytes peft \
 		pytest pytest-xdist psutil scikit-learn tensorboard optuna sentence-transformers trl
-	$(LOWEST) --ignore tests/distributed --ignore tests/clients --ignore tests/gpu
-	$(LOWEST) "tests/distributed/test_engines.py::test_three_ranks[ddp zero1 zero2 zero3 zero2-offload]"
+	$(LOWEST) --ignore tests/engines --ignore tests/clients --ignore tests/gpu \
+		--ignore-glob "tests/sharpness/*_on_engines.py"
+	$(LOWEST) "tests/engines/test_matrix.py::test_three_ranks[ddp zero1 zero2 zero3 zero2-offload]"
 
 demo: $(STAMP) ## train a small ViT on digits with wrong labels, with and without the penalty (four minutes)
 	$(BIN)/python examples/demo.py

@@ -15,28 +15,7 @@ if TYPE_CHECKING:
 WARMUP_TYPES = ("auto", "none", "r", "lambda", "zero")
 SCOPES = ("step", "micro_batch", "rank", "rank_micro_batch")
 DIRECTIONS = ("gradient", "momentum")
-# What excludes what, and why.
-EXCLUDE = (
-    (
-        "gnp_direction=momentum",
-        (
-            *("gnp_reuse", "gnp_ascent_fraction", "gnp_scope", "gnp_normalize_gradient", "gnp_adaptive"),
-            *("gnp_precondition", "gnp_warmup_type=lambda"),
-        ),
-        "moves before there is a gradient, along one direction for the whole step",
-    ),
-    (
-        "gnp_reuse",
-        ("gnp_ascent_fraction", "gnp_scope", "gnp_normalize_gradient"),
-        "keeps what g₂ adds to the g₁ of the same examples",
-    ),
-    (
-        "gnp_ascent_fraction",
-        ("gnp_scope=micro_batch", "gnp_scope=rank_micro_batch"),
-        "takes the direction from some of a step's micro-batches, and a micro-batch scope from each",
-    ),
-    ("gnp_adaptive", ("gnp_precondition",), "is a metric of its own"),
-)
+METRICS = ("l2", "layer", "element")
 
 
 def check_schedule(args: "GNPArguments") -> None:
@@ -78,12 +57,8 @@ def check_perturbation(args: "GNPArguments") -> None:
         raise ValueError(f"gnp_scope must be one of {SCOPES}, but it is {args.gnp_scope!r}.")
     if args.gnp_direction not in DIRECTIONS:
         raise ValueError(f"gnp_direction must be one of {DIRECTIONS}, but it is {args.gnp_direction!r}.")
-    args.gnp_ascent_fraction = number("gnp_ascent_fraction", args.gnp_ascent_fraction)
-    if not 0 < args.gnp_ascent_fraction <= 1:
-        raise ValueError(
-            "gnp_ascent_fraction is the share of a step's examples that give the direction, above 0 and at most "
-            f"1, but it is {args.gnp_ascent_fraction}."
-        )
+    if args.gnp_metric not in METRICS:
+        raise ValueError(f"gnp_metric must be one of {METRICS}, but it is {args.gnp_metric!r}.")
     names = [f.name for f in fields(args) if f.name.startswith("gnp_") and f.type is bool]
     if args.gnp_stochastic_rounding != "auto":  # a string for argparse, which has no bool that may be a word too
         names.append("gnp_stochastic_rounding")
@@ -98,29 +73,24 @@ def check_perturbation(args: "GNPArguments") -> None:
 
 
 def check_pairs(args: "GNPArguments") -> None:
-    """Refuse arguments that exclude each other, naming both."""
-    set_by_user = {
-        "gnp_direction=momentum": args.gnp_direction == "momentum",
-        "gnp_reuse": args.gnp_reuse,
-        "gnp_ascent_fraction": args.gnp_ascent_fraction < 1,
+    """Refuse what `gnp_direction="momentum"` excludes: it moves before there is a gradient, once for a whole step."""
+    if args.gnp_direction != "momentum":
+        return
+    excluded = {
         f"gnp_scope={args.gnp_scope}": args.gnp_scope != "step",
         "gnp_normalize_gradient": args.gnp_normalize_gradient,
-        "gnp_adaptive": args.gnp_adaptive,
-        "gnp_precondition": args.gnp_precondition,
         "gnp_warmup_type=lambda": args.gnp_warmup_type == "lambda",
     }
-    chosen = [name for name, is_set in set_by_user.items() if is_set]
-    for one, excluded, reason in EXCLUDE:
-        others = [name for name in chosen if name != one and name.startswith(excluded)]
-        if one in chosen and others:
-            raise ValueError(f"{one} {reason}: leave out {' and '.join(others)}.")
-    if "gnp_direction=momentum" in chosen and args.gnp_alpha not in (0, 1):
+    if others := [name for name, is_set in excluded.items() if is_set]:
+        raise ValueError(
+            "gnp_direction=momentum moves before there is a gradient, along one direction for the whole step: leave "
+            f"out {' and '.join(others)}."
+        )
+    if args.gnp_alpha not in (0, 1):
         raise ValueError(
             "gnp_direction=momentum has one gradient, that of the moved weights, so gnp_alpha is 1 (or 0, for "
             f"plain training), but it is {args.gnp_alpha}: leave it out."
         )
-    if args.gnp_reuse and args.gnp_interval == 1:
-        raise ValueError("gnp_reuse adds to the steps between penalised ones: set gnp_interval to 2 or more.")
 
 
 def number(name: str, value: Any) -> float:

@@ -5,7 +5,16 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .argument_checks import DIRECTIONS, SCOPES, WARMUP_TYPES, check_pairs, check_perturbation, check_schedule, number
+from .argument_checks import (
+    DIRECTIONS,
+    METRICS,
+    SCOPES,
+    WARMUP_TYPES,
+    check_pairs,
+    check_perturbation,
+    check_schedule,
+    number,
+)
 
 
 DEFAULT_ALPHA = 0.8
@@ -32,8 +41,6 @@ class GNPArguments:
         gnp_alpha (`float`, *optional*, defaults to 0.8):
             α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM). With
             `gnp_direction="momentum"`, which has one gradient, it is 1.
-        gnp_lambda (`float`, *optional*):
-            λ = α r, the coefficient of the penalty, instead of `gnp_alpha`; it is folded into `gnp_alpha`.
 
     Args: Schedule
         gnp_warmup_type (`str`, *optional*, defaults to `"auto"`):
@@ -59,35 +66,26 @@ class GNPArguments:
             `"step"`, the whole global batch; `"micro_batch"`, each micro-batch of all ranks; `"rank"`, all
             micro-batches of each rank; `"rank_micro_batch"`, each micro-batch of each rank. The last two on one
             process and DDP only.
-        gnp_ascent_fraction (`float`, *optional*, defaults to 1.0):
-            f, take g₁ from the first ⌈f M⌉ of the M accumulated micro-batches, scaled to the window, at a cost of
-            1 + f (arXiv 2110.08529). Without accumulation, from the first rows of the micro-batch. For the scopes
-            `"step"` and `"rank"`.
         gnp_direction (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"` moves along g₁. `"momentum"` moves by -r m/‖m‖ along the optimizer's first moment and steps
             with the gradient there: one pass, at a cost of 1 (MSAM, arXiv 2401.12033). Its r is far larger: 3 for a
             ViT with AdamW. A step without a moment yet, the first, is a plain step.
-        gnp_reuse (`bool`, *optional*, defaults to `False`):
-            With `gnp_interval`, add to the gradients of the steps between the component v of the last g₂ that was
-            orthogonal to its g₁, as α ‖g‖ v/‖v‖ (LookSAM, arXiv 2203.02714).
-        gnp_precondition (`bool`, *optional*, defaults to `False`):
-            Move by r D⁻¹g₁/√(g₁ᵀD⁻¹g₁) with D = √v̂ + ε of Adam's second moment v̂ (arXiv 2502.02407). A step without a
-            second moment yet, the first, is a plain step.
         gnp_normalize_gradient (`bool`, *optional*, defaults to `False`):
             Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default.
-        gnp_adaptive (`bool`, *optional*, defaults to `False`):
-            Move by r θ²g₁/‖θ ⊙ g₁‖, which does not depend on the scale of the weights (ASAM, arXiv 2102.11600). Its r
-            is about ten times larger.
+        gnp_metric (`str`, *optional*, defaults to `"l2"`):
+            How the move is shared out. `"l2"` moves all weights by r g₁/‖g₁‖, the paper's formula. `"layer"` moves
+            each tensor in proportion to its own norm, by r (‖θ_l‖/‖θ‖) g_l/‖g_l‖: a good r differs less between models
+            of different kinds and sizes. `"element"` moves by r θ²g₁/‖θ ⊙ g₁‖ (ASAM, arXiv 2102.11600), with an r
+            about ten times larger. Its authors' code adds 0.01 to |θ| and does not scale biases. This one scales every
+            parameter by |θ|.
         gnp_target_modules (`list[str]`, *optional*):
             Move only these parameters: a regular expression for the whole name, name endings (as in PEFT), or `"norm"`
             for those of normalisation layers (SAM-ON, arXiv 2306.04226).
 
-    Args: Precision and engines
+    Args: Precision
         gnp_stochastic_rounding (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether the moved 16-bit weights are rounded stochastically, so that a small move is not rounded away.
             `"auto"`: where no fp32 master exists.
-        gnp_allow_unchecked (`bool`, *optional*, defaults to `False`):
-            Run with DeepSpeed options that nobody has checked the penalty with, and that are refused otherwise.
 
     Raises:
         ValueError: naming the argument, for a value outside its range or for arguments that exclude each other.
@@ -107,10 +105,6 @@ class GNPArguments:
     gnp_alpha: float | None = field(
         default=None,
         metadata={"help": "α: the share of the second gradient, from 0 (plain training) to 1 (SAM). Default: 0.8."},
-    )
-    gnp_lambda: float | None = field(
-        default=None,
-        metadata={"help": "λ = α r: the coefficient of the gradient-norm penalty, to be given instead of gnp_alpha."},
     )
     # Schedule
     gnp_warmup_type: str = field(
@@ -141,12 +135,6 @@ class GNPArguments:
             "choices": list(SCOPES),
         },
     )
-    gnp_ascent_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "f: take the direction from the first f of a step's accumulated micro-batches, at a cost of 1 + f."
-        },
-    )
     gnp_direction: str = field(
         default="gradient",
         metadata={
@@ -154,33 +142,27 @@ class GNPArguments:
             "choices": list(DIRECTIONS),
         },
     )
-    gnp_reuse: bool = field(
-        default=False,
-        metadata={"help": "With gnp_interval, add the last penalty's component to the steps between (LookSAM)."},
-    )
-    gnp_precondition: bool = field(
-        default=False,
-        metadata={"help": "Move along g₁/(√v̂ + ε) with Adam's second moment v̂, normalised in the same metric."},
-    )
     gnp_normalize_gradient: bool = field(
         default=False, metadata={"help": "Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default."}
     )
-    gnp_adaptive: bool = field(
-        default=False, metadata={"help": "Move by r θ²g₁/‖θ ⊙ g₁‖, independent of the scale of the weights (ASAM)."}
+    gnp_metric: str = field(
+        default="l2",
+        metadata={
+            "help": "How the move is shared out: l2 (the paper's), layer (each tensor in proportion to its norm), or "
+            "element (ASAM).",
+            "choices": list(METRICS),
+        },
     )
     gnp_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Move only these parameters: a regular expression, name endings, or norm (SAM-ON)."},
     )
-    # Precision and engines
+    # Precision
     gnp_stochastic_rounding: str = field(
         default="auto",
         metadata={
             "help": "Round moved 16-bit weights stochastically: true, false, or auto (where no fp32 master exists)."
         },
-    )
-    gnp_allow_unchecked: bool = field(
-        default=False, metadata={"help": "Run with DeepSpeed options that the penalty was not checked with."}
     )
 
     def __post_init__(self) -> None:
@@ -191,8 +173,8 @@ class GNPArguments:
 
     def check_gnp_values(self) -> None:
         """
-        Fold `gnp_lambda` into `gnp_alpha`, and check all gnp arguments. Called when the arguments are made and at the
-        beginning of each `train`, as a notebook or a hyperparameter search sets them in between.
+        Check all gnp arguments. Called when the arguments are made and at the beginning of each `train`, as a notebook
+        or a hyperparameter search sets them in between.
 
         Raises:
             ValueError: naming the argument.
@@ -204,18 +186,6 @@ class GNPArguments:
 
     def _check_strength(self) -> None:
         self.gnp_r = number("gnp_r", self.gnp_r)
-        if self.gnp_lambda is not None:
-            if self.gnp_alpha not in (None, vars(self).get("_gnp_checked_alpha")):
-                raise ValueError("gnp_alpha and gnp_lambda (= gnp_alpha * gnp_r) say the same: give one of the two.")
-            gnp_lambda = number("gnp_lambda", self.gnp_lambda)
-            if gnp_lambda > self.gnp_r:
-                raise ValueError(
-                    f"gnp_lambda is gnp_alpha * gnp_r and at most gnp_r ({self.gnp_r}), but it is {gnp_lambda}: "
-                    "raise gnp_r or lower gnp_lambda."
-                )
-            # One of the two stays set, so that a copy built from all the fields is valid again.
-            self.gnp_alpha = gnp_lambda / self.gnp_r if self.gnp_r > 0 else 0.0
-            self.gnp_lambda = None
         if vars(self).get("_gnp_default_alpha") == self.gnp_alpha:  # no user's, as another direction has another
             self.gnp_alpha = None
         self._gnp_default_alpha = None
@@ -226,12 +196,11 @@ class GNPArguments:
             raise ValueError(f"gnp_alpha is the share of the second gradient, at most 1, but it is {self.gnp_alpha}.")
         if self.gnp_r == 0 and self.gnp_alpha > 0:
             raise ValueError("gnp_r is 0, which moves nothing: set gnp_r > 0, or gnp_alpha=0 for plain training.")
-        self._gnp_checked_alpha = self.gnp_alpha  # one that differs later was set by the user
 
     def gnp_values(self) -> dict[str, Any]:
-        """What a run should say of itself: r, α, and the other `gnp_*` arguments that are not at their defaults."""
+        """Return what a run should say of itself: r, α, and the `gnp_*` arguments that are not at their defaults."""
         strength = {"gnp_r": self.gnp_r, "gnp_alpha": self.gnp_alpha}
-        defaults = {f.name: f.default for f in fields(GNPArguments) if f.name not in (*strength, "gnp_lambda")}
+        defaults = {f.name: f.default for f in fields(GNPArguments) if f.name not in strength}
         return strength | {n: getattr(self, n) for n, default in defaults.items() if getattr(self, n) != default}
 
 
@@ -248,12 +217,12 @@ class GNPTrainingArguments(GNPArguments, TrainingArguments):
 
 
 def gnp_arguments_of(args: TrainingArguments) -> GNPArguments:
-    """`args` itself if it has the `gnp_*` arguments; else the defaults, to be kept beside it."""
+    """Return `args` itself if it has the `gnp_*` arguments, else the defaults."""
     return args if isinstance(args, GNPArguments) else GNPArguments()
 
 
-def take_over(gnp_args: GNPArguments, args: TrainingArguments | GNPArguments | dict[str, Any]) -> None:
-    """Take the gnp values that were set on plain `TrainingArguments`, or that a trial has, and check them all."""
+def update_arguments(gnp_args: GNPArguments, args: TrainingArguments | GNPArguments | dict[str, Any]) -> None:
+    """Set the gnp values that plain `TrainingArguments` were given, or that a trial has, and check them all."""
     if args is not gnp_args:
         values = args if isinstance(args, dict) else vars(args)
         for name in {f.name for f in fields(GNPArguments)} & values.keys():

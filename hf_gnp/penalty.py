@@ -2,7 +2,7 @@
 The math of the penalised step, on lists of local tensors: no collective, no engine, no Trainer.
 
     g₁ = ∇L(θ)
-    g₂ = ∇L(θ + r g₁/‖g₁‖)
+    g₂ = ∇L(θ + e)              e = r g₁/‖g₁‖, or in another metric (perturbation.py)
     g  = (1-α) g₁ + α g₂        = ∇L(θ) + λ H(θ) g₁/‖g₁‖ + O(λ r)        λ = α r
 
 `g` is made without a second gradient buffer: g₁ is scaled by (1-α)/α, the second pass accumulates g₂ into it, and
@@ -17,11 +17,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from hf_gnp.moments import SecondMoment
-from hf_gnp.rounding import Place, round_stochastically, uniform_noise
+from .rounding import round_stochastically
 
 
-# At most so many elements of a list are moved together, where moving them takes memory.
+# The most elements that are moved together, where moving them takes memory.
 PART = 2**22
 
 # What torch._foreach_* take.
@@ -30,29 +29,43 @@ Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 Item = TypeVar("Item")
 
 
-def local_sq_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def local_sq_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    The sum of squares of all elements of local tensors.
+    Return the sum of squares of each local tensor.
 
     Args:
-        tensors: Local tensors of any shapes, floating dtypes and devices; empty ones count as 0.
+        tensors: Local tensors of any shapes, floating dtypes and devices. Empty ones count as 0.
 
     Returns:
-        A scalar on the device of the first tensor (on the CPU for an empty list), in float32, or in float64 where a
+        A vector on the device of the first tensor (on the CPU for an empty list), in float32, or in float64 where a
         tensor is: squares of 16-bit gradients neither overflow nor round.
     """
     by_kind = defaultdict(list)
-    for tensor in tensors:
-        by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(tensor)
-    total = torch.zeros((), device=tensors[0].device if tensors else "cpu")
-    for (_, dtype), group in by_kind.items():
-        norms = torch.stack(torch._foreach_norm(group, 2, dtype=dtype))
-        total = total + norms.square().sum().to(total.device)
-    return total
+    for i, tensor in enumerate(tensors):
+        by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(i)
+    result = torch.zeros(0)
+    for (_, dtype), indices in by_kind.items():
+        sq_norms = torch.stack(torch._foreach_norm([tensors[i] for i in indices], 2, dtype=dtype)).square_()
+        if len(by_kind) == 1:
+            return sq_norms
+        if len(result) == 0:
+            widest = max((dtype for _, dtype in by_kind), key=lambda dtype: dtype.itemsize)
+            result = torch.zeros(len(tensors), dtype=widest, device=tensors[0].device)
+        result[indices] = sq_norms.to(result)
+    return result
+
+
+def local_dots(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the inner product of each pair of local tensors of one shape, in the dtype of `local_sq_norms`."""
+    dots = [torch.zeros(0)]
+    for tensor, other in zip(tensors, others, strict=True):
+        dtype = torch.promote_types(torch.promote_types(tensor.dtype, other.dtype), torch.float32)
+        dots.append(torch.dot(tensor.flatten().to(dtype), other.flatten().to(tensor.device, dtype)).view(1))
+    return torch.cat([dot.to(dots[-1].device) for dot in dots])
 
 
 def in_groups(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """The items in order, as many together as have at most `limit` in all; a larger one by itself."""
+    """Yield the items in order, as many together as have at most `limit` in all. A larger one stands by itself."""
     group: list[Item] = []
     size = 0
     for item in items:
@@ -65,65 +78,54 @@ def in_groups(items: Iterable[Item], size_of: Callable[[Item], int], limit: int)
         yield group
 
 
-def local_dot(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of products of all elements of local tensors of the same shapes pairwise: a scalar in float32."""
-    total = torch.zeros((), device=tensors[0].device if tensors else "cpu")
-    for tensor, other in zip(tensors, others, strict=True):
-        total = total + torch.dot(tensor.flatten().float(), other.flatten().float()).to(total.device)
-    return total
-
-
 class _Part(NamedTuple):
     """A few rows of one tensor, or all: as much of it as is moved at once."""
 
     weight: torch.Tensor
-    gradient: torch.Tensor
+    direction: torch.Tensor
     master: torch.Tensor
-    place: Place
-    second_moment: SecondMoment | None
+    scale: float
+    generator: torch.Generator | None
 
 
 def move_(
     weights: Tensors,
-    gradients: Tensors,
+    directions: Tensors,
     masters: Tensors,
-    scale: float,
-    adaptive: bool = False,
-    noise_seed: int | None = None,
-    places: Sequence[Place] | None = None,
+    scale: float | Sequence[float],
+    elementwise: bool = False,
+    generators: Sequence[torch.Generator] | None = None,
     measure: bool = False,
-    second_moments: Sequence[SecondMoment] | None = None,
 ) -> torch.Tensor | None:
     """
-    Set `weights = masters + e` with `e = scale * gradients`, or `scale * masters² * gradients` if adaptive, or
-    `scale * D⁻¹ gradients` if second moments are given, rounded once to the dtype of the weights.
+    Set `weights = masters + e`, with `e = scale * directions` or `e = scale * masters² * directions`.
 
     Args:
-        weights, gradients, masters: Local tensors, of the same shapes pairwise, each list with its own dtype and
-            device. `masters` may be the weights themselves.
-        noise_seed: If given, 16-bit weights are rounded stochastically; equal on all ranks.
-        places: Where each tensor lies in its whole parameter, for the noise; None: each is whole.
+        weights, directions, masters: Local tensors, of the same shapes pairwise, each list with its own dtype and
+            device. `masters` may be the weights themselves. The result is rounded once to the weights' dtype.
+        scale: One number, or one for each tensor.
+        elementwise: Whether the directions are multiplied by `masters²`.
+        generators: One for each tensor, with which 16-bit weights are rounded stochastically. None: to nearest.
         measure: Whether to compare the move with what rounding left of it.
-        second_moments: One for each tensor.
 
     Returns:
         If measured, the local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32; else None.
     """
     is_in_place = all(weight is master for weight, master in zip(weights, masters, strict=True))
     if all(weight.dtype.itemsize > 2 for weight in weights):
-        noise_seed = None
-    if is_in_place and not (adaptive or second_moments or measure) and noise_seed is None:
+        generators = None
+    if is_in_place and isinstance(scale, float) and not (elementwise or measure or generators):
         if weights:
-            torch._foreach_add_(weights, gradients, alpha=scale)
+            torch._foreach_add_(weights, directions, alpha=scale)
         return None
-    if places is None:
-        places = [Place.whole(i, weight.shape) for i, weight in enumerate(weights)]
+    scales = [scale] * len(weights) if isinstance(scale, float) else scale
+    noise: Sequence[torch.Generator | None] = generators or [None] * len(weights)
     sums = torch.zeros(2, device=weights[0].device if weights else "cpu")
-    moments: Sequence[SecondMoment | None] = second_moments or [None] * len(weights)
-    tensors = [_Part(*parts) for parts in zip(weights, gradients, masters, places, moments, strict=True)]
-    # A group at a time: of all, the moved tensors would be a second copy of the masters.
+    tensors = [_Part(*parts) for parts in zip(weights, directions, masters, scales, noise, strict=True)]
+    common = scale if isinstance(scale, float) and not elementwise else None
+    # A group at a time: the moved tensors of all would be a second copy of the masters.
     for parts in in_groups((part for tensor in tensors for part in _by_rows(tensor)), _numel, PART):
-        measured = _move_parts(parts, scale, adaptive, noise_seed, measure)
+        measured = _move_parts(parts, common, elementwise, measure)
         if measured is not None:
             sums = sums + measured.to(sums.device)
     return sums if measure else None
@@ -134,55 +136,48 @@ def _numel(part: _Part) -> int:
 
 
 def _by_rows(tensor: _Part) -> Iterator[_Part]:
-    """A tensor of more than `PART` elements, a few rows at a time."""
+    """Yield a tensor of more than `PART` elements a few rows at a time."""
     if tensor.weight.numel() <= PART:
         yield tensor
         return
     rows = len(tensor.weight)
     at_once = max(1, PART * rows // tensor.weight.numel())
     for start in range(0, rows, at_once):
-        end = min(start + at_once, rows)
-        weight, gradient, master = (local[start:end] for local in tensor[:3])
-        moment = tensor.second_moment and tensor.second_moment.rows(start, end)
-        yield _Part(weight, gradient, master, tensor.place.rows(start, end), moment)
+        weight, direction, master = (local[start : start + at_once] for local in tensor[:3])
+        yield tensor._replace(weight=weight, direction=direction, master=master)
 
 
 def _move_parts(
-    parts: Sequence[_Part], scale: float, adaptive: bool, noise_seed: int | None, measure: bool
+    parts: Sequence[_Part], common_scale: float | None, elementwise: bool, measure: bool
 ) -> torch.Tensor | None:
-    """`move_`, for tensors of which a few copies fit."""
+    """`move_`, for tensors of which a few copies fit into memory."""
     weights = [part.weight for part in parts]
     starts = [p.master.to(torch.promote_types(p.master.dtype, torch.float32)) for p in parts]
-    directions = [p.gradient.to(start.device, start.dtype) for p, start in zip(parts, starts, strict=True)]
-    if adaptive:
-        directions = list(torch._foreach_mul(torch._foreach_mul(starts, starts), directions))
-    elif metrics := [p.second_moment.inverse_metric() for p in parts if p.second_moment is not None]:
-        directions = [d * m.to(d.device, d.dtype) for d, m in zip(directions, metrics, strict=True)]
-    moved = list(torch._foreach_add(starts, directions, alpha=scale))
-    for i, (weight, part) in enumerate(zip(weights, parts, strict=True)):
-        if noise_seed is not None and weight.dtype.itemsize == 2:
-            noise = uniform_noise(part.place, noise_seed, weight.device)
-            moved[i] = round_stochastically(moved[i].to(weight.device), weight.dtype, noise)
+    moves = [p.direction.to(start.device, start.dtype) for p, start in zip(parts, starts, strict=True)]
+    if common_scale is not None:  # rounded as in `move_`: a step that is logged is the step that it would be
+        moved = list(torch._foreach_add(starts, moves, alpha=common_scale))
+    if common_scale is None or measure:
+        moves = list(torch._foreach_mul(moves, [part.scale for part in parts]))
+    if elementwise:
+        moves = list(torch._foreach_mul(torch._foreach_mul(starts, starts), moves))
+    if common_scale is None:
+        moved = list(torch._foreach_add(starts, moves))
+    for i, part in enumerate(parts):
+        if part.generator is not None and part.weight.dtype.itemsize == 2:
+            moved[i] = round_stochastically(moved[i].to(part.weight.device), part.weight.dtype, part.generator)
     if not measure:
         copy_(weights, moved)
         return None
     before = [weight.clone() for weight in weights]
     copy_(weights, moved)
-    sums = torch.zeros(2, device=weights[0].device)
-    for triple in zip(weights, before, directions, strict=True):
-        sums = sums + _fidelity_sums(*triple, scale).to(sums.device)
-    return sums
-
-
-def _fidelity_sums(weight: torch.Tensor, before: torch.Tensor, direction: torch.Tensor, scale: float) -> torch.Tensor:
-    e = (scale * direction).to(weight.device, torch.float32).flatten()
-    change = (weight.float() - before.float()).flatten()
-    return torch.stack([torch.dot(change, e), torch.dot(e, e)])
+    changes = [weight.float() - old.float() for weight, old in zip(weights, before, strict=True)]
+    moves = [move.to(weight.device, torch.float32) for weight, move in zip(weights, moves, strict=True)]
+    return torch.stack([local_dots(changes, moves).sum(), local_sq_norms(moves).sum()])
 
 
 def scale_(tensors: Tensors, scale: float) -> None:
     """`tensors *= scale`, in place."""
-    if tensors:
+    if tensors and scale != 1:
         torch._foreach_mul_(tensors, scale)
 
 

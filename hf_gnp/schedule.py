@@ -8,7 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Penalty:
-    """The penalty of one optimizer step: the radius r > 0 and the share 0 < α ≤ 1 of the second gradient."""
+    """
+    The penalty of one optimizer step: the radius r > 0 and the share 0 < α ≤ 1 of the second gradient.
+
+    One of the two is 0 at the start of a warm-up with `gnp_normalize_gradient`, where g₂ is g₁.
+    """
 
     r: float
     alpha: float
@@ -23,6 +27,8 @@ class Schedule:
     Args:
         total_steps: The optimizer steps of the whole run, of which `start` and `end` are fractions.
         warmup_steps: During it r or α rises from 0 as the learning rate does, or there is no penalty.
+        is_normalized: Whether g₁ is normalised in the mix. Then the first step of a warm-up of r or α is no plain
+            step: it is (1-α) g₁/‖g₁‖ + α g₁, as in the authors' code.
     """
 
     r: float
@@ -35,6 +41,7 @@ class Schedule:
     interval: int = 1
     probability: float = 1.0
     seed: int = 0
+    is_normalized: bool = False
 
     @classmethod
     def from_args(
@@ -66,29 +73,27 @@ class Schedule:
             interval=args.gnp_interval,
             probability=args.gnp_probability,
             seed=training_args.seed,
+            is_normalized=args.gnp_normalize_gradient,
         )
 
     def at(self, step: int) -> Penalty | None:
-        """The penalty of optimizer step `step`, counted from 0 (`state.global_step`); None for a plain step."""
-        return self.strength(step) if self._is_chosen(step) else None
-
-    def strength(self, step: int) -> Penalty | None:
-        """The penalty that step `step` has, or would have if interval and probability chose it."""
+        """Return the penalty of optimizer step `step`, counted from 0 (`state.global_step`). None: a plain step."""
+        if not self.start * self.total_steps <= step < self.end * self.total_steps:
+            return None
+        if self.probability < 1:
+            is_chosen = random.Random(f"{self.seed}:{step}").random() < self.probability
+        else:
+            is_chosen = (step + 1) % self.interval == 0
+        if not is_chosen:
+            return None
         warmth = min(1.0, step / self.warmup_steps) if self.warmup_type != "none" and self.warmup_steps > 0 else 1.0
+        if self.warmup_type == "zero" and warmth < 1:
+            return None
         r = self.r * warmth if self.warmup_type == "r" else self.r
         alpha = self.alpha * warmth if self.warmup_type == "lambda" else self.alpha
-        is_warming_up = self.warmup_type == "zero" and warmth < 1
-        is_on = not is_warming_up and self._is_in_range(step)
-        return Penalty(r, alpha) if is_on and r > 0 and alpha > 0 else None
-
-    def _is_in_range(self, step: int) -> bool:
-        return self.start * self.total_steps <= step < self.end * self.total_steps
-
-    def _is_chosen(self, step: int) -> bool:
-        if self.probability < 1:
-            return random.Random(f"{self.seed}:{step}").random() < self.probability
-        return (step + 1) % self.interval == 0
+        is_on = (r > 0 and alpha > 0) or (self.is_normalized and warmth < 1)
+        return Penalty(r, alpha) if is_on else None
 
     def noise_seed(self, step: int) -> int:
-        """For the noise of a step, equal on all ranks."""
+        """Return the seed for the noise of a step, equal on all ranks."""
         return random.Random(f"noise:{self.seed}:{step}").getrandbits(62)

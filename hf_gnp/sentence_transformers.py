@@ -12,7 +12,7 @@ sentence-transformers' trainers and their arguments with the penalty: `GNPSenten
 
 import sentence_transformers
 
-from .ready_made import classes_of
+from .wrap import classes_of
 
 
 __getattr__ = classes_of(sentence_transformers, __name__)

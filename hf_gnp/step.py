@@ -1,27 +1,33 @@
-"""One penalised step, out of engine, window, schedule and mix. It knows of the trainer what a window records."""
+"""One penalised step: first pass, norm, move, second pass, mix."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .direction import Perturbation
-from .engines import Engine, make_engine
-from .foreign import ForeignGradient
-from .interrupts import DeferredSignals
-from .metrics import StepMetrics
-from .replay.first_pass import is_called_by_training_step, replaced
-from .replay.probe import not_logged, probe
-from .replay.window import Deferred, MicroBatch, Window, first_rows
-from .reuse import OrthogonalComponent
+from .engines import make_engine
+from .logs import RadiusHint, StepLogs, logs_after
+from .move import Move
+from .own_backward import OwnBackward
+from .perturbation import Perturbation
 from .schedule import Penalty, Schedule
+from .second_pass import (
+    MicroBatch,
+    Window,
+    is_called_by_training_step,
+    is_same_pass,
+    probe_same_forward,
+    refuse_same_pass,
+    replaced,
+)
+from .signals import DeferredSignals
 
 
-RunPass = Callable[[MicroBatch | Deferred], torch.Tensor]
+RunAgain = Callable[[MicroBatch], torch.Tensor]
 
 
 class PenalisedSteps:
@@ -29,317 +35,222 @@ class PenalisedSteps:
     The steps of one run of the training loop, which begins with a new state and perhaps a new wrapping of the model.
 
     Args:
-        trainer: Of it, the accelerator, the state and what `Window` records are used.
+        trainer: Its accelerator, its state and what `Window` records are used.
         schedule: The penalty of each step.
     """
 
     def __init__(self, trainer: Any, model: nn.Module, schedule: Schedule):
-        self.trainer, self.model, self.state = trainer, model, trainer.state
-        self.schedule = schedule
-        self.metrics = StepMetrics()
+        self.trainer, self.model, self.state, self.schedule = trainer, model, trainer.state, schedule
+        self.logs, self.radius_hint = StepLogs(), RadiusHint()
         self.window = Window(trainer, model)
-        self.engine: Engine = make_engine(
-            trainer.accelerator, model, Perturbation.from_args(trainer.gnp_args, trainer.model), trainer.optimizer
-        )
+        perturbation = Perturbation.from_args(trainer.gnp_args, trainer.model)
+        self.engine = make_engine(trainer.accelerator, model, perturbation, trainer.optimizer)
+        self.move = Move(self.engine)
+        self.own_backward = OwnBackward(self.engine, trainer.accelerator, type(trainer).__name__)
+        self.in_second_pass = False
         self.step: int | None = None
         self.penalty: Penalty | None = None
-        self.reuse = OrthogonalComponent(self.engine) if trainer.gnp_args.gnp_reuse else None
-        self._first_passes = math.inf
-        self._begins_penalised = False
+        self._is_open = False  # whether a window has begun
         self._is_probed = False
-        self._recorded = 0
-        self._hooks = contextlib.ExitStack()
-        self._foreign = ForeignGradient(self.engine, type(trainer).__name__)
-        self._has_reached = False  # `Trainer.training_step`
-        self._inputs: Any = None
+        self._has_reached = False  # `Trainer.training_step`, in any micro-batch
+        self._calls = self._calls_before = 0  # of compute_loss by `Trainer.training_step`, in this window
+        self.inputs: Any = None  # of the micro-batch that runs, as the data loader gave them
 
     @property
     def is_perturbed(self) -> bool:
         return self.engine.is_perturbed
 
-    @property
-    def _perturbation(self) -> Perturbation:
-        return self.engine.perturbation
-
-    def begin_micro_batch(self, step: int, inputs: Any) -> None:
-        """Before the first pass of each micro-batch of the step, whose `inputs` are as the data loader gave them."""
-        if step != self.step:
-            penalty = self._penalty_at(step)
-            if self.step is not None and len(self.window) and self.penalty != penalty:
-                self.close()
-            self.step, self.penalty = step, penalty
-            self.metrics.begin(self.penalty)
-        if not len(self.window):
-            perturbation = Perturbation.from_args(self.trainer.gnp_args, self.trainer.model)
-            self.engine.begin_window(perturbation if self.penalty else perturbation.of_plain_step())
-            self.close()
-            micro_batches = self.trainer.current_gradient_accumulation_steps or 1
-            self._first_passes = self._perturbation.first_passes(micro_batches)
-            self._hooks.enter_context(replaced(self.trainer.accelerator, backward=self._backward))
-            self._foreign.set_aside()
-        elif inputs is self._inputs:
-            raise NotImplementedError(called_twice(self.trainer))
-        self._inputs = inputs
-
-    def _penalty_at(self, step: int) -> Penalty | None:
-        if self._begins_penalised:
-            self._begins_penalised = False
-            return self.schedule.strength(step)
-        return self.schedule.at(step)
-
-    def end_micro_batch(self) -> None:
-        """`Trainer`'s loop goes on: the next inputs may be the same object, from a loader that repeats a batch."""
-        self._inputs = None
-
-    def resume_from(self, checkpoint: str | None) -> None:
-        """Before the first step: what `gnp_reuse` kept. A run that resumes without begins with a penalised step."""
-        if self.reuse is not None and checkpoint is not None:
-            self._begins_penalised = not self.reuse.load(checkpoint)
-
     # The first pass.
 
-    @contextlib.contextmanager
-    def first_pass(self) -> Iterator[None]:
-        """Around a subclass's `training_step`: what `Trainer.training_step` computes in it is recorded."""
-        self._recorded = len(self.window)
-        marks = self.engine.gradient_marks()
-        is_last = self._recorded + 1 == self._first_passes
-        with self.engine.first_pass(is_last), replaced(self.trainer, compute_loss=self._compute_loss):
-            yield
-        if len(self.window) > self._recorded:
-            self._has_reached = True
-            self.window.drop_unfinished()
-        elif marks != self.engine.gradient_marks() or (marks is None and not self._has_reached):
-            raise NotImplementedError(never_reached(self.trainer))  # else a batch was skipped
-        self._foreign.refuse()
+    def first_pass(self, training_step: Callable[..., Any], inputs: Any, num_items_in_batch: Any) -> Any:
+        """
+        Run one micro-batch through the subclass's `training_step`, and record what `Trainer.training_step` computes.
 
-    def end_first_pass(self, loss: torch.Tensor) -> None:
-        """What `training_step` returned."""
-        if len(self.window.micro_batches) > self._recorded:
+        Args:
+            inputs: As the data loader gave them.
+        """
+        self._begin_micro_batch(inputs)
+        self._calls_before = self._calls
+        recorded = replaced(self.trainer, compute_loss=self._compute_loss)
+        with self.engine.first_pass(), self._moved_along_momentum(), recorded:
+            loss = training_step(self.model, inputs, num_items_in_batch)
+        has_reached = self._calls > self._calls_before
+        self._has_reached |= has_reached
+        if not has_reached and self.own_backward.sees_other_gradient(self._has_reached):
+            raise NotImplementedError(never_reached(self.trainer))  # else a batch was skipped
+        if isinstance(loss, torch.Tensor):
+            loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") write the next pass's over it
+        if len(self.window.micro_batches) > self.own_backward.losses:
+            del self.window.micro_batches[-1]  # a subclass has caught what its forward or backward raised
+        elif has_reached and self.window.micro_batches:
             self.window.micro_batches[-1].loss = loss
+        return loss
+
+    def _begin_micro_batch(self, inputs: Any) -> None:
+        step = self.trainer.state.global_step
+        if step != self.step:
+            penalty = self.schedule.at(step)
+            if self.step is not None and self._is_open and self.penalty != penalty:
+                self.close()
+            self.step, self.penalty = step, penalty
+            self.logs.begin(penalty)
+        if self._is_open and inputs is self.inputs:
+            raise NotImplementedError(called_twice(self.trainer))
+        if not self._is_open:
+            perturbation = Perturbation.from_args(self.trainer.gnp_args, self.trainer.model)
+            perturbation = perturbation if self.penalty else perturbation.of_plain_step()
+            self.engine.begin_window(perturbation, self.trainer.optimizer)
+            self.close()
+            if self.engine.is_perturbed:  # along the momentum, for micro-batches that no step followed
+                self.engine.restore()
+            self._is_open = True
+            self.own_backward.begin_window()
+        self.inputs = inputs
 
     def _compute_loss(
         self, original: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if not is_called_by_training_step():
             return original(model, inputs, *args, **kwargs)
-        if len(self.window) > self._recorded:
+        if self._calls > self._calls_before:
             raise NotImplementedError(called_twice(self.trainer))
-        items, steps = kwargs.get("num_items_in_batch"), self.trainer.current_gradient_accumulation_steps
-        if len(self.window) >= self._first_passes:
-            self.window.deferred.append(Deferred(inputs, items, steps))
-            return torch.zeros((), device=self.trainer.accelerator.device, requires_grad=True)
-        micro_batch = self.window.record(inputs, items, steps, self.penalty is not None)
-        if not self._takes_rows:
-            loss = original(model, inputs, *args, **kwargs)
-        else:
-            # A pass without a trace: that of the whole micro-batch is yet to come, at the moved weights.
-            micro_batch.first_rows = first_rows(inputs, self._perturbation.first_rows)
-            self._hooks.enter_context(self.window.gradients_beside_hidden())
-            kwargs["num_items_in_batch"] = self._items_in([micro_batch.first_rows])
-            with replaced(self.trainer, log=not_logged), self.engine.hidden_gradient():
-                loss = original(model, micro_batch.first_rows, *args, **kwargs)
+        self._calls += 1
+        if self.penalty is None or self.engine.perturbation.is_momentum:
+            return original(model, inputs, *args, **kwargs)
+        micro_batch = self.window.record(inputs, kwargs.get("num_items_in_batch"))
+        loss = original(model, inputs, *args, **kwargs)
         micro_batch.forward_loss = loss.detach().clone()
         return loss
 
-    def _items_in(self, batches: list[Any]) -> torch.Tensor | int | None:
-        """The labels in some micro-batches, as `Trainer` counts those of a window: over all ranks. A collective."""
-        return self.trainer._get_num_items_in_batch(batches, self.trainer.args.device)
+    @contextlib.contextmanager
+    def _moved_along_momentum(self) -> Iterator[None]:
+        """Move the weights for a micro-batch's only pass, with `gnp_direction="momentum"`."""
+        if self.penalty is None or not self.engine.perturbation.is_momentum:
+            yield
+            return
+        with DeferredSignals():
+            if is_first := self._calls == 0:  # the momentum stays as it is until the step
+                self.move.momentum_norm()
+            measure = logs_after(self.trainer.args, self.state)
+            with self.move.perturbed(self.penalty, self.noise_seed, measure) as perturbed:
+                yield
+        if self.move.has_direction and is_first:
+            self.logs.add(fidelity=perturbed.fidelity)
 
-    def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        if is_called_by_training_step():
-            if self.window.deferred:
-                return  # of a loss that is yet to be computed
-            self._foreign.before_backward()
-            original(loss, *args, **kwargs)
-            self.engine.after_backward()
-            self._foreign.after_backward()
-            self.window.micro_batches[-1].has_gradient = True
-            if self._takes_rows:  # only now: backward asks whether buffers are as the forward left them
-                self.window.tensors.end()
-                next(self.window.replayed())
-        else:
-            self._foreign.backward(functools.partial(original, loss, *args, **kwargs))
-
-    # The end of the window.
+    # The second pass.
 
     @property
-    def is_end_of_window(self) -> bool:
+    def is_window_complete(self) -> bool:
         """Whether a second pass follows now: on the last micro-batch of a step, or on each."""
         return self.trainer.accelerator.sync_gradients or self.engine.perturbation.is_per_micro_batch
 
-    def end_window(self, run_pass: RunPass, noise_seed: int, measure: bool) -> torch.Tensor | None:
-        """
-        The second pass, if there is a penalty and a direction. If the step ends too, that of engines that step in
-        backward; else the gradient is held for the rest of the step.
-
-        Returns:
-            What the losses that `training_step` returned lack of the window's, where some micro-batches had no first
-            pass; else None.
-        """
-        engine, lacking = self.engine, None
-        assert self.step is not None  # since `begin_micro_batch`
+    def second_pass(self, run_again: RunAgain) -> None:
+        """Run the window's micro-batches again at moved weights, and mix the gradients. An engine may step now."""
+        engine, is_end_of_step = self.engine, self.trainer.accelerator.sync_gradients
         with DeferredSignals():
-            self._hooks.close()
-            if not self.window.micro_batches:
-                self._foreign.set_aside()
-            if self.penalty is not None and len(self.window):
-                lacking = self._penalise(self.penalty, run_pass, noise_seed, measure)
-            elif self.reuse is not None and (strength := self.schedule.strength(self.step)) is not None:
-                self.reuse.add(strength.alpha)
-            self._foreign.add()
-            if self.trainer.accelerator.sync_gradients:
+            self.own_backward.end_window()
+            if self.penalty is not None and self.window.micro_batches:  # none with the momentum, which needs one pass
+                self._penalise(self.penalty, run_again)
+            self.own_backward.add()
+            if is_end_of_step:
                 engine.finish()
             else:
                 engine.hold_gradient()
         self.close()
-        if not self.trainer.accelerator.sync_gradients and not engine.sets_gradients_aside():
-            # In the middle of a step, and the next window would not see it.
-            self._hooks.enter_context(replaced(self.trainer.accelerator, backward=self._backward))
-        return lacking
+        self.own_backward.after_window()
 
-    def _penalise(self, penalty: Penalty, run_pass: RunPass, noise_seed: int, measure: bool) -> torch.Tensor | None:
-        if self._perturbation.is_momentum:
-            _, losses = self._second_pass(run_pass, penalty, noise_seed, measure)
-            if self.engine.has_direction:
-                self.metrics.add()
-            return _total(losses)
-        # The first rows' pass is rewound already. One reading for both: the device computes on while nobody reads.
-        compared = None if self._takes_rows else self.window.tensors.compare()
-        norms, moved = self.engine.gradient_norms(compared)
-        if not self._takes_rows:
-            self.window.tensors.end(moved)
-        ratio = self._ratio()
-        clean_loss = self.window.loss()
-        lacking = clean_loss * (ratio - 1) if self.window.deferred else None
-        # What has had no pass yet gets one, also at weights that do not move: of these alone, that is a plain step.
-        is_partial = bool(self.window.deferred) or self._takes_rows
-        is_plain = is_partial and not self.engine.has_direction and math.isfinite(norms.gradient + norms.direction)
-        if is_plain:
-            penalty = Penalty(penalty.r, 1.0)
-        elif not self.engine.wants_second_pass():
-            return lacking
-        if self.reuse is not None:
-            self.reuse.keep_first()
-        replayed, losses = self._second_pass(run_pass, penalty, noise_seed, measure, ratio)
-        self.engine.mix(penalty.alpha)
-        if self.reuse is not None:
-            self.reuse.keep_orthogonal()
-        if is_plain and not self._perturbation.is_per_rank:  # else other ranks have something to log together
-            return lacking
-        if not self._takes_rows:
-            sharpness = (_total(replayed) - clean_loss) * ratio
-            self.metrics.add(norms.gradient * ratio, _total(losses), sharpness)
-        else:
-            self.metrics.add(norms.gradient, _total(losses))
-        return lacking
-
-    @property
-    def _takes_rows(self) -> bool:
-        """Whether g₁ is that of a micro-batch's first rows. The same on all ranks, however many rows each has."""
-        # Not in an incomplete window of a run that accumulates, whose inputs may have no rows.
-        return self.trainer.args.gradient_accumulation_steps == 1 and self._perturbation.ascent_fraction < 1
-
-    def _ratio(self) -> float:
-        """What g₁ of the first passes lacks in size to that of the window: its tokens, or its micro-batches."""
-        first, deferred = self.window.micro_batches, self.window.deferred
-        if not deferred:
-            return 1.0
-        micro_batches: list[MicroBatch | Deferred] = [*first, *deferred]
-        items = deferred[0].num_items_in_batch
-        args, is_scaled = self.trainer.args, getattr(self.trainer, "loss_is_scaled_for_ga", None)
-        # Of labels only where the loss is a mean over those of all ranks and of this window alone.
-        is_global = args.average_tokens_across_devices or args.world_size == 1
-        is_one_window = all(micro_batch.num_items_in_batch is items for micro_batch in micro_batches)
-        first_items = None
-        if items is not None and is_scaled is not False and is_global and is_one_window:
-            first_items = self._items_in([micro_batch.inputs for micro_batch in first])
-        if first_items is None:
-            return len(micro_batches) / len(first)
-        counts = [torch.as_tensor(count).flatten()[0].to(args.device) for count in (items, first_items)]
-        of_all, of_first = torch.stack(counts).tolist()
-        return of_all / of_first if of_first > 0 else 1.0
-
-    def _second_pass(
-        self, run_pass: RunPass, penalty: Penalty, noise_seed: int, measure: bool, ratio: float = 1.0
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """
-        All micro-batches at the moved weights. Those that ran before leave no trace but their gradient; the others run
-        for the first time.
-
-        Returns:
-            The losses of those that ran before, and of all.
-        """
-        engine, window = self.engine, self.window
-        again: Iterable[MicroBatch] = window.replayed()
-        first: Sequence[MicroBatch | Deferred] = tuple(window.deferred)
-        if self._takes_rows:
-            again, first = (), tuple(window.micro_batches)
-        passes = len(first) if self._takes_rows else len(window)
-        replayed: list[torch.Tensor] = []
-        losses: list[torch.Tensor] = []
-        with contextlib.ExitStack() as kept:
-            if window.micro_batches and not self._takes_rows:
-                kept.enter_context(window.kept())
+    def _penalise(self, penalty: Penalty, run_again: RunAgain) -> None:
+        window, engine, move = self.window, self.engine, self.move
+        self.own_backward.refuse_changes()
+        window.refuse_tensors_on_parameters()
+        # One reading for both: the device computes on while nobody reads.
+        norm, moved = move.gradient_norm(window.tensors.compare())
+        window.tensors.end(moved)
+        if norm == 0:
+            self.own_backward.refuse_lone()
+        windows = self.trainer.current_gradient_accumulation_steps if engine.perturbation.is_per_micro_batch else 1
+        share = 1 / (windows or 1)
+        if penalty.r * penalty.alpha == 0:  # a warm-up with gnp_normalize_gradient: g₂ is g₁
+            if 0 < norm < math.inf:
+                engine.scale_gradient((1 - penalty.alpha) * share / norm + penalty.alpha)
+            return
+        if not (move.has_direction or engine.perturbation.is_per_rank):  # the norms of ranks may differ there
+            return
+        is_first, self._is_probed = not self._is_probed, True
+        with self._state_left_as_found():
+            if is_first:
                 self._probe()
-            with engine.perturbed(penalty.r, penalty.alpha, noise_seed, measure, ratio) as fidelity:
-                of_again = {"compute_loss": self._compute_loss_again}
-                for micro_batches, collected, methods in ((again, replayed, of_again), (first, losses, {})):
-                    for micro_batch in micro_batches:
-                        is_last = len(replayed) + len(losses) + 1 == passes
-                        with engine.micro_batch(is_last), replaced(self.trainer, **methods):
-                            # CUDA graphs write the next pass's loss over it.
-                            collected.append(run_pass(micro_batch).clone())
-                            engine.after_backward()
-                    if first:
-                        kept.close()
-        if fidelity is not None:
-            self.metrics.fidelity = fidelity.to(self.trainer.accelerator.device)
-        return replayed, replayed + losses
+            measure = logs_after(self.trainer.args, self.state)
+            with move.perturbed(penalty, self.noise_seed, measure, share) as perturbed:
+                is_visible = is_first and perturbed.moved_weights()
+                losses = self._run_all_again(run_again)
+        engine.mix(penalty.alpha)
+        if is_visible and is_same_pass(window.micro_batches, losses):
+            refuse_same_pass(*move.local_norms_after_mix(penalty.alpha, perturbed.first_scale))
+        perturbed_loss = functools.reduce(torch.add, losses)  # in the order and the dtype of the passes
+        sharpness = perturbed_loss - window.loss()
+        self.logs.add(norm, perturbed_loss, sharpness, perturbed.cosine, perturbed.fidelity)
 
-    def _compute_loss_again(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # A backward of its own, for adversarial inputs or a regulariser, counted in the first pass; and it may end in
+    @contextlib.contextmanager
+    def _state_left_as_found(self) -> Iterator[None]:
+        with self.window.left_as_found():
+            self.in_second_pass = True
+            try:
+                yield
+            finally:
+                self.in_second_pass = False
+
+    def _run_all_again(self, run_again: RunAgain) -> list[torch.Tensor]:
+        losses: list[torch.Tensor] = []
+        for micro_batch in self.window.replayed():
+            is_last = len(losses) + 1 == len(self.window.micro_batches)
+            compute_loss = functools.partial(self._compute_loss_again, micro_batch)
+            with self.engine.replay(is_last), replaced(self.trainer, compute_loss=compute_loss):
+                losses.append(run_again(micro_batch).clone())  # CUDA graphs write the next pass's loss over it
+                self.engine.after_backward()
+        return losses
+
+    def _compute_loss_again(
+        self, micro_batch: MicroBatch, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # A backward of its own, for adversarial inputs or a regulariser, counted in the first pass. It may also end in
         # `zero_grad`, which would take g₁.
-        with self.engine.hidden_gradient():
+        with self.engine.hidden_gradient(), micro_batch.autocast.set():
             return original(*args, **kwargs)
 
     def _probe(self) -> None:
-        """Once a run: the window's first micro-batch again at θ must give the loss that it gave."""
-        if not self._is_probed:
-            self._is_probed = True
-            engine, micro_batch = self.engine, next(self.window.replayed())
-            with engine.hidden_gradient():
-                probe(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
+        """Check, once a run, that the window's first micro-batch gives the same loss again at θ."""
+        engine, micro_batch = self.engine, next(self.window.replayed())
+        with engine.hidden_gradient():
+            probe_same_forward(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
+
+    def noise_seed(self) -> int:
+        """Return the seed of this step's stochastic rounding."""
+        return self.schedule.noise_seed(self.state.global_step)
+
+    # The end.
+
+    @contextlib.contextmanager
+    def clean_after_failure(self) -> Iterator[None]:
+        """Leave clean weights, no gradient and an empty window after any exception."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
 
     def abandon(self) -> None:
-        """After any exception in a step: clean weights, no gradient, an empty window."""
         with DeferredSignals():
             self.close()
             self.engine.abandon()
 
     def close(self) -> None:
         """Forget all that belongs to one window, but the gradient."""
-        self._hooks.close()
         self.engine.end_step()
+        self.move.forget()
         self.window.clear()
-        self._foreign.clear()
-        self._inputs = None
-
-
-def replayed_step(trainer: Any, logs: bool = False) -> contextlib.AbstractContextManager[None]:
-    """
-    Around `Trainer.training_step` in a second pass: inputs are prepared already.
-
-    Args:
-        logs: Whether what is logged in it is logged; not what the first pass has logged.
-    """
-    silenced = {} if logs else {"log": not_logged}
-    return replaced(trainer, _prepare_inputs=lambda original, inputs: inputs, **silenced)
-
-
-def _total(losses: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of at least one, in their order and dtype."""
-    return functools.reduce(torch.add, losses)
+        self.own_backward.clear()
+        self._is_open, self._calls, self.inputs = False, 0, None
 
 
 def never_reached(trainer: Any) -> str:

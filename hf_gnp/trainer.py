@@ -12,22 +12,20 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from .arguments import gnp_arguments_of, take_over
-from .checkpoint import add_to_model_card, load_renamed, remember_values
-from .direction import Perturbation
+from .arguments import gnp_arguments_of, update_arguments
 from .engines import refuse_unsupported
-from .metrics import logs_after
-from .moments import check_optimizer_of, is_adaptive, needed
-from .replay.window import Deferred, MicroBatch
+from .momentum import check_optimizer_of, is_adaptive
+from .perturbation import Perturbation
+from .renamed_weights import load_renamed
+from .run_card import add_to_model_card, remember_values
 from .schedule import Schedule
-from .sharpness import measure_sharpness
-from .sharpness.callback import callbacks_know
-from .step import PenalisedSteps, never_reached, replayed_step
+from .second_pass import MicroBatch, not_logged, replaced
+from .step import PenalisedSteps, never_reached
 
 
 logger = logging.get_logger(__name__)
 
-# Of the perturbation, what should survive rounding.
+# The share of the perturbation that must survive rounding, else a warning.
 FIDELITY_FLOOR = 0.9
 NOT_FINITE = "the gradient is not finite; the weights stay as they are."
 
@@ -60,9 +58,13 @@ class GNPMixin(_Base):
     \\(\theta + r\, g_1/\lVert g_1\rVert\\), with the same dropout masks, and steps with
     \\((1-\alpha)\, g_1 + \alpha\, g_2\\). \\(g_1\\), its norm and the move are those of the whole global batch.
 
-    `Trainer`'s logs gain `gnp_grad_norm` (\\(\lVert g_1\rVert\\)), `gnp_perturbed_loss`, and `gnp_sharpness`
-    (perturbed minus clean loss): means over the penalised steps since the last log, and over ranks. `loss` is the
-    clean loss of the first pass.
+    `Trainer`'s logs gain `gnp_grad_norm` (\\(\lVert g_1\rVert\\)), `gnp_perturbed_loss`, `gnp_sharpness` (perturbed
+    minus clean loss) and, at the steps that are logged, `gnp_cosine` (that of \\(g_1\\) and \\(g_2\\)): means over
+    the penalised steps since the last log, and over ranks. `loss` is the clean loss of the first pass.
+
+    Attributes:
+        in_second_pass: Whether the second pass runs now. What happens once a step, such as logging to a tracker in
+            `compute_loss`, stands behind `if not self.in_second_pass`. Always False outside of training.
 
     Raises:
         ValueError: at construction, for an argument out of range or an optimizer that steps inside backward.
@@ -71,9 +73,8 @@ class GNPMixin(_Base):
 
     _gnp_run: PenalisedSteps | None = None
     _gnp_warned: set[str]
-    current_gradient_accumulation_steps: Any
     _gnp_is_trainers_log = False
-    _gnp_resumed_from: str | None = None
+    current_gradient_accumulation_steps: Any
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -89,27 +90,28 @@ class GNPMixin(_Base):
         super().__init__(*args, **kwargs)
         self.gnp_args = gnp_arguments_of(self.args)
         self._gnp_check()
-        Perturbation.from_args(self.gnp_args, self.model)
 
     def _gnp_check(self) -> None:
         """Refuse gnp arguments out of range, and what the penalty cannot run with."""
-        take_over(self.gnp_args, self.args)
+        update_arguments(self.gnp_args, self.args)
+        perturbation = Perturbation.from_args(self.gnp_args, self.model)
         if self.gnp_args.gnp_alpha != 0:
             optimizer_cls = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else None
-            perturbation = Perturbation.from_args(self.gnp_args, self.model)
-            refuse_unsupported(
-                self.accelerator,
-                self.args,
-                self.optimizer or optimizer_cls,
-                self.model,
-                perturbation,
-                self.gnp_args.gnp_allow_unchecked,
-            )
-            if (argument := needed(self.gnp_args)) is not None:
-                check_optimizer_of(self, argument)
+            optimizer = self.optimizer or optimizer_cls
+            refuse_unsupported(self.accelerator, self.args, optimizer, self.model, perturbation)
+            if perturbation.is_momentum:
+                check_optimizer_of(self)
+
+    @property
+    def in_second_pass(self) -> bool:
+        return self._gnp_run is not None and self._gnp_run.in_second_pass
+
+    # A run.
 
     @_documented_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        from .sharpness.callback import callbacks_know
+
         if self._gnp_run is not None:  # the last run ended while weights were moved
             self._gnp_run.abandon()
             if self._gnp_run.is_perturbed:
@@ -118,95 +120,27 @@ class GNPMixin(_Base):
             with callbacks_know(self):
                 result = super().train(*args, **kwargs)
             self._gnp_tell_dropped()
+            if self._gnp_run is not None and self._gnp_run.is_perturbed:  # for micro-batches that no step followed
+                self._gnp_run.abandon()
             return result
         finally:
             self._gnp_end_run()
-
-    def _gnp_tell_dropped(self) -> None:
-        """Of the steps since the last log: those that the optimizer skipped."""
-        if self._gnp_run is not None and (dropped := int(self._gnp_run.metrics.dropped)):
-            logger.warning(f"{dropped} of the last steps, to step {self.state.global_step}: {NOT_FINITE}")
-
-    def _gnp_end_run(self) -> None:
-        """Afterwards nothing of the run holds the model, unless its weights are moved."""
-        if self._gnp_run is not None:
-            self._gnp_run.close()
-            if not self._gnp_run.is_perturbed:
-                self._gnp_run = None
-
-    @_documented_as(measure_sharpness)
-    def measure_sharpness(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return measure_sharpness(self, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
         # Trainer calls this at the beginning of each run, after which its arguments are settled.
         super()._hp_search_setup(trial)
         if trial is not None and self.gnp_args is not self.args:
-            take_over(self.gnp_args, dict(getattr(trial, "params", trial)))
+            update_arguments(self.gnp_args, dict(getattr(trial, "params", trial)))
         self._gnp_end_run()
         self._gnp_check()
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """
-        The first pass of one micro-batch and, at the end of its accumulation window, the second pass of the window.
-
-        Args and return value are those of [`~transformers.Trainer.training_step`]; the loss is the clean one.
-        """
-        if self.gnp_args.gnp_alpha == 0:
-            return super().training_step(model, inputs, num_items_in_batch)
-        run = self._gnp_current_run(model)
-        try:
-            run.begin_micro_batch(self.state.global_step, inputs)
-            with run.first_pass():
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            if isinstance(loss, torch.Tensor):
-                loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") write the next pass's over it
-            run.end_first_pass(loss)
-            if run.is_end_of_window:
-                noise_seed = run.schedule.noise_seed(self.state.global_step)
-                run_pass = functools.partial(self._gnp_second_pass, model)
-                lacking = run.end_window(run_pass, noise_seed, logs_after(self.args, self.state))
-                loss = loss if lacking is None else loss + lacking
-        except BaseException:
-            run.abandon()
-            raise
-        return loss
-
-    @_documented_as(Trainer.floating_point_ops)
-    def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
-        if self._gnp_run is not None:
-            self._gnp_run.end_micro_batch()  # after which Trainer's loop calls this
-        flops: int = super().floating_point_ops(inputs)
-        return flops
-
-    def _gnp_second_pass(self, model: nn.Module, micro_batch: MicroBatch | Deferred) -> torch.Tensor:
-        """
-        A micro-batch at the moved weights, through `Trainer.training_step`: what a subclass does around it happened
-        once. `Trainer` counts the FLOPs of one pass itself, and logs of the first alone are kept.
-        """
-        self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
-        ran_before = micro_batch.inputs_of_first_pass
-        if ran_before is not None:
-            self._gnp_second_flos += float(self.floating_point_ops(ran_before))
-        with (
-            replayed_step(self, logs=ran_before is not micro_batch.inputs),
-            getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
-        ):
-            return Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
-
     def _gnp_current_run(self, model: nn.Module) -> PenalisedSteps:
-        """What belongs to this run of `train`: `Trainer` makes a new state, and may wrap the model anew, for each."""
+        """Return what belongs to this run of `train`: `Trainer` makes a new state, and may wrap the model anew."""
         run = self._gnp_run
         if run is None or run.state is not self.state or run.model is not model:
             adaptive = is_adaptive(self.optimizer)
             schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, adaptive)
             self._gnp_run = run = PenalisedSteps(self, model, schedule)
-            run.resume_from(self._gnp_resumed_from)
             self._gnp_second_flos, self._gnp_warned = 0.0, set()
             warning = remember_values(self.state, self.gnp_args.gnp_values())
             if warning is not None:
@@ -220,6 +154,57 @@ class GNPMixin(_Base):
                 )
         return run
 
+    def _gnp_end_run(self) -> None:
+        """Let nothing of the run hold the model, unless its weights are moved."""
+        if self._gnp_run is not None:
+            self._gnp_run.close()
+            if not self._gnp_run.is_perturbed:
+                self._gnp_run = None
+
+    # A step.
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """
+        Run the first pass of one micro-batch and, at the end of its window, the second pass of the window.
+
+        Args and return value are those of [`~transformers.Trainer.training_step`]; the loss is the clean one. Outside
+        of `train` there is no optimizer step to penalise, and this is a plain step.
+        """
+        if self.gnp_args.gnp_alpha == 0 or not self.is_in_train:
+            return super().training_step(model, inputs, num_items_in_batch)
+        run = self._gnp_current_run(model)
+        with run.clean_after_failure():
+            loss = run.first_pass(super().training_step, inputs, num_items_in_batch)
+            if run.is_window_complete:
+                run.second_pass(functools.partial(self._gnp_run_again, model))
+        return loss
+
+    def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """
+        Run a micro-batch at the moved weights, through `Trainer.training_step`: what a subclass does around it
+        happened once. Its inputs are prepared already. `Trainer` counts the FLOPs of one pass itself, and logs of the
+        first alone are kept.
+        """
+        self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
+        self._gnp_second_flos += float(self.floating_point_ops(micro_batch.inputs))
+        with (
+            replaced(self, _prepare_inputs=lambda original, inputs: inputs, log=not_logged),
+            getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
+        ):
+            return Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
+
+    @_documented_as(Trainer.floating_point_ops)
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
+        if self._gnp_run is not None:
+            self._gnp_run.inputs = None  # Trainer's loop goes on: a loader may yield the same object again
+        flops: int = super().floating_point_ops(inputs)
+        return flops
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         # Trainer calls this between clipping and the optimizer step, on every engine, and the norm is global.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -227,7 +212,7 @@ class GNPMixin(_Base):
             return grad_norm
         run = self._gnp_run
         if run is None or run.step != self.state.global_step:
-            # A subclass may skip a whole step, which leaves no gradient; DeepSpeed has made the step by now.
+            # A subclass may skip a whole step, which leaves no gradient. DeepSpeed has made the step by now.
             if self.is_deepspeed_enabled or any(p.grad is not None for p in model.parameters()):
                 raise NotImplementedError(never_reached(self))
             return grad_norm
@@ -235,10 +220,12 @@ class GNPMixin(_Base):
         self._gnp_second_flos = 0.0
         dropped = run.engine.drop_nonfinite_gradient(grad_norm)
         if isinstance(dropped, torch.Tensor):
-            run.metrics.dropped += dropped  # read, and told, when Trainer logs
+            run.logs.dropped += dropped  # read, and told, when Trainer logs
         elif dropped:
             logger.warning(f"Step {self.state.global_step}: {NOT_FINITE}")
         return grad_norm
+
+    # Logs.
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._gnp_is_trainers_log = self.control.should_log
@@ -253,7 +240,9 @@ class GNPMixin(_Base):
             self._gnp_is_trainers_log = False
             if self._gnp_run is not None:
                 self._gnp_tell_dropped()
-                logs.update(self._gnp_run.metrics.drain(self.accelerator))
+                logs.update(self._gnp_run.logs.drain(self.accelerator))
+                if hint := self._gnp_run.radius_hint.after(logs):
+                    logger.warning(hint)
             if logs.get("gnp_fidelity", 1.0) < FIDELITY_FLOOR and "fidelity" not in self._gnp_warned:
                 self._gnp_warned.add("fidelity")
                 logger.warning(
@@ -262,8 +251,27 @@ class GNPMixin(_Base):
                 )
         super().log(logs, *args, **kwargs)
 
+    def _gnp_tell_dropped(self) -> None:
+        """Warn of the steps since the last log that the optimizer skipped."""
+        if self._gnp_run is not None and (dropped := int(self._gnp_run.logs.dropped)):
+            logger.warning(f"{dropped} of the last steps, to step {self.state.global_step}: {NOT_FINITE}")
+
+    def measure_sharpness(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Measure how flat the loss is at the weights: see `hf_gnp.sharpness.measure_sharpness`."""
+        from .sharpness import measure_sharpness
+
+        return measure_sharpness(self, *args, **kwargs)
+
+    def find_r(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Suggest a `gnp_r` from passes at the present weights: see `hf_gnp.sharpness.find_r`."""
+        from .sharpness import find_r
+
+        return find_r(self, *args, **kwargs)
+
+    # Checkpoints.
+
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Saves as [`~transformers.Trainer.save_model`] does, but never perturbed weights, as a signal handler may."""
+        """Save as [`~transformers.Trainer.save_model`] does, but never perturbed weights, as a signal handler may."""
         if self._gnp_run is not None and self._gnp_run.is_perturbed:
             raise RuntimeError("The weights are perturbed by an unfinished second pass: nothing was saved.")
         super().save_model(*args, **kwargs)
@@ -279,21 +287,12 @@ class GNPMixin(_Base):
         if not self._gnp_loads_renamed(*inspect.signature(loader).bind(*args, **kwargs).args):
             loader(*args, **kwargs)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._gnp_run is not None and self._gnp_run.reuse is not None:
-            self._gnp_run.reuse.save(output_dir, self.args.should_save)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self._gnp_resumed_from = checkpoint
-
     def _load_best_model(self) -> None:
         if not self._gnp_loads_renamed(self.state.best_model_checkpoint):
             super()._load_best_model()
 
     def _gnp_loads_renamed(self, folder: str, model: nn.Module | None = None) -> bool:
-        """Load a checkpoint that stock `Trainer` would load only in part; False if there is nothing to do."""
+        """Load a checkpoint that stock `Trainer` would load only in part. False: there is nothing to do."""
         # DeepSpeed and FSDP keep checkpoints of their own, under the model's names.
         if self.gnp_args.gnp_alpha == 0 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False

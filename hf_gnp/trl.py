@@ -11,7 +11,7 @@ TRL's trainers and their arguments with the penalty: `GNPSFTTrainer`, `GNPSFTCon
 
 import trl
 
-from .ready_made import classes_of
+from .wrap import classes_of
 
 
 __getattr__ = classes_of(trl, __name__)

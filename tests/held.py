@@ -1,12 +1,13 @@
 """What the penalty holds through the second pass."""
 
 import torch
+from runs import engine_of
 from transformers import Trainer
 
 
 def held_bytes(trainer: Trainer) -> int:
     """The bytes of all tensors in the lists of the engine of this run, but the weights themselves."""
-    engine = trainer._gnp_run.engine
+    engine = engine_of(trainer)
     tensors = [t for value in vars(engine).values() if isinstance(value, list) for t in value]
     storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
     weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}

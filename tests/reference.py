@@ -30,18 +30,32 @@ def scale_invariant(parameters: Tensors, g1: Tensors) -> list[torch.Tensor]:
     return [p.square() * g / length for p, g in zip(parameters, g1, strict=True)]
 
 
-def in_the_metric_of_adam(parameters: Tensors, g1: Tensors, optimizer: torch.optim.Adam) -> list[torch.Tensor]:
-    """D⁻¹g₁/√(g₁ᵀD⁻¹g₁) with D = √v̂ + ε, for the elements that have a v; 0 before there is any."""
-    group = optimizer.param_groups[0]
-    states = [optimizer.state[p] for p in group["params"]]
-    if not all(states):
-        return [torch.zeros_like(g) for g in g1]
-    scaled = []
-    for g, state in zip(g1, states, strict=True):
-        second_moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
-        scaled.append(torch.where(second_moment > 0, g / (second_moment.sqrt() + group["eps"]), 0.0))
-    length = torch.stack([(g.double() * d.double()).sum() for g, d in zip(g1, scaled, strict=True)]).sum().sqrt()
-    return [d / length for d in scaled]
+def along_some(chosen: Sequence[bool]) -> Callable[[Tensors, Tensors], list[torch.Tensor]]:
+    """g₁/‖g₁‖ of the chosen parameters, with the norm of these, and 0 of the others: SAM-ON (Müller et al. 2023)."""
+
+    def direction(parameters: Tensors, g1: Tensors) -> list[torch.Tensor]:
+        length = norm(g for g, is_chosen in zip(g1, chosen, strict=True) if is_chosen)
+        return [g / length if is_chosen else torch.zeros_like(g) for g, is_chosen in zip(g1, chosen, strict=True)]
+
+    return direction
+
+
+def in_proportion_to_each_tensor(parameters: Tensors, g1: Tensors) -> list[torch.Tensor]:
+    """(‖w_l‖/‖w‖) g_l/‖g_l‖ for each tensor l with both norms above 0, over which ‖w‖ is taken."""
+    moves = [bool(p.count_nonzero() and g.count_nonzero()) for p, g in zip(parameters, g1, strict=True)]
+    length = norm([p for p, is_moved in zip(parameters, moves, strict=True) if is_moved] or parameters)
+    triples = zip(parameters, g1, moves, strict=True)
+    return [norm([p]) / length * g / norm([g]) if is_moved else torch.zeros_like(g) for p, g, is_moved in triples]
+
+
+def cosine_of(g1: Tensors, g2: Tensors, moves: Tensors, scales: Tensors | None = None) -> float:
+    """⟨g₁, g₂⟩/(‖g₁‖ ‖g₂‖) over the tensors that move or have no gradient at θ, or that of w g₁ and w g₂."""
+    scales = scales or [torch.ones_like(g) for g in g1]
+    quadruples = zip(g1, g2, scales, moves, strict=True)
+    quadruples = [q for q in quadruples if q[3].count_nonzero() or not q[0].count_nonzero()]
+    first, second = ([w.double() * q[i].double() for q in quadruples for w in [q[2]]] for i in (0, 1))
+    product = sum((a * b).sum() for a, b in zip(first, second, strict=True))
+    return float(product / (norm(first) * norm(second))) if quadruples else float("nan")
 
 
 def paper_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
@@ -52,6 +66,11 @@ def paper_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
 def authors_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
     """(1-α) g₁/‖g₁‖ + α g₂: `norm_perturbations=True` in the authors' code."""
     return paper_mix([g / norm(g1) for g in g1], g2, alpha)
+
+
+def authors_mix_of(share: float) -> Callable[[Tensors, Tensors, float], list[torch.Tensor]]:
+    """Return `authors_mix` for one of several directions of a step, whose unit gradient counts with its share."""
+    return lambda g1, g2, alpha: paper_mix([share * g / norm(g1) for g in g1], g2, alpha)
 
 
 def add_(parameters: Tensors, moves: Tensors) -> None:
@@ -99,32 +118,37 @@ def train(
     direction: Callable[[Tensors, Tensors], Tensors] = along_the_gradient,
     mix: Callable[[Tensors, Tensors, float], Tensors] = paper_mix,
     groups: Callable[[Any], Sequence[Any]] = lambda batch: [batch],
-    ascent: Callable[[Any], tuple[Any, float]] = lambda group: (group, 1.0),
 ) -> list[dict[str, float]]:
     """
-    Step once on each batch, with the r and α that `penalty` has for the step. Return the clean loss, ‖g₁‖ and the
-    perturbed loss of each step. `groups` are the parts of a batch with a perturbation each, whose losses and mixed
-    gradients add up to those of the step (Foret et al. 2021, section 4.1: m-sharpness); ‖g₁‖ is summed over them.
-    `ascent` is what of a group g₁ is taken from, and what its loss lacks to that of the group (Bahri et al. 2022).
+    Step once on each batch, with the r and α that `penalty` has for the step.
+
+    Args:
+        groups: Splits a batch into parts with a perturbation each. Their losses and mixed gradients add up to those of
+            the step (m-sharpness: Foret et al. 2021, section 4.1), and their ‖g₁‖ are summed.
+
+    Returns:
+        The clean loss, ‖g₁‖ and the perturbed loss of each step, and the cosine of g₁ and g₂ (with ASAM's metric that
+        of w g₁ and w g₂), the mean over parts.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     logs = []
     for step, batch in enumerate(batches):
         r, alpha = penalty(step)
         log = {"loss": 0.0, "gnp_grad_norm": 0.0, "gnp_perturbed_loss": 0.0}
-        total = [torch.zeros_like(p) for p in parameters]
+        total, cosines = [torch.zeros_like(p) for p in parameters], []
         for group in groups(batch):
-            part, share = ascent(group)
-            loss = share * loss_function(model, part)
+            loss = loss_function(model, group)
             g1 = gradient(model, loss)
-            e = [r * d for d in direction([p.detach() for p in parameters], g1)]
+            weights = [p.detach().clone() for p in parameters]
+            e = [r * d for d in direction(weights, g1)]
             perturbed_loss, g2 = gradient_at(model, e, loss_function, group)
+            cosines.append(cosine_of(g1, g2, e, weights if direction is scale_invariant else None))
             add_(total, mix(g1, g2, alpha) if alpha > 0 else g1)
             log["loss"] += loss.item()
             log["gnp_grad_norm"] += norm(g1).item()
             log["gnp_perturbed_loss"] += perturbed_loss.item()
         step_along(optimizer, parameters, total, max_norm)
-        logs.append(log)
+        logs.append(log | {"gnp_cosine": sum(cosines) / len(cosines)})
     return logs
 
 
@@ -154,36 +178,4 @@ def train_msam(
         add_(parameters, e)
         losses.append(loss.item())
     add_(parameters, [-moved_by for moved_by in e])
-    return losses
-
-
-def train_looksam(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Any],
-    loss_function: Callable[[torch.nn.Module, Any], torch.Tensor],
-    r: float,
-    alpha: float,
-    interval: int,
-    max_norm: float | None = None,
-) -> list[float]:
-    """
-    LookSAM (arXiv 2203.02714, Algorithm 1): at every k-th step v is what of g₂ is orthogonal to g₁, and at the others
-    α ‖g‖ v/‖v‖ is added to the gradient g. Penalised steps use (1-α) g₁ + α g₂. Return the clean losses.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    losses, v = [], None
-    for step, batch in enumerate(batches):
-        loss = loss_function(model, batch)
-        g1 = gradient(model, loss)
-        step_gradient = g1
-        if (step + 1) % interval == 0:
-            _, g2 = gradient_at(model, [r * g / norm(g1) for g in g1], loss_function, batch)
-            cosine = sum((a.double() * b.double()).sum() for a, b in zip(g1, g2, strict=True)) / norm(g1) / norm(g2)
-            v = [b - norm(g2) * cosine * a / norm(g1) for a, b in zip(g1, g2, strict=True)]
-            step_gradient = paper_mix(g1, g2, alpha)
-        elif v is not None:
-            step_gradient = [a + alpha * norm(g1) / norm(v) * b for a, b in zip(g1, v, strict=True)]
-        step_along(optimizer, parameters, step_gradient, max_norm)
-        losses.append(loss.item())
     return losses

@@ -1,7 +1,6 @@
 """One training run with a trainer, and the same run with the reference loop."""
 
 import copy
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -20,6 +19,8 @@ from hf_gnp import GNPMixin, GNPTrainer, GNPTrainingArguments
 
 # Both sides round in fp32 in another order: a prototype was 1.3e-5 of the way apart; losses are sums of a few numbers.
 WEIGHTS_TOLERANCE, LOG_TOLERANCE = 1e-4, 1e-5
+# The cosine's g₁ is read from the move, whose weights round at 6e-8 of themselves.
+COSINE_TOLERANCE = 1e-4
 # As the installed transformers calls it: the first name is the newer one.
 CHECKPOINTING = next(
     name
@@ -35,6 +36,9 @@ TRAINER_OPTIONS = (
     "optimizers",
 )
 MICRO_BATCH = 4
+# A perturbation too short to change any fp32 weight: the second pass repeats the first.
+UNMOVED = {"gnp_alpha": 1.0, "gnp_r": 1e-30, "gnp_warmup_type": "none"}
+BOTH = (Trainer, GNPTrainer)
 # On a CPU, without reports, bars and checkpoints, every step logged.
 QUIET = {
     "logging_steps": 1,
@@ -103,6 +107,22 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    """With weights that a checkpoint has to replace: all of them."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def assert_loads(folder: Any, source: torch.nn.Module, model: torch.nn.Module) -> None:
+    """The trainer of a model of other weights finds those of `source` in the folder, and draws no random numbers."""
+    trainer = make_trainer(folder / "out", "net", model=randomized(model))
+    before = generators()
+    trainer._load_from_checkpoint(str(folder))
+    assert_identical(snapshot(model), snapshot(source))
+    assert_identical(generators(), before)
+
+
 class WeightsAtSaves(TrainerCallback):
     """The weights when each checkpoint is written, by step."""
 
@@ -111,6 +131,46 @@ class WeightsAtSaves(TrainerCallback):
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self.weights[state.global_step] = snapshot(model)
+
+
+def make_unmoved(output_dir: Any, cls: type[Trainer], kind: str = "net", **kwargs: Any) -> Trainer:
+    """A trainer of a few windows of two micro-batches. A penalised one perturbs its weights by nothing."""
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 3, **kwargs}
+    if issubclass(cls, GNPMixin):
+        settings = UNMOVED | settings
+    return make_trainer(output_dir, kind, cls, **settings)
+
+
+def assert_unmoved_is_plain(make: Callable[[type[Trainer]], Trainer]) -> tuple[Trainer, Trainer]:
+    """Train what `make` returns for `Trainer` and for `GNPTrainer`: weights, logs and generators end the same."""
+    trainers, results = [], []
+    for cls in BOTH:
+        torch.manual_seed(0)
+        trainers.append(make(cls))
+        results.append(run(trainers[-1]))
+    assert all("gnp_sharpness" in log for log in results[1]["logs"])
+    results[1]["logs"] = without_gnp(results[1]["logs"])
+    assert_identical(*results[::-1])
+    return trainers[0], trainers[1]
+
+
+def inner(cls, base):
+    """A trainer of the user's own, made by `base(Trainer)`, with `GNPMixin` before it where `cls` is penalised."""
+    own = base(Trainer)
+    return type("Own", (GNPMixin, own), {}) if issubclass(cls, GNPMixin) else own
+
+
+def without_gnp(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in log.items() if not name.startswith("gnp")} for log in logs]
+
+
+def is_perturbed(trainer: Trainer) -> bool:
+    """Whether the weights are those of the second pass."""
+    return getattr(trainer, "_gnp_run", None) is not None and trainer._gnp_run.is_perturbed
+
+
+def engine_of(trainer: Trainer) -> Any:
+    return trainer._gnp_run.engine
 
 
 def generators() -> list[Any]:
@@ -177,10 +237,8 @@ def window_loss(
     The loss that `Trainer` differentiates in one step: for a decoder or a ViT the mean over all labels of the window,
     for a plain network the mean over micro-batches. A BERT classifier takes `num_items_in_batch` without using it, so
     stock `Trainer` leaves the sum over micro-batches undivided; the penalty is on what `Trainer` differentiates.
-    Of a part of a window, its share of that.
+    A part of a window has its share of that loss.
     """
-    if isinstance(part, Part):
-        part, window = part
     window = part if window is None else window
     kind = model.config.model_type if hasattr(model, "config") else "net"
     if kind in DECODERS or kind == "vit":
@@ -212,38 +270,6 @@ def by_scope(scope: str, ranks: int = 1) -> dict[str, Any]:
         "groups": lambda window: [Part(part, window) for part in SCOPES[scope](window, ranks)],
         "loss": lambda model, part: window_loss(model, part.micro_batches, part.window),
     }
-
-
-def items_of(micro_batches: Sequence[dict[str, torch.Tensor]]) -> int:
-    """The labels that `Trainer` counts; a causal language model's are shifted."""
-    is_causal = "input_ids" in micro_batches[0] and micro_batches[0]["labels"].ndim == 2
-    labels = [batch["labels"][:, 1:] if is_causal else batch["labels"] for batch in micro_batches]
-    return sum((part != -100).sum().item() for part in labels)
-
-
-def ascent_from(fraction: float, ranks: int = 1, rows: bool = False) -> Callable[[list], tuple[list, float]]:
-    """
-    For `reference_run`: the first micro-batches of a window, of each rank, and the window's labels for one of theirs.
-    Or the first rows of each micro-batch, whose loss is that of a window of these.
-    """
-
-    def count(size: int) -> int:
-        return max(1, math.ceil(round(fraction * size, 6)))
-
-    def ascent(window: list) -> tuple[list, float]:
-        if rows:
-            return [{k: v[: count(len(v))] for k, v in batch.items()} for batch in window], 1.0
-        first = window[: count(len(window) // ranks) * ranks]
-        return first, items_of(window) / items_of(first)
-
-    def of_a_group(group: Any) -> tuple[Part, float]:
-        if isinstance(group, Part):  # one rank's, whose labels are as many as the others'
-            first = group.micro_batches[: count(len(group.micro_batches))]
-            return Part(first, group.window), items_of(group.micro_batches) / items_of(first)
-        first, share = ascent(group)
-        return Part(first, first if rows else group), share
-
-    return of_a_group
 
 
 def reference_run(
@@ -278,13 +304,34 @@ def reference_run(
     return start, flat_weights(model), logs
 
 
+def assert_ends_at(model: torch.nn.Module, reference_result) -> None:
+    start, expected, _ = reference_result
+    assert relative_distance(flat_weights(model), expected, start) < WEIGHTS_TOLERANCE
+
+
+def msam_run(
+    kind: str,
+    steps: Sequence[Any],
+    r: float,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    learning_rate: float = BASE["learning_rate"],
+):
+    """As `reference_run`, with the perturbation along the momentum and the loss alone in the logs."""
+    model = make_model(kind).train()
+    start = flat_weights(model)
+    made = optimizer([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    losses = reference.train_msam(model, made, steps, window_loss, r, BASE["max_grad_norm"])
+    return start, flat_weights(model), [{"loss": loss} for loss in losses]
+
+
 def assert_matches_reference(trainer: Trainer, reference_result) -> None:
     start, expected, reference_logs = reference_result
     assert relative_distance(flat_weights(trainer.model), expected, start) < WEIGHTS_TOLERANCE
-    logs = logs_of(trainer, "loss", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_sharpness")
+    logs = logs_of(trainer, "loss", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_sharpness", "gnp_cosine")
     assert len(logs["loss"]) == len(reference_logs)
     for step, expected_log in enumerate(reference_logs):
         for name, value in expected_log.items():
-            assert logs[name][step] == pytest.approx(value, rel=LOG_TOLERANCE), f"{name} at step {step}"
+            tolerance = {"abs": COSINE_TOLERANCE} if name == "gnp_cosine" else {"rel": LOG_TOLERANCE}
+            assert logs[name][step] == pytest.approx(value, **tolerance), f"{name} at step {step}"
         sharpness = expected_log["gnp_perturbed_loss"] - expected_log["loss"]
         assert logs["gnp_sharpness"][step] == pytest.approx(sharpness, abs=LOG_TOLERANCE * expected_log["loss"])

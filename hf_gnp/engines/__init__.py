@@ -6,16 +6,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_gnp.direction import Perturbation
+from hf_gnp.perturbation import Perturbation
 
-from .base import Engine
+from .engine import Engine
 from .native import NativeEngine
 from .private import check_private_names
-from .shards import HeldShard, Shard
+from .shards import Shard
 from .support import refuse_engine, refuse_unsupported
 
 
-__all__ = ["Engine", "HeldShard", "Shard", "make_engine", "refuse_engine", "refuse_unsupported"]
+__all__ = ["Engine", "Shard", "make_engine", "refuse_engine", "refuse_unsupported"]
 
 
 def make_engine(

@@ -7,8 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_gnp import penalty
-
-from .dtensors import gradient_of
+from hf_gnp.tensors import gradient_of
 
 
 BUCKET = 25 * 2**20  # bytes, as DDP's
@@ -17,7 +16,7 @@ BUCKET = 25 * 2**20  # bytes, as DDP's
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter], some_unused: bool) -> None:
     """
-    Replace each parameter's whole gradient by its mean over ranks; 0 stands for one that is absent. A collective.
+    Replace each parameter's whole gradient by its mean over ranks. An absent one counts as 0. A collective.
 
     Args:
         some_unused: Whether a parameter that no rank's loss has reached keeps none.
@@ -39,7 +38,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], some_unused: bool) -> 
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Tensors of one dtype that are reduced together, as many as fit into `BUCKET` or one."""
+    """Yield tensors of one dtype that are reduced together, as many as fit into `BUCKET` or one."""
     for dtype in {tensor.dtype: None for tensor in tensors}:
         of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
         yield from penalty.in_groups(of_dtype, lambda tensor: tensor.nbytes, BUCKET)

@@ -1,46 +1,13 @@
-"""Parameters and gradients that may be DTensors: this rank's part of one, and where it lies in the whole."""
-
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+"""Parameters and gradients that are DTensors: this rank's part, where it lies, and how many ranks hold it."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
-from hf_gnp.rounding import Place
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
-    """The gradient of a parameter that has one."""
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-@contextlib.contextmanager
-def gradients_hidden(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters have no gradient, and one that is made there is dropped; on leaving, they have their own."""
-    hidden = [(parameter, parameter.grad) for parameter in parameters]
-    for parameter, _ in hidden:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in hidden:
-            parameter.grad = gradient
-
-
-def local_gradient(parameter: nn.Parameter) -> torch.Tensor:
-    return local_part(gradient_of(parameter))
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def count_copies(parameter: nn.Parameter) -> int:
-    """The number of ranks that hold each element of the parameter: all, divided by what it is sharded over."""
+    """Return the number of ranks that hold each element: all, divided by what the parameter is sharded over."""
     copies = dist.get_world_size()
     if isinstance(parameter, DTensor):
         for placement, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True):
@@ -49,37 +16,29 @@ def count_copies(parameter: nn.Parameter) -> int:
     return copies
 
 
-def as_sharded(parameter: nn.Parameter, moment: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a moment: it may be sharded as its gradient was, and not as its parameter."""
-    if isinstance(moment, DTensor) and isinstance(parameter, DTensor) and moment.placements != parameter.placements:
-        moment = moment.redistribute(parameter.device_mesh, parameter.placements)
-    return local_part(moment)
+def coordinates_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return this rank's place on the mesh, along those dimensions over which the parameter is sharded."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    place = parameter.device_mesh.get_coordinate() or ()
+    return tuple(i for i, placement in zip(place, parameter.placements, strict=True) if not placement.is_replicate())
 
 
-def shard_gradient_as_weight(parameter: nn.Parameter) -> None:
+def part_of(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a whole tensor of the parameter's shape. Nothing is communicated."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    # Without a source rank each rank takes its own part.
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+
+def as_sharded(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     """
+    Return a gradient or a moment sharded as its parameter is.
+
     Autograd leaves a DTensor's gradient as the backward made it: under tensor parallelism alone that of an embedding
     is whole on each rank, and the weight is sharded. From whole to sharded nothing is communicated.
     """
-    gradient = parameter.grad
-    if (
-        isinstance(gradient, DTensor)
-        and isinstance(parameter, DTensor)
-        and gradient.placements != parameter.placements
-    ):
-        parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
-
-
-def local_axes(parameter: DTensor) -> tuple[torch.Tensor, ...]:
-    """The axes of `Place` for this rank's part: those of the whole, each sharded as the parameter's dimension is."""
-    mesh, ndim, axes = parameter.device_mesh, parameter.ndim, []
-    # Any: of torch's placements, only those that shard have a `dim`.
-    placements: Sequence[Any] = parameter.placements
-    sharded = [None if p.is_replicate() else p.dim % ndim for p in placements]
-    for dim, axis in enumerate(Place.whole(0, parameter.shape).axes):
-        along = [p if d == dim else Replicate() for p, d in zip(placements, sharded, strict=True)]
-        assert isinstance(axis, range)  # as those of a whole parameter are
-        indices = torch.arange(axis.start, axis.stop, axis.step).view([-1 if d == dim else 1 for d in range(ndim)])
-        # Without a source rank each rank takes its own part, and nothing is communicated.
-        axes.append(distribute_tensor(indices, mesh, along, src_data_rank=None).to_local())
-    return tuple(axes)
+    if isinstance(tensor, DTensor) and isinstance(parameter, DTensor) and tensor.placements != parameter.placements:
+        return tensor.redistribute(parameter.device_mesh, parameter.placements)
+    return tensor

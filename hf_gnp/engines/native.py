@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,43 +14,37 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hf_gnp import moments, penalty
-from hf_gnp.direction import Perturbation
-from hf_gnp.rounding import Place
+from hf_gnp import penalty
+from hf_gnp.momentum import moment_of, refuse_optimizer, unwrapped
+from hf_gnp.perturbation import Perturbation
+from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, modules_of
 
 from .averaging import average_gradients
-from .base import Engine
-from .dtensors import (
-    as_sharded,
-    count_copies,
-    gradient_of,
-    gradients_hidden,
-    local_axes,
-    local_gradient,
-    local_part,
-    shard_gradient_as_weight,
-)
-from .private import (
-    drop_unreduced_gradients,
-    has_unreduced_gradient,
-    next_step_skipped,
-    optimizer_that_skips,
-)
-from .shards import HeldShard, OptimizerState, Shard, number_parameters, parameters_beside
+from .dtensors import as_sharded, coordinates_of, count_copies, part_of
+from .engine import Engine
+from .private import drop_unreduced_gradients, has_unreduced_gradient, next_step_skipped, optimizer_that_skips
+from .shards import Shard, parameters_outside
 from .wrappers import defer_reduction, has_communication_hook, reducing
 
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
+class TakenGradient(NamedTuple):
+    """A gradient that was set aside. `is_unreduced`: each rank has its own, which no backward reduces any more."""
+
+    pairs: list[tuple[nn.Parameter, torch.Tensor]]
+    is_unreduced: bool
+
+
 class NativeEngine(Engine):
     """
     Engine over `param.grad`.
 
-    The second pass accumulates into the scaled first gradient, so there is no second gradient buffer; what is held
-    is one copy of the weights that are moved (of this rank's shard under FSDP2). Gradients of 16 bit, in which a small
-    α g₂ would drown, those that a communication hook of DDP compresses and those that a hook changes after each
-    backward are kept aside instead.
+    The second pass accumulates into the scaled first gradient, so there is no second gradient buffer. What is held is
+    one copy of the weights that are moved (of this rank's shard under FSDP2). These gradients are kept aside instead:
+    those of 16 bit, in which a small α g₂ would drown, those that a communication hook of DDP compresses, and those
+    that a hook changes after each backward.
 
     Parameters that the optimizer has and the model has not, those of a loss, get the mixed gradient and are not moved:
     DDP and FSDP2 do not reduce their gradients, so there is no one direction to move them along.
@@ -59,56 +53,81 @@ class NativeEngine(Engine):
     has_master = False
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module, optimizer: Any = None):
-        super().__init__(accelerator, perturbation)
-        self.model, self._optimizer = model, optimizer
-        self._fsdp_modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._optimizer = optimizer
+        modules = modules_of(model)
+        self._fsdp_modules = [m for m in modules if isinstance(m, FSDPModule)]
         within = {id(child) for module in self._fsdp_modules for child in module.modules() if child is not module}
         self._fsdp_roots = [module for module in self._fsdp_modules if id(module) not in within]
         has_unreduced_gradient(self._fsdp_modules)  # refuses a release of torch whose names are others
-        has_communication_hook(model)  # refuses one
         self._uses_cuda_graphs = accelerator.state.dynamo_plugin.mode in CUDA_GRAPHS
-        self.begin_window(perturbation)
         self._moved: list[torch.Tensor] = []
         self._backup: list[torch.Tensor] = []
-        self._first_gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self._axes: dict[Any, tuple[torch.Tensor, ...]] = {}
+        self._first_gradients: TakenGradient | None = None
         self._skipping = contextlib.ExitStack()
         self._is_reducing = False  # whether gradients are reduced in this pass
+        super().__init__(accelerator, perturbation, model)
+        has_communication_hook(model)  # refuses one
 
-    def begin_window(self, perturbation: Perturbation) -> None:
+    def begin_window(self, perturbation: Perturbation, optimizer: Any = None) -> None:
         super().begin_window(perturbation)
+        self._optimizer = optimizer or self._optimizer  # a callback may have made a new one
         self.publish()  # after an evaluation FSDP2's root stays gathered, and has other parameters
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        self._group_of = {id(p): group for group in groups for p in group["params"]}
-        self._beside = parameters_beside(self.model, self._optimizer)
-        self._read_parameters()
+        self._outside = parameters_outside(self.all_parameters, self._optimizer)
+        self.is_sharded = any(isinstance(p, DTensor) for p in self.all_parameters)
 
-    def _read_parameters(self) -> None:
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.is_sharded = any(isinstance(p, DTensor) for p in self.parameters)
-        self._outside = [p for p in self._beside if p.requires_grad]
+    # The shards.
 
     @torch.no_grad()
     def shards(self) -> list[Shard]:
-        self._read_parameters()  # a loss may have unfrozen some
-        shards, numbers = [], number_parameters(self.model)
-        for parameter in self._with_gradient():
-            weight = local_part(parameter)
-            copies = count_copies(parameter) if self.is_sharded else 1
-            place = self._place(numbers[id(parameter)], parameter)
-            shards.append(Shard(parameter, weight, local_gradient(parameter), weight, place, copies))
-        return shards
+        with_gradient = [p for p in self.all_parameters if p.grad is not None]
+        # A loss may be a constant, of a batch without pairs. But an optimizer that steps in hooks takes the gradients.
+        if not with_gradient and any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._trainable()):
+            raise RuntimeError(
+                "No parameter has a gradient after backward, so there is nothing to penalise. An optimizer that steps "
+                "inside backward (LOMO, layer-wise GaLore or APOLLO) cannot be used with the gradient-norm penalty."
+            )
+        return [self._shard(p, self._gradient(p)) for p in with_gradient]
 
-    def _place(self, number: int, parameter: nn.Parameter) -> Place:
-        if not isinstance(parameter, DTensor):
-            return Place.whole(number, parameter.shape)
-        layout = (parameter.shape, parameter.device_mesh, parameter.placements)
-        if layout not in self._axes:
-            self._axes[layout] = local_axes(parameter)
-        return Place(number, self._axes[layout])
+    @torch.no_grad()
+    def trainable_shards(self) -> list[Shard]:
+        return [self._shard(parameter) for parameter in self._trainable()]
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.all_parameters if p.requires_grad]
+
+    def _shard(self, parameter: nn.Parameter, gradient: torch.Tensor | None = None) -> Shard:
+        number = self.numbers[id(parameter)]
+        if not self.is_sharded:
+            return Shard(parameter, number, parameter, parameter, gradient)
+        weight, part = local_part(parameter).detach(), functools.partial(part_of, parameter)
+        return Shard(
+            parameter, number, weight, weight, gradient, coordinates_of(parameter), part, count_copies(parameter)
+        )
+
+    def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return this rank's part of the gradient, sharded as the parameter."""
+        gradient = parameter.grad
+        assert gradient is not None  # of a parameter that has one
+        if gradient.is_sparse:
+            raise NotImplementedError(
+                "The gradient-norm penalty needs dense gradients: build the embedding with sparse=False."
+            )
+        if not isinstance(gradient, DTensor):
+            return gradient
+        parameter.grad = as_sharded(gradient, parameter)
+        return local_part(parameter.grad)
+
+    def first_moment(self, shard: Shard) -> torch.Tensor | None:
+        values = self._optimizer.state.get(shard.parameter)
+        if not values:
+            return None
+        moment = moment_of(values, shard.parameter.shape)
+        if moment is None:
+            refuse_optimizer(type(unwrapped(self._optimizer)).__name__)
+        return local_part(as_sharded(moment, shard.parameter))
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
-        # Whole gradients are the same on all ranks already, or meant to differ (without `sync`).
+        # Whole gradients are the same on all ranks already, or meant to differ (gnp_scope="rank").
         if self.is_sharded:
             dist.all_reduce(value)
         return value
@@ -117,80 +136,19 @@ class NativeEngine(Engine):
         scaler = self.accelerator.scaler
         return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
 
+    # The weights.
+
     @property
     def is_perturbed(self) -> bool:
         return bool(self._moved)
 
-    def first_pass(self, is_last: bool = False) -> AbstractContextManager[None]:
-        self._is_reducing = not self.perturbation.is_per_rank and (is_last or self.perturbation.is_per_micro_batch)
-        if self.perturbation.is_per_rank:
-            return self.accelerator.no_sync(self.model)
-        return reducing(self.model, self._fsdp_modules) if self._is_reducing else contextlib.nullcontext()
-
-    def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
-        parameter = shard.parameter
-        values = self._optimizer.state.get(parameter)
-        if not values:
-            return None
-        group = self._group_of[id(parameter)]
-        values = moments.with_step_of_group(values, group, self._optimizer.state)
-        return OptimizerState(values, group, parameter.shape, functools.partial(as_sharded, parameter))
-
-    def optimizer_name(self) -> str:
-        return type(moments.unwrapped(self._optimizer)).__name__
-
-    def layout(self) -> tuple[str, int | None]:
-        if not self.is_sharded:
-            return "whole", None
-        meshes = sorted({f"{p.device_mesh.shape}" for p in self.parameters if isinstance(p, DTensor)})
-        return f"DTensors on {' and '.join(meshes)}", dist.get_rank()
-
-    def wants_second_pass(self) -> bool:
-        # The norms of ranks differ if each has its own, and a model may synchronise in its forward.
-        return self.perturbation.is_per_rank or super().wants_second_pass()
-
-    @contextlib.contextmanager
-    def micro_batch(self, is_last: bool) -> Iterator[None]:
-        self._is_reducing = self._reduces(is_last)
-        reduced = reducing(self.model, self._fsdp_modules) if self._is_reducing else self._no_sync()
-        with self.sync_gradients_set(is_last), reduced:
-            yield
-
-    def keep_weights(self, shards: list[Shard]) -> None:
+    @torch.no_grad()
+    def keep_weights(self, shards: list[Shard]) -> list[Shard]:
         self._backup = [shard.weight.clone() for shard in shards]
         self._moved = [shard.weight for shard in shards]  # only now: `restore` needs both
-
-    @torch.no_grad()
-    def hold_weights(self, moved_only: bool = False) -> list[HeldShard]:
-        parameters = [p for p in self.parameters if not moved_only or self.perturbation.moves(p)]
-        weights, numbers, held = [local_part(p) for p in parameters], number_parameters(self.model), []
-        self._backup = [weight.clone() for weight in weights]
-        self._moved = weights  # only now: `restore` needs both
-        for parameter, weight, theta in zip(parameters, weights, self._backup, strict=True):
-            place = self._place(numbers[id(parameter)], parameter)
-            copies = count_copies(parameter) if self.is_sharded else 1
-            held.append(HeldShard(parameter, weight, theta, place, copies))
-        return held
-
-    def gradients_of(self, held: Sequence[HeldShard]) -> list[torch.Tensor | None]:
-        self._with_any_gradient()
-        return [None if shard.parameter.grad is None else local_part(shard.parameter.grad) for shard in held]
-
-    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
-        if alpha == 1:
-            self.discard_gradient()
-        elif self._keeps_aside(shards):
-            if scale != 1:
-                penalty.scale_([local_gradient(p) for p in self._with_any_gradient()], scale)
-            self._first_gradients = self.take_gradient()
-        else:
-            penalty.scale_([local_gradient(p) for p in self._with_any_gradient()], scale * (1 - alpha) / alpha)
-
-    def _keeps_aside(self, shards: list[Shard]) -> bool:
-        is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
-        # Such a hook sees all that is in `.grad`: tensor parallelism sums it over ranks, which g₁ already is.
-        has_hook = any(parameter._post_accumulate_grad_hooks for parameter in self.parameters)
-        return is_low or has_hook or has_communication_hook(self.model)
+        return [
+            shard._replace(master=backup, gradient=None) for shard, backup in zip(shards, self._backup, strict=True)
+        ]
 
     def publish(self) -> None:
         # Parameters that FSDP2 kept gathered (reshard_after_backward=False) would not notice a changed shard.
@@ -212,74 +170,31 @@ class NativeEngine(Engine):
         super().abandon()
 
     def _forget_forward(self) -> None:
-        """FSDP2 waits for no backward of the last one."""
+        """Let FSDP2 wait for no backward of the last forward."""
         for module in self._fsdp_roots:
             if hasattr(module, "reset_iter_state"):  # older releases of torch have none
                 module.reset_iter_state()
 
-    @torch.no_grad()
-    def mix(self, alpha: float) -> None:
-        if alpha == 1:
-            return
-        if not self._first_gradients:
-            penalty.scale_([local_gradient(p) for p in self._with_any_gradient()], alpha)
-            return
-        first = {id(p): g for p, g in self._first_gradients}
-        both = [p for p in self._with_any_gradient() if id(p) in first]
-        second_only = [p for p in self._with_any_gradient() if id(p) not in first]
-        penalty.lerp_([local_gradient(p) for p in both], [local_part(first[id(p)]) for p in both], 1 - alpha)
-        penalty.scale_([local_gradient(p) for p in second_only], alpha)
-        for parameter, gradient in self._first_gradients:
-            if parameter.grad is None:
-                parameter.grad = gradient.mul_(1 - alpha)
-        self._first_gradients = []
+    # The passes.
 
-    def discard_gradient(self) -> None:
-        self._first_gradients = []
-        for parameter in (*self.parameters, *self._outside):
-            parameter.grad = None
+    def first_pass(self) -> AbstractContextManager[None]:
+        self._is_reducing = not self.perturbation.is_per_rank and self.perturbation.is_per_micro_batch
+        if self.perturbation.is_per_rank:
+            return self.accelerator.no_sync(self.model)
+        return reducing(self.model, self._fsdp_modules) if self._is_reducing else contextlib.nullcontext()
 
-    def take_gradient(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        # A view into a bucket of DDP is written over by the next backward.
-        is_view = getattr(self.model, "gradient_as_bucket_view", False)
-        taken = [(p, gradient_of(p).clone() if is_view else gradient_of(p)) for p in self._with_any_gradient()]
-        for parameter, _ in taken:
-            parameter.grad = None
-        return taken
+    @contextlib.contextmanager
+    def replay(self, is_last: bool) -> Iterator[None]:
+        is_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        self._is_reducing = not self.perturbation.is_per_rank and (is_last or is_each)
+        reduced = reducing(self.model, self._fsdp_modules) if self._is_reducing else self._no_sync()
+        with self.sync_gradients_set(is_last), reduced:
+            yield
 
-    @torch.no_grad()
-    def add_gradient(self, gradient: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
-        for parameter, other in gradient:
-            parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
-
-    def sets_gradients_aside(self) -> bool:
-        # Until the window's last backward FSDP2 keeps gradients to itself.
-        return not self._fsdp_modules or (self.accelerator.sync_gradients and not self.hides_gradient())
-
-    def hides_gradient(self) -> bool:
-        return has_unreduced_gradient(self._fsdp_modules)
-
-    def is_unreduced(self) -> bool:
-        if self.is_sharded or not dist.is_initialized() or dist.get_world_size() == 1:
-            return False
-        is_of_step = not (self.perturbation.is_per_rank or self.perturbation.is_per_micro_batch)
-        return is_of_step and not self.accelerator.sync_gradients
-
-    @torch.no_grad()
-    def reduced(self, gradient: list[tuple[nn.Parameter, torch.Tensor]]) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        inside = {id(parameter) for parameter in self.parameters}
-        with self.hidden_gradient():
-            for parameter, own in gradient:
-                parameter.grad = own
-            average_gradients([parameter for parameter, _ in gradient if id(parameter) in inside], some_unused=False)
-        return gradient
-
-    def hidden_gradient(self) -> AbstractContextManager[None]:
-        return gradients_hidden((*self.parameters, *self._outside))
-
-    def gradient_marks(self) -> list[tuple[int, int]]:
-        gradients = [p.grad for p in (*self.parameters, *self._outside)]
-        return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
+    def _no_sync(self) -> AbstractContextManager[None]:
+        if self._fsdp_modules and not self.accelerator.is_fsdp2:
+            return defer_reduction(self.model)
+        return self.accelerator.no_sync(self.model)
 
     def after_backward(self) -> None:
         if self._is_reducing and not self.accelerator.sync_gradients and (adapters := self._unsharded()):
@@ -291,17 +206,17 @@ class NativeEngine(Engine):
 
     def _unsharded(self) -> list[nn.Parameter]:
         """
-        Of a model that transformers sharded at load time what came later, an adapter: a hook of `Trainer`'s takes the
-        mean over ranks of its gradients in the last backward of a step, and in no other.
+        Return the adapters in a model that transformers sharded at load time: a hook of `Trainer`'s takes the mean
+        over ranks of their gradients in the last backward of a step, and in no other.
         """
         is_sharded_at_load = getattr(self.model, "is_distributed_loading_by_transformers", False)
-        return [p for p in self.parameters if not isinstance(p, DTensor)] if is_sharded_at_load else []
+        return [p for p in self._trainable() if not isinstance(p, DTensor)] if is_sharded_at_load else []
 
     @contextlib.contextmanager
     def probed(self) -> Iterator[None]:
         # With a graph: the same kernels run as in the first pass, and a loss may differentiate. It may also move
         # weights, which its trainer puts back after the backward.
-        weights = [local_part(parameter).detach() for parameter in self.parameters]
+        weights = [local_part(parameter).detach() for parameter in self._trainable()]
         kept = [weight.clone() for weight in weights]
         try:
             with self._no_sync():
@@ -311,15 +226,114 @@ class NativeEngine(Engine):
         self._forget_forward()
         self.publish()
 
+    # The gradients.
+
+    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
+        self.accumulates = False
+        if alpha == 1:
+            self.discard_gradient()
+        elif self._keeps_aside(shards):
+            self.scale_gradient(scale)
+            self._first_gradients = self.take_gradient()
+        else:
+            self.accumulates = True
+            self.scale_gradient(scale * (1 - alpha) / alpha)
+
+    def _keeps_aside(self, shards: Sequence[Shard]) -> bool:
+        is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
+        # Such a hook sees all that is in `.grad`: tensor parallelism sums it over ranks, which g₁ already is.
+        has_hook = any(parameter._post_accumulate_grad_hooks for parameter in self._trainable())
+        return is_low or has_hook or has_communication_hook(self.model)
+
+    def scale_gradient(self, scale: float) -> None:
+        penalty.scale_([self._gradient(p) for p in self._with_any_gradient()], scale)
+
+    @torch.no_grad()
+    def mix(self, alpha: float) -> None:
+        first, self._first_gradients = self._first_gradients, None
+        if alpha == 1:
+            return
+        if first is None:
+            self.scale_gradient(alpha)
+            return
+        by_parameter = {id(p): g for p, g in first.pairs}
+        with_gradient = self._with_any_gradient()
+        both = [p for p in with_gradient if id(p) in by_parameter]
+        second_only = [self._gradient(p) for p in with_gradient if id(p) not in by_parameter]
+        firsts = [local_part(by_parameter[id(p)]) for p in both]
+        penalty.lerp_([self._gradient(p) for p in both], firsts, 1 - alpha)
+        penalty.scale_(second_only, alpha)
+        for parameter, gradient in first.pairs:
+            if parameter.grad is None:
+                parameter.grad = gradient.mul_(1 - alpha)
+
+    def discard_gradient(self) -> None:
+        self._first_gradients = None
+        for parameter in (*self.all_parameters, *self._outside):
+            parameter.grad = None
+
+    def gradients_of(self, shards: Sequence[Shard]) -> list[torch.Tensor | None]:
+        return [None if shard.parameter.grad is None else self._gradient(shard.parameter) for shard in shards]
+
+    def take_gradient(self) -> TakenGradient | None:
+        # A view into a bucket of DDP is written over by the next backward.
+        is_view = getattr(self.model, "gradient_as_bucket_view", False)
+        pairs = [(p, gradient_of(p).clone() if is_view else gradient_of(p)) for p in self._with_any_gradient()]
+        for parameter, _ in pairs:
+            parameter.grad = None
+        return TakenGradient(pairs, self._is_unreduced()) if pairs else None
+
+    @torch.no_grad()
+    def add_gradient(self, gradient: TakenGradient | None) -> None:
+        if gradient is None:
+            return
+        if gradient.is_unreduced:
+            self._reduce(gradient)
+        for parameter, other in gradient.pairs:
+            parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
+
+    def _is_unreduced(self) -> bool:
+        """Whether the gradient that is there is this rank's own, so that nothing reduces it once it is taken."""
+        if self.is_sharded or not dist.is_initialized() or dist.get_world_size() == 1:
+            return False
+        is_of_step = not (self.perturbation.is_per_rank or self.perturbation.is_per_micro_batch)
+        return is_of_step and not self.accelerator.sync_gradients
+
+    def _reduce(self, gradient: TakenGradient) -> None:
+        with self.hidden_gradient():
+            for parameter, own in gradient.pairs:
+                parameter.grad = own
+            average_gradients([p for p, _ in gradient.pairs if id(p) in self.numbers], some_unused=False)
+
     def hold_gradient(self) -> None:
         pass  # in `param.grad`
 
+    def sets_gradients_aside(self) -> bool:
+        # Until the window's last backward FSDP2 keeps gradients to itself.
+        return not self._fsdp_modules or (self.accelerator.sync_gradients and not self.hides_gradient())
+
+    def hides_gradient(self) -> bool:
+        return bool(self._fsdp_modules) and has_unreduced_gradient(self._fsdp_modules)
+
+    def hidden_gradient(self) -> AbstractContextManager[None]:
+        return gradients_hidden((*self.all_parameters, *self._outside))
+
+    def gradient_marks(self) -> list[tuple[int, int]]:
+        gradients = [p.grad for p in (*self.all_parameters, *self._outside)]
+        return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
+
+    def _with_any_gradient(self) -> list[nn.Parameter]:
+        return [p for p in (*self.all_parameters, *self._outside) if p.grad is not None]
+
+    # The end of the step.
+
     @torch.no_grad()
     def finish(self) -> None:
-        """Where each rank moves along its own gradient no pass reduces: the mean over ranks is taken here, once."""
+        """Take the mean over ranks, once, where each rank moves along its own gradient and no pass reduces."""
         if not (self.perturbation.is_per_rank and dist.is_initialized() and dist.get_world_size() > 1):
             return
-        average_gradients(self.parameters, getattr(self.model, "find_unused_parameters", False))
+        parameters = [p for p in self.all_parameters if p.requires_grad or p.grad is not None]
+        average_gradients(parameters, getattr(self.model, "find_unused_parameters", False))
 
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor | bool:
         if self.accelerator.scaler is not None or grad_norm is None:
@@ -336,35 +350,3 @@ class NativeEngine(Engine):
 
     def end_step(self) -> None:
         self._skipping.close()
-
-    def _with_gradient(self) -> list[nn.Parameter]:
-        with_gradient = [p for p in self.parameters if p.grad is not None]
-        if any(gradient_of(p).is_sparse for p in with_gradient):
-            raise NotImplementedError(
-                "The gradient-norm penalty needs dense gradients: build the embedding with sparse=False."
-            )
-        # A loss may be a constant, of a batch without pairs; but an optimizer that steps in hooks takes the gradients.
-        if not with_gradient and any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters):
-            raise RuntimeError(
-                "No parameter has a gradient after backward, so there is nothing to penalise. An optimizer that steps "
-                "inside backward (LOMO, layer-wise GaLore or APOLLO) cannot be used with the gradient-norm penalty."
-            )
-        for parameter in with_gradient:
-            shard_gradient_as_weight(parameter)
-        return with_gradient
-
-    def _with_any_gradient(self) -> list[nn.Parameter]:
-        parameters = [p for p in (*self.parameters, *self._outside) if p.grad is not None]
-        for parameter in parameters:
-            shard_gradient_as_weight(parameter)
-        return parameters
-
-    def _reduces(self, is_last: bool) -> bool:
-        if self.perturbation.is_per_rank:
-            return False
-        return is_last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-
-    def _no_sync(self) -> AbstractContextManager[None]:
-        if self._fsdp_modules and not self.accelerator.is_fsdp2:
-            return defer_reduction(self.model)
-        return self.accelerator.no_sync(self.model)

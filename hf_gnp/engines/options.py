@@ -1,10 +1,13 @@
-"""DeepSpeed's options: what the penalty is wrong with, what it was run with; all others nobody has checked."""
+"""DeepSpeed's options: those that the penalty is wrong with, and those that it was run with."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from accelerate import Accelerator
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 ZERO = "zero_optimization."
 # Keys, and sections with all that is in them. With most of them the tests run; the rest print, write or time
@@ -43,22 +46,25 @@ CHECKED = frozenset(
 )
 
 
-def refused_options(accelerator: Accelerator, allow_unchecked: bool) -> Iterator[str]:
-    """What a DeepSpeed configuration asks for that is wrong or not checked, each with what to use instead."""
+def refused_options(accelerator: Accelerator) -> Iterator[str]:
+    """Yield what a DeepSpeed configuration asks for that is known to be wrong, each with what to use instead."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is None:
-        return
-    yield from _wrong(plugin.hf_ds_config)
-    if not allow_unchecked:
-        for key in unchecked_options(plugin.hf_ds_config.config):
-            yield (
-                f"the DeepSpeed option {key}, which was not checked with it: leave it out, or set "
-                "gnp_allow_unchecked=True and compare a run of a small model with one on a single process"
-            )
+    if plugin is not None:
+        yield from _wrong(plugin.hf_ds_config)
+
+
+def warn_of_unchecked_options(accelerator: Accelerator) -> None:
+    """Name the options of a DeepSpeed configuration that nobody has run the penalty with, in one warning."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and (keys := list(unchecked_options(plugin.hf_ds_config.config))):
+        logger.warning_once(
+            f"The gradient-norm penalty was not checked with these DeepSpeed options: {', '.join(keys)}. Leave them "
+            "out, or compare a run of a small model with one on a single process."
+        )
 
 
 def unchecked_options(config: dict[str, Any], section: str = "") -> Iterator[str]:
-    """The options that are set, and are not in `CHECKED`, nor their section; a section may be switched off."""
+    """Yield the options that are set and not in `CHECKED`. A section may be in it, or be switched off."""
     for name, value in config.items():
         key = f"{section}{name}"
         if value is None or key in CHECKED:

@@ -1,6 +1,6 @@
 """
-Every private name of torch and accelerate that hf_gnp uses outside of tensors' own methods, checked when an engine is
-made. DeepSpeed's are in deepspeed/private.py.
+The private names of torch and accelerate that hf_gnp uses. Those that are assigned are checked when an engine is made:
+an assignment to a name that a release has dropped would be silent. DeepSpeed's are in deepspeed/private.py.
 """
 
 import contextlib
@@ -11,23 +11,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.nn.utils import parametrize
 
-from hf_gnp.moments import unwrapped
+from hf_gnp.momentum import unwrapped
 
 
 # The releases that the tests ran with.
 TESTED = {"torch": "2.13.0", "accelerate": "1.15.0", "deepspeed": "0.19.8"}
 
-FOREACH = (
-    "_foreach_add",
-    "_foreach_add_",
-    "_foreach_copy_",
-    "_foreach_lerp_",
-    "_foreach_mul",
-    "_foreach_mul_",
-    "_foreach_norm",
-)
-TENSOR = ("_post_accumulate_grad_hooks",)
 # Of torch's DistributedDataParallel: the hooks that gradients go through, and the switch that `no_sync` turns.
 DDP = ("_comm_hooks", "require_backward_grad_sync")
 
@@ -73,12 +64,15 @@ def missing(package: str, name: str) -> str:
 
 
 def check_private_names(accelerator: Accelerator) -> None:
-    """Raise a RuntimeError where torch or accelerate lack a private name that every engine uses."""
-    require("torch", torch, FOREACH, "torch")
-    require("torch", torch.Tensor, TENSOR, "Tensor")
-    require("accelerate", accelerator, ["gradient_state", "scaler", "no_sync"], "Accelerator")
+    """Raise a RuntimeError where accelerate lacks the private name that every engine calls."""
     # Trainer itself calls it before each micro-batch: accelerate has no public setter.
-    require("accelerate", accelerator.gradient_state, ["_set_sync_gradients", "plugin_kwargs"], "GradientState")
+    require("accelerate", accelerator.gradient_state, ["_set_sync_gradients"], "GradientState")
+
+
+def forget_casts() -> None:
+    """Forget what autocast and `torch.nn.utils.parametrize.cached` keep of weights, as these have changed."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def has_unreduced_gradient(fsdp_modules: Iterable[Any]) -> bool:

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
-from hf_gnp.direction import Perturbation
+from hf_gnp.perturbation import Perturbation
 
-from .options import refused_options
+from .options import refused_options, warn_of_unchecked_options
 
 
 POWER_SGD = "PowerSGD, which carries an error from one gradient to the next: use the fp16 or bf16 hook, or none"
@@ -33,15 +33,13 @@ def refuse_unsupported(
     args: TrainingArguments,
     optimizer: Any,
     model: nn.Module,
-    perturbation: Perturbation | None = None,
-    allow_unchecked: bool = False,
+    perturbation: Perturbation = Perturbation(),  # noqa: B008, which is frozen
 ) -> None:
     """
     Raise for an optimizer, a parallelism or an engine on which the penalised step would be wrong.
 
     Args:
-        optimizer: The optimizer, or the optimizer class, that the user passed; None if `args.optim` decides.
-        allow_unchecked: Whether DeepSpeed options pass that were not checked.
+        optimizer: The optimizer, or the optimizer class, that the user passed. None: `args.optim` decides.
 
     Raises:
         ValueError: for an optimizer that steps inside backward, or a gnp argument that the engine cannot follow.
@@ -49,14 +47,15 @@ def refuse_unsupported(
     """
     _refuse_optimizer(args, optimizer)
     sentence = "The gradient-norm penalty does not run with {}, or set gnp_alpha=0."
-    refuse_engine(accelerator, model, sentence, allow_unchecked)
-    _refuse_perturbation(accelerator, perturbation or Perturbation(), model)
+    refuse_engine(accelerator, model, sentence)
+    warn_of_unchecked_options(accelerator)
+    _refuse_perturbation(accelerator, perturbation, model)
 
 
-def refuse_engine(accelerator: Accelerator, model: nn.Module, sentence: str, allow_unchecked: bool = False) -> None:
+def refuse_engine(accelerator: Accelerator, model: nn.Module, sentence: str) -> None:
     """Raise NotImplementedError where weights cannot be moved: `sentence` with the reason, and what to use instead."""
     reasons = (_unsupported_engine(accelerator), _unsupported_model(model), _unsupported_tensors(model))
-    for reason in (*reasons, *refused_options(accelerator, allow_unchecked)):
+    for reason in (*reasons, *refused_options(accelerator)):
         if reason is not None:
             raise NotImplementedError(sentence.format(reason))
 

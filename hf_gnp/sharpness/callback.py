@@ -9,10 +9,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 class SharpnessCallback(TrainerCallback):
     """
-    Measures the sharpness during training, and logs it as any metric: `sharpness_top_eigenvalue_1`, and so on.
+    Measure the sharpness during training, and log it as any metric: `sharpness_top_eigenvalue_1`, and so on.
 
     Args:
-        every: After how many optimizer steps; at the end of training too.
+        every: The number of optimizer steps between measurements. There is one at the end of training too.
         options: Arguments of `measure_sharpness`.
 
     Example:
@@ -42,7 +42,7 @@ class SharpnessCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def callbacks_know(trainer: Any) -> Iterator[None]:
-    """Transformers gives callbacks the model, and not the trainer whose loss is to be measured."""
+    """Give the trainer to the callbacks of this kind: transformers gives them the model alone."""
     known = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SharpnessCallback)]
     for callback in known:
         callback._trainer = trainer

@@ -5,7 +5,6 @@ Products of the Hessian of the loss with vectors: by central differences on any 
 """
 
 import math
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,20 +13,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .loss import SampleLoss
 
 
-# The first step that is tried, as a share of ‖θ‖ times the cube root of the unit round-off, where rounding (∝ 1/h) and
-# truncation (∝ h²) meet for a function of size 1; each next one is a quarter of the one before.
-FIRST_STEP, NEXT_STEP, STEPS = 1.0, 0.25, 8
-# With steps that are far too large, differences do not fall in order.
+# Steps are tried from the largest on, each a quarter of the one before. The largest is ‖θ‖ times the cube root of the
+# unit round-off: there rounding (∝ 1/h) and truncation (∝ h²) meet for a function of size 1.
+NEXT_STEP, STEPS = 0.25, 8
+# Errors of steps that are far too large do not fall in order.
 ROUGH = 0.1
 
 
-class Hessian(ABC):
+class ExactHessian:
     """
-    The Hessian of a `SampleLoss` at θ.
+    Differentiate ⟨∇L, v⟩, on one process and with kernels that have a second derivative.
 
     Attributes:
-        error: An estimate of ‖error of H v‖/‖H v‖; 0 for exact products.
-        products: How many have been made.
+        error: An estimate of ‖error of H v‖/‖H v‖.
+        products: The number of products made.
     """
 
     error = 0.0
@@ -35,73 +34,8 @@ class Hessian(ABC):
     def __init__(self, loss: SampleLoss):
         self.loss, self.products = loss, 0
 
-    @abstractmethod
     def product(self, vector: torch.Tensor) -> torch.Tensor:
-        """H v, of local parts."""
-
-
-class DifferenceHessian(Hessian):
-    """
-    Two gradients a product, through the engine: it needs no second derivative of any kernel.
-
-    The weights move by h whatever ‖v‖ is. h is chosen once, where two products with steps h and h/4 along the gradient
-    differ least: their difference is the estimate of the error.
-
-    Args:
-        gradient: ∇L, along which h is chosen; it lies mostly in the directions of large curvature.
-        step: h, if it is not to be chosen.
-    """
-
-    def __init__(self, loss: SampleLoss, gradient: torch.Tensor, step: float | None = None):
-        super().__init__(loss)
-        vectors = loss.vectors
-        if vectors.norm(gradient) == 0:
-            gradient = vectors.random(0)
-        if step is not None:
-            self.step = step
-            self.error = self._difference(gradient, step, step * NEXT_STEP)
-        else:
-            self.step, self.error = self._choose_step(gradient)
-
-    def product(self, vector: torch.Tensor) -> torch.Tensor:
-        self.products += 1
-        return self._product(vector, self.step)
-
-    def _product(self, vector: torch.Tensor, step: float) -> torch.Tensor:
-        norm = self.loss.vectors.norm(vector)
-        result = self.loss.vectors.zeros()
-        if norm == 0:
-            return result
-        for sign in (1.0, -1.0):
-            self.loss.move(vector, sign * step / norm)
-            self.loss.add_gradient_(result, sign * norm / (2 * step))
-        return result
-
-    def _choose_step(self, direction: torch.Tensor) -> tuple[float, float]:
-        vectors = self.loss.vectors
-        step = FIRST_STEP * _round_off(self.loss) ** (1 / 3) * max(vectors.norm(self.loss.origin()), 1e-3)
-        last, best = self._product(direction, step), (step, math.inf)
-        for _ in range(STEPS):
-            step *= NEXT_STEP
-            product = self._product(direction, step)
-            error = _relative(vectors.norm(product - last), vectors.norm(product))
-            if error >= best[1] and best[1] < ROUGH:
-                break  # from here on, rounding grows
-            last, best = product, min(best, (step, error), key=lambda pair: pair[1])
-        return best
-
-    def _difference(self, direction: torch.Tensor, step: float, other: float) -> float:
-        product = self._product(direction, step)
-        norm = self.loss.vectors.norm(product)
-        return _relative(self.loss.vectors.norm(product - self._product(direction, other)), norm)
-
-
-class ExactHessian(Hessian):
-    """
-    The derivative of ⟨∇L, v⟩: one process, and kernels that have a second derivative (attention uses its formula).
-    """
-
-    def product(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return H v."""
         self.products += 1
         loss, vectors = self.loss, self.loss.vectors
         result, parts = vectors.zeros(), vectors.parts(vector)
@@ -117,13 +51,54 @@ class ExactHessian(Hessian):
         return result
 
 
-def _round_off(loss: SampleLoss) -> float:
-    """Of the least precise dtype that a gradient goes through."""
-    dtypes = {parameter.dtype for parameter in loss.model.parameters() if parameter.is_floating_point()}
-    if loss.trainer.accelerator.mixed_precision == "bf16":
-        dtypes.add(torch.bfloat16)
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+class DifferenceHessian(ExactHessian):
+    """
+    Take two gradients a product through the engine. No kernel needs a second derivative.
 
+    The weights move by h, whatever ‖v‖ is. h is chosen once: two products along the gradient, with the steps h and
+    h/4, differ least. Their difference is the estimate of the error.
 
-def _relative(difference: float, size: float) -> float:
-    return difference / size if size > 0 else (math.inf if difference > 0 else 0.0)
+    Args:
+        gradient: ∇L, along which h is chosen. It lies mostly in the directions of large curvature.
+        step: h, where the user has chosen it.
+    """
+
+    def __init__(self, loss: SampleLoss, gradient: torch.Tensor, step: float | None = None):
+        super().__init__(loss)
+        direction = gradient if loss.vectors.norm(gradient) > 0 else loss.vectors.random(0)
+        if step is None:
+            self.step, self.error = self._choose_step(direction)
+        else:
+            self.step = step
+            self.error = self._change(self._difference(direction, step * NEXT_STEP), self._difference(direction, step))
+
+    def product(self, vector: torch.Tensor) -> torch.Tensor:
+        self.products += 1
+        return self._difference(vector, self.step)
+
+    def _difference(self, vector: torch.Tensor, step: float) -> torch.Tensor:
+        norm, result = self.loss.vectors.norm(vector), self.loss.vectors.zeros()
+        for sign in (1.0, -1.0) if norm > 0 else ():
+            self.loss.move(vector, sign * step / norm)
+            self.loss.add_gradient_(result, sign * norm / (2 * step))
+        return result
+
+    def _choose_step(self, direction: torch.Tensor) -> tuple[float, float]:
+        dtypes = {parameter.dtype for parameter in self.loss.model.parameters() if parameter.is_floating_point()}
+        if self.loss.trainer.accelerator.mixed_precision == "bf16":
+            dtypes.add(torch.bfloat16)
+        round_off = max(torch.finfo(dtype).eps for dtype in dtypes)
+        step = round_off ** (1 / 3) * max(self.loss.vectors.norm(self.loss.origin()), 1e-3)
+        last, best = self._difference(direction, step), (math.inf, step)
+        for _ in range(STEPS):
+            step *= NEXT_STEP
+            product = self._difference(direction, step)
+            error = self._change(last, product)
+            if error >= best[0] and best[0] < ROUGH:
+                break  # rounding grows from here on
+            last, best = product, min(best, (error, step))
+        return best[1], best[0]
+
+    def _change(self, last: torch.Tensor, product: torch.Tensor) -> float:
+        difference, size = self.loss.vectors.norm(product - last), self.loss.vectors.norm(product)
+        return difference / size if size > 0 else (math.inf if difference > 0 else 0.0)

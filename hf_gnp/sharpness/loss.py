@@ -1,4 +1,4 @@
-"""The loss of a sample and its gradient, at θ and at weights moved from θ, over all ranks."""
+"""The loss of a sample and its gradient over all ranks, at the weights θ and at weights moved from θ."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,57 +10,56 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from hf_gnp import penalty
-from hf_gnp.direction import Perturbation
 from hf_gnp.engines import Engine, make_engine
-from hf_gnp.interrupts import DeferredSignals
-from hf_gnp.replay.window import copied
+from hf_gnp.perturbation import Perturbation
+from hf_gnp.second_pass.inputs import copied
+from hf_gnp.second_pass.window import StateAtHand
+from hf_gnp.signals import DeferredSignals
 
-from .prepared import UntouchedState, kept_generators, prepared_model, refuse_unsupported
-from .sample import WeightedBatch, draw_sample
+from .prepared import left_as_found, prepared_model, refuse_unsupported
+from .sample import WeightedBatch
 from .vectors import ShardVectors, precise
 
 
 class SampleLoss:
     """
-    L(θ + v): the mean of the trainer's loss over a sample, and ∇L(θ + v). Every rank calls each method.
+    Compute L(θ + v), the mean of the trainer's loss over `batches`, and ∇L(θ + v). Every rank calls each method.
 
-    A gradient is one forward and backward of each micro-batch. It is reduced as in training and added up in float32,
-    so that nothing but one micro-batch's gradient is in the dtype of 16-bit weights.
+    The gradient of each micro-batch is reduced as in training and added up in float32.
+
+    Attributes:
+        batches: This rank's micro-batches, to be set before the first pass.
+        vectors: The algebra of vectors such as v and ∇L.
     """
 
-    def __init__(
-        self, trainer: Any, model: nn.Module, engine: Engine, batches: list[WeightedBatch], samples: int, seed: int
-    ):
-        self.trainer, self.model, self.batches, self.samples, self._seed = trainer, model, batches, samples, seed
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.progress = tqdm(desc="Sharpness", unit=" passes", leave=False, disable=not _shows_progress(trainer))
-        self._engine, self._state = engine, UntouchedState(trainer, model)
-        self._origin: torch.Tensor | None = None
+    def __init__(self, trainer: Any, model: nn.Module, engine: Engine, state: StateAtHand, seed: int, progress: Any):
+        self.trainer, self.model, self.progress, self._seed = trainer, model, progress, seed
+        self._engine, self._state = engine, state
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.vectors = ShardVectors(engine.keep_weights(engine.trainable_shards()), engine)
+        self.batches: list[WeightedBatch] = []
+        self._offset: torch.Tensor | None = None
 
-    def begin(self) -> None:
-        """Weights may be moved until `end`."""
-        self._state.begin()
-        self.vectors = ShardVectors(self._engine.hold_weights(), self._engine)
-
-    def set_origin(self, origin: torch.Tensor | None) -> None:
-        """Measure around θ + origin instead of θ: around another checkpoint."""
-        self._origin = origin
+    def set_origin(self, offset: torch.Tensor) -> None:
+        """Measure around θ + offset instead of θ, such as around another checkpoint."""
+        self._offset = offset
         self.move()
 
     def origin(self) -> torch.Tensor:
-        """The weights that are measured around, as a vector."""
-        origin = self.vectors.theta()
-        return origin if self._origin is None else origin.add_(self._origin)
+        """Return the weights that are measured around, as a vector."""
+        theta = self.vectors.theta()
+        return theta if self._offset is None else theta.add_(self._offset)
 
     @torch.no_grad()
     def move(self, vector: torch.Tensor | None = None, scale: float = 1.0) -> None:
         """
-        The weights become θ + scale v, rounded once to their dtype, on all ranks; θ without a vector. They stay there
-        until the next move: making them seen is a collective under ZeRO-1 and 2.
+        Set the weights to θ + scale v, rounded once to their dtype, on all ranks; to θ without a vector.
+
+        They stay there until the next move. Under ZeRO-1 and 2 a move is a collective.
         """
-        if self._origin is not None:
-            vector, scale = self._origin if vector is None else torch.add(self._origin, vector, alpha=scale), 1.0
-        weights, thetas = ([getattr(shard, name) for shard in self.vectors.held] for name in ("weight", "theta"))
+        if self._offset is not None:
+            vector, scale = self._offset if vector is None else torch.add(self._offset, vector, alpha=scale), 1.0
+        weights, thetas = [s.weight for s in self.vectors.held], [s.master for s in self.vectors.held]
         if vector is None:
             penalty.copy_(weights, thetas)
         else:
@@ -68,78 +67,72 @@ class SampleLoss:
         self._engine.publish()
 
     def value(self) -> float:
-        """The loss at the weights as they are."""
+        """Return the loss at the current weights."""
         with torch.no_grad():
-            losses = [self._counted(self.micro_batch_loss(batch), batch) for batch in self.batches]
-        return self._sum(losses)
+            return self._mean([self.micro_batch_loss(batch) for batch in self.batches])
 
     def add_gradient_(self, vector: torch.Tensor, scale: float = 1.0) -> float:
-        """`vector += scale * ∇L` at the weights as they are. Returns the loss."""
-        accelerator, engine = self.trainer.accelerator, self._engine
-        kwargs = {"scale_wrt_gas": False} if self.trainer.is_deepspeed_enabled else {}
-        losses = []
+        """Add `scale * ∇L` at the current weights to `vector`, and return the loss."""
+        accelerator, engine, losses = self.trainer.accelerator, self._engine, []
+        # Engines average over ranks, and accelerate over its own accumulation steps.
+        in_deepspeed = self.trainer.is_deepspeed_enabled
+        factor = accelerator.num_processes * (1 if in_deepspeed else accelerator.gradient_accumulation_steps)
+        kwargs = {"scale_wrt_gas": False} if in_deepspeed else {}
         for batch in self.batches:
-            with engine.micro_batch(is_last=True):
+            with engine.replay(is_last=True):
                 loss = self.micro_batch_loss(batch)
-                losses.append(self._counted(loss, batch))
-                # Engines average over ranks, and accelerate over its own accumulation steps.
-                steps = 1 if kwargs else accelerator.gradient_accumulation_steps
-                accelerator.backward(loss * (batch.share * accelerator.num_processes * steps), **kwargs)
+                losses.append(loss.detach())
+                accelerator.backward(loss * (batch.share * factor), **kwargs)
             self.vectors.add_(vector, engine.gradients_of(self.vectors.held), scale / float(engine.loss_scale()))
             engine.discard_gradient()
-        return self._sum(losses)
+        return self._mean(losses)
 
     def micro_batch_loss(self, batch: WeightedBatch) -> torch.Tensor:
-        """The mean loss of a micro-batch over its own labels, with random numbers that are the same in each pass."""
-        trainer = self.trainer
+        """Return the mean loss over the labels of a micro-batch, with the same random numbers in each pass."""
+        trainer, items = self.trainer, None
         set_seed(self._seed + batch.number)
-        # A loss function that divides by the number of items gets that of the micro-batch; a model does by itself.
-        has_function = trainer.compute_loss_func is not None
-        items = torch.tensor(batch.items, device=trainer.accelerator.device) if has_function else None
+        if trainer.compute_loss_func is not None:  # it divides by the number of items, as a model does by itself
+            items = torch.tensor(batch.items, device=trainer.accelerator.device)
         inputs = trainer._prepare_inputs(copied(batch.inputs))
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
-        # What `compute_loss` multiplies it by, so that averaging over ranks gives the sum.
-        is_scaled = has_function and trainer.args.average_tokens_across_devices
+        # `compute_loss` multiplies the loss by the number of ranks, so that the mean over ranks gives the sum.
+        is_scaled = items is not None and trainer.args.average_tokens_across_devices
         return loss / trainer.accelerator.num_processes if is_scaled else loss
 
-    @staticmethod
-    def _counted(loss: torch.Tensor, batch: WeightedBatch) -> torch.Tensor:
-        return loss.detach().to(precise(loss.device)) * batch.share
-
     def end_pass(self) -> None:
+        """Restore the state: the next pass finds the same random generators, buffers and attributes."""
         self._state.put_back()
         self.progress.update()
 
-    def _sum(self, losses: list[torch.Tensor]) -> float:
+    def _mean(self, losses: list[torch.Tensor]) -> float:
         self.end_pass()
-        return self.trainer.accelerator.reduce(torch.stack(losses).sum(), reduction="sum").item()
-
-    def end(self) -> None:
-        """The weights are θ bit for bit, and all else is as it was, also when it was interrupted half way."""
-        with DeferredSignals():
-            try:
-                self._engine.abandon()
-            finally:
-                self._state.end()
-                self.progress.close()
+        dtype = precise(losses[0].device)
+        shares = [loss.to(dtype) * batch.share for loss, batch in zip(losses, self.batches, strict=True)]
+        return self.trainer.accelerator.reduce(torch.stack(shares).sum(), reduction="sum").item()
 
 
 @contextlib.contextmanager
-def sample_loss(trainer: Any, dataset: Any, samples: int, seed: int) -> Iterator[SampleLoss]:
-    """The loss of a sample, for the time in which weights may be moved."""
+def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sharpness") -> Iterator[SampleLoss]:
+    """
+    Yield a `SampleLoss`, in evaluation or training mode, while weights may be moved.
+
+    On leaving, the weights are θ bit for bit and all else is as it was, also after an interruption.
+    """
     refuse_unsupported(trainer)
-    with prepared_model(trainer) as model, kept_generators(trainer, model):
-        batches, size = draw_sample(trainer, dataset, samples, seed)
+    is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+    with (
+        prepared_model(trainer) as model,
+        left_as_found(trainer, model, training) as state,
+        tqdm(desc=name, unit=" passes", leave=False, disable=is_silent) as progress,
+    ):
         engine = make_engine(trainer.accelerator, model, Perturbation(), trainer.optimizer)
-        loss, gradient = SampleLoss(trainer, model, engine, batches, size, seed), engine.take_gradient()
+        gradient = engine.take_gradient()
         try:
-            loss.begin()
-            yield loss
+            yield SampleLoss(trainer, model, engine, state, seed, progress)
         finally:
-            loss.end()
-            engine.add_gradient(gradient)
-
-
-def _shows_progress(trainer: Any) -> bool:
-    return trainer.is_local_process_zero() and not trainer.args.disable_tqdm
+            with DeferredSignals():
+                try:
+                    engine.abandon()
+                finally:
+                    engine.add_gradient(gradient)

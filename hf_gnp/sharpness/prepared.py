@@ -1,4 +1,4 @@
-"""The model as the engine runs it, in evaluation mode, and what a measurement leaves as it was."""
+"""The model as its engine runs it, and the state that a measurement leaves as it found it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,18 +8,9 @@ import torch
 from torch import nn
 
 from hf_gnp.engines import refuse_engine
-from hf_gnp.engines.dtensors import gradients_hidden
-from hf_gnp.replay.buffers import RunningTensors, addresses, budget_of
-from hf_gnp.replay.contents import Held
-from hf_gnp.replay.owners import (
-    find_large_tensors,
-    find_modules,
-    find_owners,
-    find_parameters_beside,
-    find_trained,
-)
-from hf_gnp.replay.randomness import RandomState, random_devices
-from hf_gnp.replay.side_effects import PythonState
+from hf_gnp.second_pass.window import StateAtHand
+from hf_gnp.signals import DeferredSignals
+from hf_gnp.tensors import gradients_hidden
 
 
 FP16 = (
@@ -30,15 +21,13 @@ FP16 = (
 
 
 def refuse_unsupported(trainer: Any) -> None:
-    """Raise where a gradient would not be that of the mean loss, or weights cannot be moved."""
+    """Raise an error where a gradient would not be that of the mean loss, or where weights cannot be moved."""
     accelerator = trainer.accelerator
-    deepspeed_config = getattr(accelerator.deepspeed_plugin, "hf_ds_config", None)
-    in_deepspeed = deepspeed_config is not None and deepspeed_config.get_value("fp16.enabled") is True
-    parameters = trainer.model.parameters()
-    if accelerator.mixed_precision == "fp16" or in_deepspeed or any(p.dtype == torch.float16 for p in parameters):
+    config = getattr(accelerator.deepspeed_plugin, "hf_ds_config", None)
+    is_fp16 = accelerator.mixed_precision == "fp16" or (config and config.get_value("fp16.enabled") is True)
+    if is_fp16 or any(parameter.dtype == torch.float16 for parameter in trainer.model.parameters()):
         raise ValueError(FP16)
-    # Options that were not checked pass: the gradient at θ itself is DeepSpeed's own.
-    refuse_engine(accelerator, trainer.model, "Sharpness cannot be measured with {}.", allow_unchecked=True)
+    refuse_engine(accelerator, trainer.model, "Sharpness cannot be measured with {}.")
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(
             "Sharpness cannot be measured with DataParallel: start one process a GPU (torchrun)."
@@ -51,77 +40,47 @@ def refuse_unsupported(trainer: Any) -> None:
 
 @contextlib.contextmanager
 def prepared_model(trainer: Any) -> Iterator[nn.Module]:
-    """The model wrapped for the engine: as `train` left it, or for the time of the measurement."""
-    accelerator = trainer.accelerator
-    needs_optimizer = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if trainer.model_wrapped is not trainer.model or (accelerator._models and accelerator.num_processes == 1):
-        wrapped = trainer.model_wrapped
-        if trainer.is_deepspeed_enabled and getattr(wrapped, "optimizer", None) is None:
-            raise RuntimeError(_too_early("DeepSpeed"))
+    """Yield the wrapped model: as `train` left it, or wrapped for the time of the measurement."""
+    accelerator, model, wrapped = trainer.accelerator, trainer.model, trainer.model_wrapped
+    is_prepared = wrapped is not model
+    if trainer.is_deepspeed_enabled:
+        is_prepared = getattr(wrapped, "optimizer", None) is not None
+    elif accelerator._models:  # FSDP shards the model itself
+        is_prepared |= trainer.optimizer is not None if trainer.is_fsdp_enabled else accelerator.num_processes == 1
+    if is_prepared:
         yield wrapped
         return
-    if trainer.is_fsdp_enabled and trainer.optimizer is not None and accelerator._models:
-        yield trainer.model_wrapped  # FSDP shards the model itself
-        return
-    if needs_optimizer:
-        raise RuntimeError(_too_early("DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"))
-    attributes, models = dict(vars(trainer.model)), list(accelerator._models)
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise RuntimeError(
+            f"{'DeepSpeed' if trainer.is_deepspeed_enabled else 'FSDP'} shards a model together with its optimizer, "
+            "which `train` makes: measure during or after training (SharpnessCallback does), or before it on one "
+            "process."
+        )
+    attributes, models = dict(vars(model)), list(accelerator._models)
+    # Older releases of transformers have no such attribute.
+    is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
     try:
-        if getattr(trainer.model, "is_distributed_loading_by_transformers", False):  # older releases have no such name
-            yield accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)
-        else:
-            yield accelerator.prepare_model(trainer.model)
+        yield accelerator.prepare_model(
+            model, **({"device_placement": False, "evaluation_mode": True} if is_sharded else {})
+        )
     finally:
         accelerator._models[:] = models
         for name in ("forward", "_original_forward"):  # where accelerate puts autocast
+            vars(model).pop(name, None)
             if name in attributes:
-                setattr(trainer.model, name, attributes[name])
-            else:
-                vars(trainer.model).pop(name, None)
-
-
-def _too_early(engine: str) -> str:
-    return (
-        f"{engine} shards a model together with its optimizer, which `train` makes: call measure_sharpness during or "
-        "after training (SharpnessCallback does), or on one process before it."
-    )
+                setattr(model, name, attributes[name])
 
 
 @contextlib.contextmanager
-def kept_generators(trainer: Any, model: nn.Module) -> Iterator[None]:
-    """On leaving, random generators stand where they stood: a collator may draw from them, too."""
-    state = RandomState(random_devices(trainer, model))
+def left_as_found(trainer: Any, model: nn.Module, training: bool) -> Iterator[StateAtHand]:
+    """Set the model to training or evaluation mode. On leaving, restore the modes and the state."""
+    state, modes = StateAtHand(trainer, model), [(module, module.training) for module in model.modules()]
     try:
-        yield
+        with gradients_hidden(state.found.others):
+            model.train(training)
+            yield state
     finally:
-        state.restore()
-
-
-class UntouchedState:
-    """All that a forward in evaluation mode may move beside a gradient: put back after each pass, and at the end."""
-
-    def __init__(self, trainer: Any, model: nn.Module):
-        self._tensors = RunningTensors()
-        trained = find_trained(trainer)
-        owners = find_owners(trainer)
-        self._tensors.start(find_modules(owners), trained, find_large_tensors(owners))
-        self._random_state = RandomState(random_devices(trainer, model))
-        moved = addresses(tensor for parameter in trained for tensor in (parameter, parameter.grad))
-        self._python_state = PythonState(owners, moved, Held(budget_of(trained)))
-        self._beside, self._hidden = find_parameters_beside(trainer, owners, trained), contextlib.ExitStack()
-        self._model, self._training = model, [(module, module.training) for module in model.modules()]
-
-    def begin(self) -> None:
-        self._model.eval()
-        self._hidden.enter_context(gradients_hidden(self._beside))
-
-    def put_back(self) -> None:
-        self._tensors.rewind()
-        self._random_state.restore()
-        self._python_state.put_back()
-
-    def end(self) -> None:
-        self.put_back()
-        self._hidden.close()
-        for module, training in self._training:
-            module.training = training
+        with DeferredSignals():
+            state.put_back()
+            for module, is_training in modes:
+                module.training = is_training

@@ -1,4 +1,4 @@
-"""The sample that is measured on: which data, in which micro-batches, and what each counts."""
+"""The data that is measured on: which samples, in which micro-batches, and the weight of each in the mean."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ from transformers import set_seed
 
 class WeightedBatch(NamedTuple):
     """
-    A collated micro-batch of this rank. Its loss is a mean over `items`, and counts `share` in the mean over the whole
-    sample. `number` is its place among the micro-batches of all ranks.
+    A collated micro-batch of this rank. Its loss is a mean over `items` labels and counts `share` in the whole mean.
+
+    `number` is its place among the micro-batches of all ranks.
     """
 
     inputs: Any
@@ -23,77 +24,81 @@ class WeightedBatch(NamedTuple):
 
 def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> tuple[list[WeightedBatch], int]:
     """
-    This rank's micro-batches of a sample, and the size of the whole sample. All ranks get the same number of them, for
-    each is a collective: the last ones may count 0. Random transforms draw by the seed and the micro-batch.
+    Draw a sample of the evaluation data.
 
     Args:
-        dataset: What `Trainer.evaluate` takes: a dataset, the name of one of several, or None for `eval_dataset`. The
-            first elements of an iterable one are the sample.
-        size: The number of samples over all ranks, at most.
+        dataset: The dataset, as `Trainer.evaluate` takes it: a dataset, the name of one of several, or None for
+            `eval_dataset`.
+        size: The largest number of samples over all ranks.
 
-    Raises:
-        ValueError: if there is no such dataset, or nothing in it has a label.
+    Returns:
+        This rank's micro-batches and the number of samples. All ranks get the same number of micro-batches.
     """
-    chosen = _choose(_resolve(trainer, dataset), size, seed)
-    # Not the evaluation data loader, which is kept for later evaluations. It has the trainer's collator and columns.
-    loader = trainer.get_test_dataloader(chosen)
-    rank, ranks, per_batch = (
-        trainer.accelerator.process_index,
-        trainer.accelerator.num_processes,
-        trainer.args.per_device_eval_batch_size,
-    )
-    batches = -(-len(chosen) // per_batch)
-    own = []
-    for number in range(rank, -(-batches // ranks) * ranks, ranks):
-        first = number * per_batch if number < batches else 0
-        rows = range(first, min(first + per_batch, len(chosen)))
-        set_seed(seed + number)
-        inputs = loader.collate_fn([loader.dataset[row] for row in rows])
-        own.append((number, inputs, count_items(trainer, inputs)))
-    counts = torch.tensor([sum(items for number, _, items in own if number < batches)], dtype=torch.long)
-    total = trainer.accelerator.reduce(counts.to(trainer.accelerator.device), reduction="sum").item()
-    if total == 0:
-        raise ValueError("No sample has a label that counts (other than -100): there is no loss to measure.")
-    # In the place of one without labels, whose mean is NaN, stands another that counts 0.
-    filled = next((item for item in own if item[2] > 0), own[0])
-    drawn = [
-        WeightedBatch(inputs, items, items / total if number < batches else 0.0, number)
-        if items > 0
-        else WeightedBatch(filled[1], filled[2], 0.0, number)
-        for number, inputs, items in own
-    ]
-    return drawn, len(chosen)
-
-
-def _resolve(trainer: Any, dataset: Any) -> Any:
     available = trainer.eval_dataset
-    if isinstance(dataset, str) and isinstance(available, dict) and dataset in available:
-        return available[dataset]
-    if dataset is None and not isinstance(available, dict):
-        dataset = available
-    if dataset is None or isinstance(dataset, str):
+    named = available if isinstance(available, dict) else {None: available}
+    dataset = named.get(dataset) if dataset is None or isinstance(dataset, str) else dataset
+    if dataset is None:
         names = f" (one of {sorted(available)})" if isinstance(available, dict) else ""
         raise ValueError(f"measure_sharpness needs data: give it a dataset{names}, or the trainer an eval_dataset.")
-    return dataset
+    chosen = choose(dataset, size, seed)
+    batches = micro_batches(trainer, chosen, trainer.args.per_device_eval_batch_size, seed)
+    return weighted(trainer, batches), len(chosen)
 
 
-def _choose(dataset: Any, size: int, seed: int) -> Any:
+def choose(dataset: Any, size: int, seed: int, shuffle: bool = False) -> Any:
+    """Choose samples by the seed, in the order of the dataset or shuffled; the first ones of an iterable dataset."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return list(itertools.islice(dataset, size))
-    if len(dataset) <= size:
-        return dataset
-    rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:size]).tolist()
-    return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
+    rows = np.random.default_rng(seed).permutation(len(dataset))[:size]
+    indices = (rows if shuffle else np.sort(rows)).tolist()
+    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
+
+
+def micro_batches(trainer: Any, chosen: Any, per_batch: int, seed: int) -> list[WeightedBatch]:
+    """
+    Collate this rank's micro-batches, in turn with the other ranks. Random transforms draw by the seed.
+
+    Each micro-batch costs a collective, so the last ones may have no share: ranks have the same number.
+    """
+    # Not the data loader of `evaluate`, which is kept for later. This one has the trainer's collator and columns.
+    loader = trainer.get_test_dataloader(chosen)
+    rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    count, batches = -(-len(chosen) // per_batch), []
+    for number in range(rank, -(-count // ranks) * ranks, ranks):
+        first = number * per_batch if number < count else 0
+        set_seed(seed + number)
+        inputs = loader.collate_fn([loader.dataset[row] for row in range(first, min(first + per_batch, len(chosen)))])
+        batches.append(WeightedBatch(inputs, count_items(trainer, inputs), float(number < count), number))
+    return batches
+
+
+def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:
+    """
+    Set the shares so that the losses of these micro-batches add up over all ranks to a mean over labels.
+
+    Raises:
+        ValueError: if nothing in them has a label.
+    """
+    counts = [int(batch.items * batch.share) for batch in batches]
+    local = torch.tensor([sum(counts)], device=trainer.accelerator.device)
+    total = trainer.accelerator.reduce(local, reduction="sum").item()
+    if total == 0:
+        raise ValueError("No sample has a label that counts (other than -100): there is no loss to measure.")
+    # The mean over no labels is NaN: the inputs of another micro-batch replace such inputs, with a share of 0.
+    filled = next((batch for batch in batches if batch.items > 0), batches[0])
+    return [
+        (batch if batch.items > 0 else filled)._replace(share=count / total, number=batch.number)
+        for batch, count in zip(batches, counts, strict=True)
+    ]
 
 
 def count_items(trainer: Any, inputs: Any) -> int:
-    """The number of labels over which a micro-batch's loss is a mean: as `Trainer` counts them, or its samples."""
+    """Count the labels over which the loss of a micro-batch is a mean, as `Trainer` does, or else its samples."""
+    labels = inputs.get("labels")
     if "shift_labels" in inputs:
         labels = inputs["shift_labels"]
-    elif getattr(trainer, "_loss_shifts_labels", False) and isinstance(inputs.get("labels"), torch.Tensor):
-        labels = inputs["labels"][..., 1:]
-    else:
-        labels = inputs.get("labels")
+    elif getattr(trainer, "_loss_shifts_labels", False) and isinstance(labels, torch.Tensor):
+        labels = labels[..., 1:]
     if isinstance(labels, torch.Tensor):
         return int(labels.ne(-100).sum())
     return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from .hessian import DifferenceHessian
 from .loss import SampleLoss, sample_loss
-from .measure import eigenpairs_of
-from .slices import filter_normalized_, losses_along, name_of, to_checkpoint
+from .measure import eigenpairs_of, make_hessian
+from .sample import draw_sample
+from .vectors import precise
 
 
-DIRECTIONS = ("filters", "eigenvectors", "line")
-UNITS = {
+AXES = {
     "filters": ("filter norms along a random direction", "filter norms along another"),
     "eigenvectors": ("‖Δθ‖ along eigenvector 1", "‖Δθ‖ along eigenvector 2"),
     "line": ("share of the way",),
@@ -38,27 +39,25 @@ def plot_loss_surface(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Draw slices of the loss around one or several checkpoints of the trainer's model, as PNG and as JSON beside it.
+    Draw slices of the loss of `measure_sharpness` around one or several checkpoints of the trainer's model.
 
-    The loss is that of `measure_sharpness`, at weights θ + x d (+ y d'). Every rank calls this, on any engine for the
-    trainer's own weights. Buffers and frozen weights are those of the trainer's model, which comes back as it was.
+    Each point is at weights θ + x d (+ y d'). Buffers and frozen weights are those of the trainer's model, which is
+    afterwards as it was. Every rank calls this.
 
     Args:
-        path: Of the PNG; the JSON has the suffix .json.
-        checkpoints: Folders with other weights of the same model, to be drawn instead of the trainer's own. They are
-            read whole on each process, which DeepSpeed is refused for.
-        directions: "filters": random ones, each filter as long as that of the weights, comparable between models;
-            "eigenvectors": of the largest eigenvalues, each checkpoint's own; "line": from one checkpoint to another
-            (or from the trainer's weights to one), 0 and 1 being the two.
-        dimensions: 1, a curve for each checkpoint; or 2, a map for each. A line has 1.
-        distance: How far to go to each side.
-        points: In each dimension: a map takes the square of it in forward passes over the sample.
-        dataset, samples, seed: As in `measure_sharpness`.
-        tolerance, max_products: For eigenvectors, as there.
+        path: The file of the PNG. A file with the suffix .json gets the numbers.
+        checkpoints: Folders with weights of the same model, to be drawn instead of the trainer's own. Each process
+            reads them whole, so DeepSpeed is refused.
+        directions: "filters" takes random directions whose filters are as long as those of the weights, comparable
+            between models. "eigenvectors" takes those of the largest eigenvalues. "line" leads from one checkpoint
+            (0) to another (1), or from the trainer's weights to one.
+        dimensions: 1 for curves, 2 for maps. A line has 1.
+        distance: The distance to each side.
+        points: The number of points in each dimension. Each costs a forward pass over the sample.
+        dataset, samples, tolerance, max_products, seed: As in `measure_sharpness`.
 
     Returns:
-        What the JSON has: caption, axes and their units, and for each checkpoint its name and losses, and the
-        eigenvalues of the directions.
+        The contents of the JSON: caption, axes, units, and for each slice its checkpoint, losses and eigenvalues.
 
     Raises:
         ValueError: for an argument out of range.
@@ -74,39 +73,49 @@ def plot_loss_surface(
     ```
     """
     _check(trainer, checkpoints, directions, dimensions, points, distance)
+    axes = [np.linspace(-distance, distance, points)] * dimensions
+    if directions == "line":
+        axes = [np.linspace(-distance / 4, 1 + distance / 4, points)]
+    all_weights: list[Any] = [None, *checkpoints]  # None stands for the trainer's own
     slices = []
-    with sample_loss(trainer, dataset, samples, seed) as loss:
-        axes = [np.linspace(-distance, distance, points)] * dimensions
-        if directions == "line":
-            axes = [np.linspace(-distance / 4, 1 + distance / 4, points)]
-            slices.append(_along_line(loss, checkpoints, axes))
-        else:
-            own: list[Any] = [None]
-            for checkpoint in checkpoints or own:
-                loss.set_origin(None if checkpoint is None else to_checkpoint(loss, str(checkpoint)))
-                name = "the trainer's weights" if checkpoint is None else name_of(checkpoint)
-                if directions == "eigenvectors":
-                    gradient = loss.vectors.zeros()
-                    loss.add_gradient_(gradient)
-                    pairs = eigenpairs_of(DifferenceHessian(loss, gradient), dimensions, tolerance, max_products, seed)
-                    found = {"eigenvalues": pairs.values}
-                    vectors = [_uphill_(vector, gradient, loss) for vector in pairs.vectors[:dimensions]]
-                else:
-                    found = {}
-                    vectors = [filter_normalized_(loss.vectors.random(seed, 3, i), loss) for i in range(dimensions)]
-                slices.append({"checkpoint": name, "losses": losses_along(loss, vectors, axes).tolist()} | found)
+    with sample_loss(trainer, seed) as loss:
+        loss.batches, size = draw_sample(trainer, dataset, samples, seed)
+        for start in all_weights[-2:-1] if directions == "line" else checkpoints or all_weights:
+            item: dict[str, Any] = {"checkpoint": _name(start)}
+            offset = _way_to(loss, start)
+            loss.set_origin(offset)
+            if directions == "line":
+                vectors = [_way_to(loss, checkpoints[-1]).sub_(offset)]
+                name = f"{_name(start)} (0) to {_name(checkpoints[-1])} (1)"
+                item = {"checkpoint": name, "distance": loss.vectors.norm(vectors[0])}
+            elif directions == "filters":
+                vectors = [filter_normalized_(loss.vectors.random(seed, 3, i), loss) for i in range(dimensions)]
+            else:
+                gradient = loss.vectors.zeros()
+                loss.add_gradient_(gradient)
+                hessian = make_hessian(loss, gradient, "differences", None)
+                pairs = eigenpairs_of(hessian, dimensions, tolerance, max_products, seed)
+                item["eigenvalues"] = pairs.values
+                # An eigenvector has no sign: let the loss rise to the right, so that two pictures show the same.
+                ups = loss.vectors.dots(pairs.vectors[:dimensions], gradient)
+                vectors = [-v if up < 0 else v for v, up in zip(pairs.vectors, ups, strict=False)]
+            slices.append(item | {"losses": _losses_along(loss, vectors, axes)})
+    what = {
+        "filters": f"filter-normalised random directions (seed {seed})",
+        "eigenvectors": "eigenvectors of the largest eigenvalues of the Hessian",
+        "line": f"the line between two checkpoints, ‖Δθ‖ = {slices[0].get('distance', 0):.3g} apart",
+    }[directions]
     result = {
-        "caption": _caption(trainer, directions, dimensions, loss.samples, seed, slices),
+        "caption": f"Loss of {type(trainer.model).__name__}, mean over {size} samples, along {what}",
         "directions": directions,
-        "units": list(UNITS[directions][:dimensions]),
+        "units": list(AXES[directions][:dimensions]),
         "axes": [axis.tolist() for axis in axes],
         "slices": slices,
     }
     if trainer.is_world_process_zero():
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
-        path.with_suffix(".json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps(result), encoding="utf-8")
         draw(result, path.with_suffix(".png"))
     return result
 
@@ -114,8 +123,8 @@ def plot_loss_surface(
 def _check(
     trainer: Any, checkpoints: Sequence[Any], directions: str, dimensions: int, points: int, distance: float
 ) -> None:
-    if directions not in DIRECTIONS:
-        raise ValueError(f"directions must be one of {DIRECTIONS}, but it is {directions!r}.")
+    if directions not in AXES:
+        raise ValueError(f"directions must be one of {tuple(AXES)}, but it is {directions!r}.")
     if dimensions not in (1, 2) or points < 2 or not distance > 0:
         raise ValueError(
             f"dimensions must be 1 or 2, points at least 2 and distance positive: {dimensions}, {points}, {distance}."
@@ -126,66 +135,98 @@ def _check(
         raise NotImplementedError("Checkpoints are read whole, not into ZeRO's shards: use one process, DDP or FSDP2.")
 
 
-def _along_line(loss: SampleLoss, checkpoints: Sequence[Any], axes: Sequence[np.ndarray]) -> dict[str, Any]:
-    ways = [to_checkpoint(loss, str(checkpoint)) for checkpoint in checkpoints]
-    names = [name_of(checkpoint) for checkpoint in checkpoints]
-    if len(ways) == 2:
-        loss.set_origin(ways[0])
-        ways[1].sub_(ways[0])
+def _losses_along(loss: SampleLoss, directions: Sequence[torch.Tensor], axes: Sequence[np.ndarray]) -> Any:
+    """Return the losses at origin + x d (+ y d') on the grid of the axes, as nested lists: x first."""
+    grid = np.empty([len(axis) for axis in axes])
+    for index in np.ndindex(grid.shape):
+        point: Any = sum(float(axis[i]) * d for axis, i, d in zip(axes, index, directions, strict=True))
+        loss.move(point)
+        grid[index] = loss.value()
+    return grid.tolist()
+
+
+def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
+    """
+    Scale each filter of a direction to the norm of the same filter of the weights (Li et al. 2018).
+
+    A filter is a row of a parameter with two or more dimensions. Other parameters become 0.
+    """
+    vectors, places = loss.vectors, []
+    # ZeRO-3 leaves an empty parameter, and its shape beside it.
+    shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in loss.model.parameters()]
+    first_row = np.cumsum([0, *(shape[0] if len(shape) > 1 else 0 for shape in shapes)]).tolist()
+    sq_norms = torch.zeros(2, first_row[-1], dtype=precise(vectors.device), device=vectors.device)
+    origin = loss.origin()
+    for part, shard in zip(vectors.slices, vectors.held, strict=True):
+        shape, first = shard.whole_shape, first_row[shard.number]
+        if len(shape) < 2:
+            direction[part] = 0.0
+            continue
+        rows_of_whole = torch.arange(first, first + shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        rows = shard.part_of(rows_of_whole.contiguous()).reshape(-1).to(vectors.device)
+        places.append((part, rows))
+        filters = torch.stack([origin[part], direction[part]]).to(sq_norms.dtype)
+        sq_norms.index_add_(1, rows, filters.square() / shard.copies)
+    wanted, given = vectors.sum_over_ranks(sq_norms).sqrt().to(vectors.device)
+    scales = torch.where(given > 0, wanted / given, 0.0).to(direction.dtype)
+    for part, rows in places:
+        direction[part] *= scales[rows]
+    return direction
+
+
+def _way_to(loss: SampleLoss, folder: str | Path | None) -> torch.Tensor:
+    """Return the way from θ to the trainable weights that are saved in `folder`, or 0 for None."""
+    model, vectors = loss.trainer.model, loss.vectors
+    if folder is None:
+        return vectors.zeros()
+    if isinstance(model, PreTrainedModel):
+        saved = [parameter.detach() for parameter in type(model).from_pretrained(folder).parameters()]
+    elif (file := Path(folder) / "model.safetensors").is_file():
+        named = load_file(file)
+        saved = [named[name] for name, _ in model.named_parameters()]
     else:
-        names.insert(0, "the trainer's weights")
-    return {
-        "checkpoint": f"{names[0]} (0) to {names[1]} (1)",
-        "distance": loss.vectors.norm(ways[-1]),
-        "losses": losses_along(loss, [ways[-1]], axes).tolist(),
-    }
+        raise ValueError(f"{folder} has no model.safetensors: give folders that save_model or a checkpoint wrote.")
+    way = vectors.theta().neg_()
+    vectors.add_(way, [shard.part_of(saved[shard.number]) for shard in vectors.held])
+    return way
 
 
-def _uphill_(vector: torch.Tensor, gradient: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
-    """An eigenvector has no sign of its own; two pictures should show the same."""
-    return vector.neg_() if loss.vectors.dot(vector, gradient) < 0 else vector
+def _name(checkpoint: Any) -> str:
+    path = Path(checkpoint or "the trainer's weights")
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
-def _caption(
-    trainer: Any, directions: str, dimensions: int, samples: int, seed: int, slices: Sequence[dict[str, Any]]
-) -> str:
-    kinds = {
-        "filters": f"{dimensions} filter-normalised random direction{'s' if dimensions > 1 else ''} (seed {seed})",
-        "eigenvectors": f"the eigenvector{'s' if dimensions > 1 else ''} of the largest eigenvalues of the Hessian",
-        "line": f"the line between two checkpoints, ‖Δθ‖ = {slices[0].get('distance', 0):.3g} apart",
-    }
-    return f"Loss of {type(trainer.model).__name__}, mean over {samples} samples, along {kinds[directions]}"
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """The curves in one picture, or a map for each checkpoint with one colour bar."""
+def new_figure(width: float, height: float) -> Any:
+    """Return a figure of matplotlib, which is an optional dependency."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("Pictures need matplotlib: pip install 'hf_gnp[sharpness]'.") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw the curves in one picture, or a map for each checkpoint with one colour bar."""
     slices, axes, units = result["slices"], result["axes"], result["units"]
+    maps = len(slices) if len(axes) == 2 else 1
+    figure = new_figure(*((1 + 5 * maps, 4.8) if len(axes) == 2 else (7, 4.5)))
+    panels = figure.subplots(1, maps, squeeze=False)[0]
     if len(axes) == 1:
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        (panel,) = figure.subplots(1, 1, squeeze=False)[0]
         for item in slices:
-            panel.plot(axes[0], item["losses"], marker=".", label=_label(item))
-        panel.set(xlabel=f"x, {units[0]}", ylabel="loss")
-        panel.legend()
+            panels[0].plot(axes[0], item["losses"], marker=".", label=_label(item))
+        panels[0].set(xlabel=f"x, {units[0]}", ylabel="loss")
+        panels[0].legend()
     else:
-        figure = Figure(figsize=(1 + 5 * len(slices), 4.8), layout="constrained")
-        panels = figure.subplots(1, len(slices), squeeze=False)[0]
         losses = np.array([item["losses"] for item in slices])
         finite = losses[np.isfinite(losses)]
         low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
         levels = np.linspace(low, high if high > low else low + 1e-12, 25)
         for panel, item, grid in zip(panels, slices, losses, strict=True):
-            # The first axis is x: contourf wants it last.
-            filled = panel.contourf(*axes, grid.T, levels=levels, cmap="viridis")
+            filled = panel.contourf(*axes, grid.T, levels=levels, cmap="viridis")  # it wants the first axis last
             panel.contour(*axes, grid.T, levels=levels[::2], colors="white", linewidths=0.4)
             panel.plot(0, 0, marker="+", color="red", markersize=10)
-            panel.set(xlabel=f"x, {units[0]}", ylabel=f"y, {units[1]}", title=_label(item))
+            panel.set(xlabel=f"x, {units[0]}", ylabel=f"y, {units[1]}", title=_label(item), aspect="equal")
             panel.locator_params(nbins=5)
-            panel.set_aspect("equal")
         figure.colorbar(filled, ax=list(panels), label="loss", format="%.3g")
     figure.suptitle(result["caption"], fontsize=9, wrap=True)
     figure.savefig(path, dpi=120)

@@ -1,60 +1,60 @@
-"""Vectors in the space of the trainable weights: each rank has the part that lies beside its shards."""
+"""Vectors in the space of the trainable weights. Each rank holds the part that belongs to its shards."""
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from hf_gnp.engines import Engine, HeldShard
-from hf_gnp.rounding import Place, uniform_noise
+from hf_gnp.engines import Engine, Shard
 
 
-# So many numbers are drawn, or multiplied in double precision, at a time.
+# The number of elements that are multiplied in double precision at a time.
 BLOCK = 2**20
 
 
 class ShardVectors:
     """
-    The algebra of local parts. A vector is a flat tensor of this rank with the elements of all held shards one after
-    another, in float32 (float64 where a weight is); sums and multiples are ordinary tensor operations.
+    The algebra of vectors of which each rank holds a part.
+
+    The part is a flat tensor: the elements of this rank's shards one after another, in float32, or in float64 if a
+    weight is. Sums and multiples are ordinary tensor operations. What returns numbers costs one all-reduce.
 
     Args:
         held: This rank's shards.
-        engine: Sums over ranks: one all-reduce for each call that returns numbers.
+        engine: The engine that sums over ranks.
     """
 
-    def __init__(self, held: Sequence[HeldShard], engine: Engine):
+    def __init__(self, held: Sequence[Shard], engine: Engine):
         self.held, self._engine = held, engine
         ends = list(itertools.accumulate(shard.weight.numel() for shard in held))
         self.slices = [slice(end - shard.weight.numel(), end) for end, shard in zip(ends, held, strict=True)]
         self.size = ends[-1] if ends else 0
-        dtypes = {shard.weight.dtype for shard in held}
-        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.dtype = torch.float64 if any(s.weight.dtype == torch.float64 for s in held) else torch.float32
         self.device = held[0].weight.device if held else engine.accelerator.device
 
     def zeros(self) -> torch.Tensor:
         return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     def parts(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """The parts of a vector beside each shard: views in the shape of its weight."""
+        """Return a view for each shard, in the shape of its weight."""
         return [vector[s].view(shard.weight.shape) for s, shard in zip(self.slices, self.held, strict=True)]
 
     def add_(self, vector: torch.Tensor, tensors: Sequence[torch.Tensor | None], scale: float = 1.0) -> None:
-        """`vector += scale * tensors`, a tensor of any floating dtype for each shard; None counts as 0."""
+        """Add `scale * tensors` to `vector`. There is a tensor of any floating dtype for each shard; None is 0."""
         for part, tensor in zip(self.slices, tensors, strict=True):
             if tensor is not None:
                 vector[part].add_(tensor.detach().reshape(-1).to(vector.device, vector.dtype), alpha=scale)
 
     def theta(self) -> torch.Tensor:
-        """θ as a vector."""
+        """Return θ as a vector."""
         theta = self.zeros()
-        self.add_(theta, [shard.theta for shard in self.held])
+        self.add_(theta, [shard.master for shard in self.held])
         return theta
 
     def dots(self, vectors: Sequence[torch.Tensor], other: torch.Tensor) -> np.ndarray:
-        """⟨v, other⟩ over all ranks, for each vector v; summed in double precision."""
+        """Return ⟨v, other⟩ over all ranks for each vector v, summed in double precision."""
         dots = torch.stack([self._local_dot(vector, other) for vector in vectors])
         return self.sum_over_ranks(dots).cpu().double().numpy()
 
@@ -64,56 +64,49 @@ class ShardVectors:
     def norm(self, vector: torch.Tensor) -> float:
         return math.sqrt(self.dot(vector, vector))
 
+    def norms_by_tensor(self, vectors: Sequence[torch.Tensor]) -> np.ndarray:
+        """Return for each vector the global norms of its parts in the parameters of the model, with one all-reduce."""
+        sq_norms = torch.zeros(len(vectors), len(self._engine.numbers), dtype=precise(self.device), device=self.device)
+        for part, shard in zip(self.slices, self.held, strict=True):
+            for row, vector in enumerate(vectors):
+                sq_norms[row, shard.number] += _dot(vector[part], vector[part]) / shard.copies
+        return self.sum_over_ranks(sq_norms).sqrt().cpu().double().numpy()
+
     def sum_over_ranks(self, local: torch.Tensor) -> torch.Tensor:
         return self._engine.sum_over_ranks(local.to(self._engine.accelerator.device))
 
     def _local_dot(self, vector: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Summed over ranks it is the global one: an element that k ranks hold counts 1/k on each."""
+        """Return this rank's summand of the global dot product. An element on k ranks counts 1/k on each."""
         total = torch.zeros((), dtype=precise(vector.device), device=vector.device)
-        runs = itertools.groupby(zip(self.slices, self.held, strict=True), key=lambda pair: pair[1].copies)
-        for copies, run in runs:
-            pairs = list(run)
-            place = slice(pairs[0][0].start, pairs[-1][0].stop)
-            for a, b in zip(vector[place].split(BLOCK), other[place].split(BLOCK), strict=True):
-                total += torch.dot(a.to(total.dtype), b.to(total.dtype)) / copies
+        for copies, run in itertools.groupby(zip(self.slices, self.held, strict=True), lambda pair: pair[1].copies):
+            slices = [part for part, _ in run]
+            place = slice(slices[0].start, slices[-1].stop)
+            total += _dot(vector[place], other[place]) / copies
         return total
 
     def random(self, *key: int, signs: bool = False) -> torch.Tensor:
         """
-        Standard normal numbers, or random signs: for an element of the whole model the same on every engine and
-        number of ranks.
+        Draw standard normal numbers, or random signs. An element gets the same on every engine and number of ranks.
 
         Args:
             key: The seed, and which of its vectors.
         """
         vector = self.zeros()
-        seeds = [int(seed) for seed in np.random.SeedSequence(key).generate_state(2, np.uint64)]
         for part, shard in zip(self.slices, self.held, strict=True):
-            start = part.start
-            for place in _in_blocks(shard):
-                first, second = (uniform_noise(place, seed, vector.device).reshape(-1) for seed in seeds)
-                numbers = torch.where(first < 0.5, -1.0, 1.0) if signs else _normal(first, second)
-                vector[start : start + len(numbers)] = numbers
-                start += len(numbers)
-        return vector
+            seed = np.random.SeedSequence((*key, shard.number)).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(seed[0] >> 1))
+            vector[part] = shard.part_of(torch.randn(shard.whole_shape, generator=generator)).reshape(-1)
+        return torch.where(vector < 0, -1.0, 1.0).to(self.dtype) if signs else vector
 
 
 def precise(device: torch.device) -> torch.dtype:
-    """The dtype for sums on a device: double, where it has that."""
+    """Return the dtype for sums on a device: double precision, where it has that."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _normal(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Standard normal numbers out of uniform ones in [0, 1): Box and Muller 1958."""
-    return (-2 * torch.log1p(-first)).sqrt_().mul_(torch.cos(2 * math.pi * second))
-
-
-def _in_blocks(shard: HeldShard) -> Iterator[Place]:
-    """The place of a shard, a few rows at a time: of each element, its index is made in 64 bits."""
-    rows = len(shard.weight) if shard.weight.ndim else 1
-    at_once = max(1, BLOCK * rows // max(shard.weight.numel(), 1))
-    if at_once >= rows:
-        yield shard.place
-        return
-    for start in range(0, rows, at_once):
-        yield shard.place.rows(start, min(start + at_once, rows))
+def _dot(vector: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the dot product of local tensors in double precision, a block at a time."""
+    total = torch.zeros((), dtype=precise(vector.device), device=vector.device)
+    for a, b in zip(vector.split(BLOCK), other.split(BLOCK), strict=True):
+        total += torch.dot(a.to(total.dtype), b.to(total.dtype))
+    return total

@@ -96,7 +96,7 @@ def test_alpha_zero_is_the_plain_trainer(client, folder, plain):
 
 
 @pytest.mark.parametrize("client", PENALISED, indirect=True)
-def test_what_is_not_moved_is_not_changed(client, folder, plain):
+def test_unmoved_run_is_plain(client, folder, plain):
     """At r = 1e-30 a weight plus its perturbation is the weight, so g₂ is g₁ bit for bit if nothing else differs."""
     result, expected = run(client, folder, gnp_alpha=1.0, gnp_r=1e-30), plain(client)
     assert all("gnp_sharpness" in entry for entry in result["history"] if "loss" in entry)
@@ -108,10 +108,10 @@ def test_what_is_not_moved_is_not_changed(client, folder, plain):
     assert result["generations"] == expected["generations"]
 
 
-# It draws tokens between the forwards of a step's micro-batches: where these wait, it draws others.
+# belongs here once they are not.
 @pytest.mark.parametrize("client", [name for name in PENALISED if name != "gkd-on-policy"], indirect=True)
-def test_what_waits_for_the_move_is_not_changed(client, folder, plain):
-    """Of a single pass too, which runs when the step ends, metrics are those of plain training, in their order."""
+def test_unmoved_momentum_run_is_plain(client, folder, plain):
+    """Metrics of the single pass are those of plain training, in their order."""
     result, expected = run(client, folder, gnp_direction="momentum", gnp_r=1e-30), plain(client)
     assert [entry["gnp_on"] for entry in result["history"] if "gnp_on" in entry][1:]
     assert_identical(logs_without(result["history"]), logs_without(expected["history"]))
@@ -120,7 +120,7 @@ def test_what_waits_for_the_move_is_not_changed(client, folder, plain):
 
 
 @pytest.mark.parametrize("client", PENALISED, indirect=True)
-def test_the_first_step_logs_and_generates_as_plain(client, folder, plain):
+def test_first_step_logs_and_generates_as_plain(client, folder, plain):
     result, expected = run(client, folder, gnp_alpha=1.0, gnp_r=0.05), plain(client)
     # grad_norm is that of the combined gradient; all else is of the first pass, at the weights of the start.
     first, first_expected = (logs_without(r["history"][:1], "grad_norm") for r in (result, expected))
@@ -131,7 +131,7 @@ def test_the_first_step_logs_and_generates_as_plain(client, folder, plain):
 
 
 @pytest.mark.parametrize("client", REFUSED, indirect=True)
-def test_a_loss_that_trainer_never_sees_is_refused_by_name(client, folder):
+def test_own_training_step_is_refused(client, folder):
     with pytest.raises(
         (RuntimeError, NotImplementedError), match=f"{CLIENTS[client].build(folder).trainer_class.__name__}"
     ):

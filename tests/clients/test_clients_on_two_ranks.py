@@ -1,17 +1,12 @@
 """SFT and DPO on two ranks, under DDP and ZeRO-2: where the penalty is off, or moves nothing, it changes nothing."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import assert_identical
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
 from launch import free_port, launch
+from runs import assert_identical
 from test_clients import logs_without
 from two_ranks import CLIENTS_ON_RANKS, ENGINES_OF_CLIENTS
 
@@ -48,6 +43,6 @@ def test_alpha_zero_is_the_plain_trainer(results, client, engine):
 
 
 @pytest.mark.parametrize(("client", "engine"), CASES)
-def test_what_is_not_moved_is_not_changed(results, client, engine):
+def test_unmoved_run_is_plain(results, client, engine):
     assert "gnp_sharpness" in results[f"{client}-{engine}-unmoved"]["history"][0]
     assert_plain(results, f"{client}-{engine}", "unmoved", "total_flos")

@@ -45,7 +45,7 @@ def ready_made(client: str, built: Any) -> tuple[type, type]:
     return tuple(getattr(module, f"GNP{base.__name__}") for base in (built.trainer_class, built.args_class))
 
 
-def test_they_are_what_the_user_would_have_written(client, tmp_path):
+def test_classes_are_the_mixins(client, tmp_path):
     built = CLIENTS[client].build(tmp_path)
     trainer_class, args_class = ready_made(client, built)
     assert trainer_class.__mro__[1:3] == (GNPMixin, built.trainer_class)
@@ -59,7 +59,7 @@ def test_they_are_what_the_user_would_have_written(client, tmp_path):
     assert ready_made(client, built) == (trainer_class, args_class)
 
 
-def test_they_train_as_the_mixins_do_and_save_arguments_that_load(client, tmp_path):
+def test_training_and_saved_arguments(client, tmp_path):
     built = CLIENTS[client].build(tmp_path)
     trainer_class, args_class = ready_made(client, built)
     args = args_class(output_dir=str(tmp_path / "out"), **{**BASE, **built.args, **PENALTY})
@@ -89,7 +89,7 @@ def test_other_names_are_no_attributes(name):
         exec(f"from hf_gnp.trl import {name}")
 
 
-def test_the_package_itself_imports_neither_library():
+def test_package_imports_neither_library():
     script = "import sys, hf_gnp; print({'trl', 'sentence_transformers'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
     assert result.stdout.strip() == "set()", result.stderr

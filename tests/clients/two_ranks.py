@@ -10,13 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
-# First: it puts the tests' other folders on the path.
-from worker import ENGINES, deepspeed_config, full_weights, run_all  # isort: skip
 from builders import llama, make_client
+from worker import ENGINES, deepspeed_config, full_weights, run_all
 
 
 CLIENTS_ON_RANKS = ("sft-completion-only", "dpo")

@@ -7,18 +7,12 @@ Put what it prints into docs/engines.md.
 """
 
 import functools
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from cases import assert_matches_reference, gnp, reference_of, result_of, run_cases
 from runs import CHECKPOINTING, by_scope, make_trainer
 from tiny import flat_weights, make_model, relative_distance
@@ -95,7 +89,7 @@ def test_fp32_matches_the_reference(results, name):
 
 
 @pytest.mark.parametrize("name", [name for name in CLOSE if not name.endswith("-stock")])
-def test_low_precision_stays_as_close_to_fp32_as_plain_training(results, name):
+def test_as_close_to_fp32_as_plain_training(results, name):
     """As the test of the same name for the CPU: each run against its own fp32 trajectory, a factor of 2 apart."""
     distances = []
     for stock in ("-stock", ""):
@@ -110,7 +104,7 @@ def test_low_precision_stays_as_close_to_fp32_as_plain_training(results, name):
 
 
 @pytest.mark.parametrize("options", [{}, {CHECKPOINTING: True}, {"bf16": True}], ids=["fp32", "checkpointed", "bf16"])
-def test_native_draws_the_same_dropout_masks_in_both_passes(tmp_path, options):
+def test_native_dropout_masks(tmp_path, options):
     """With an r that moves no weight, a run is a plain one: if the second pass draws what the first one drew."""
     end = {}
     start = flat_weights(make_model("bert"))
@@ -125,7 +119,7 @@ def test_native_draws_the_same_dropout_masks_in_both_passes(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["fp32", "bf16"])
-def test_native_waits_for_the_gpu_as_plain_training_does(tmp_path, options):
+def test_native_waits_for_the_gpu(tmp_path, options):
     """Once more a step, in which `Trainer` itself waits for its logs and its clipping."""
     waits = {}
     for cls, penalty in ((Trainer, {}), (GNPTrainer, gnp())):

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import Engine
+from hf_gnp.engines.engine import Engine
+from hf_gnp.perturbation import Perturbation
 
 from .private import (
     BF16_Optimizer,

@@ -1,12 +1,11 @@
 """
 What DeepSpeed's stages share. Gradients and fp32 masters are this rank's partitions, inside DeepSpeed's optimizers.
 
-Which attributes hold them is private to DeepSpeed: private.py has the names. One class here knows one optimizer class
-there, and its equivalence tests fail when the insides change.
+Which attributes hold them is private to DeepSpeed. One class here knows one optimizer class there, and its equivalence
+tests fail when the insides change.
 """
 
 import contextlib
-import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -17,9 +16,10 @@ import torch
 from accelerate import Accelerator
 
 from hf_gnp import penalty
-from hf_gnp.direction import Perturbation
-from hf_gnp.engines.base import Engine
-from hf_gnp.engines.shards import HeldShard, OptimizerState, Shard
+from hf_gnp.engines.engine import Engine
+from hf_gnp.engines.shards import Shard
+from hf_gnp.momentum import moment_of, refuse_optimizer
+from hf_gnp.perturbation import Perturbation
 
 from . import private
 
@@ -36,7 +36,7 @@ class _BackwardOnly:
 
 
 @contextlib.contextmanager
-def _backward_only(accelerator: Accelerator, always_reduces: bool = False) -> Iterator[None]:
+def _backward_only(accelerator: Accelerator, always_reduces: bool) -> Iterator[None]:
     wrapped = accelerator.deepspeed_engine_wrapped
     accelerator.deepspeed_engine_wrapped = _BackwardOnly(wrapped.engine, always_reduces)
     try:
@@ -48,14 +48,14 @@ def _backward_only(accelerator: Accelerator, always_reduces: bool = False) -> It
 class DeepSpeedSteps(Engine):
     """What all stages share: backward and step are two calls, and DeepSpeed itself knows when to reduce."""
 
-    engine: Any
+    engine: Any  # DeepSpeed's
 
-    def first_pass(self, is_last: bool = False) -> AbstractContextManager[None]:
-        return _backward_only(self.accelerator, always_reduces=is_last or self.perturbation.is_per_micro_batch)
+    def first_pass(self) -> AbstractContextManager[None]:
+        return _backward_only(self.accelerator, self.perturbation.is_per_micro_batch)
 
     @contextlib.contextmanager
-    def micro_batch(self, is_last: bool) -> Iterator[None]:
-        with self.sync_gradients_set(is_last), _backward_only(self.accelerator, always_reduces=is_last):
+    def replay(self, is_last: bool) -> Iterator[None]:
+        with self.sync_gradients_set(is_last), _backward_only(self.accelerator, is_last):
             yield
 
     def computes_in_16_bit(self) -> bool:
@@ -75,17 +75,23 @@ class DeepSpeedSteps(Engine):
 class ShardedEngine(DeepSpeedSteps):
     """What ZeRO-1, 2 and 3 share: g₁ is kept aside as a shard, and g₂ replaces it."""
 
+    gathers_weights = True
+
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
-        super().__init__(accelerator, perturbation)
         self.engine = accelerator.deepspeed_engine_wrapped.engine
         self.optimizer = self.engine.optimizer
+        super().__init__(accelerator, perturbation, self.engine.module)
         private.check_optimizer(self.optimizer)
         self._first_gradients: list[torch.Tensor] = []
         self._holds = False  # the gradient of earlier micro-batches of the step
 
     @abstractmethod
     def reset_gradients(self) -> None:
-        """Ready for a pass whose gradients replace those of the pass before."""
+        """Get ready for a pass whose gradients replace those of the pass before."""
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return what the optimizer steps with on this rank, after a pass that reduced it."""
+        return [shard.gradient for shard in self.shards() if shard.gradient is not None]
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         ds_comm.all_reduce(value, group=self.optimizer.dp_process_group)
@@ -94,26 +100,42 @@ class ShardedEngine(DeepSpeedSteps):
     def loss_scale(self) -> float:
         return self.optimizer.loss_scale
 
+    def first_moment(self, shard: Shard) -> torch.Tensor | None:
+        # By its place in memory: the base optimizer steps on the flat partitions of which masters are views.
+        base = self.optimizer.optimizer
+        for flat, values in base.state.items():
+            start = (shard.master.data_ptr() - flat.data_ptr()) // flat.element_size()
+            if values and 0 <= start < flat.numel():
+                moment = moment_of(values, flat.shape)
+                if moment is None:
+                    refuse_optimizer(type(base).__name__)
+                return moment.view(-1).narrow(0, start, shard.master.numel()).view(shard.master.shape)
+        return None
+
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
-        self._first_gradients = [shard.gradient.clone() for shard in shards] if alpha < 1 else []
-        if scale != 1:
-            penalty.scale_(self._first_gradients, scale)
+        self._first_gradients = [gradient.clone() for gradient in self.gradients()] if alpha < 1 else []
+        penalty.scale_(self._first_gradients, scale)
         self.reset_gradients()
 
     @torch.no_grad()
     def mix(self, alpha: float) -> None:
         if alpha < 1:
-            penalty.lerp_([shard.gradient for shard in self.shards()], self._first_gradients, 1 - alpha)
+            penalty.lerp_(self.gradients(), self._first_gradients, 1 - alpha)
         self._first_gradients = []
         self._update_offloaded_norms()
 
+    @torch.no_grad()
+    def scale_gradient(self, scale: float) -> None:
+        penalty.scale_(self.gradients(), scale)
+        self._update_offloaded_norms()
+
     def _update_offloaded_norms(self) -> None:
-        """With offload, DeepSpeed clips by norms that it took as the gradients arrived."""
+        """Correct the norms that DeepSpeed clips by, with offload: it took them as the gradients arrived."""
         if not private.offloads(self.optimizer):
             return
         norms = self.optimizer.norm_for_param_grads
         for shard in self.shards():
-            if (param_id := self.optimizer.get_param_id(shard.parameter)) in norms:
+            if shard.gradient is not None and (param_id := self.optimizer.get_param_id(shard.parameter)) in norms:
                 norms[param_id] = shard.gradient.norm()
 
     def discard_gradient(self) -> None:
@@ -137,48 +159,5 @@ class ShardedEngine(DeepSpeedSteps):
             return
         penalty.add_(self.gradients(), gradient)
         self._update_offloaded_norms()
-        if hasattr(self.optimizer, "local_overflow") and not penalty.local_sq_norm(gradient).isfinite():
+        if hasattr(self.optimizer, "local_overflow") and not penalty.local_sq_norms(gradient).sum().isfinite():
             self.optimizer.local_overflow = True  # which DeepSpeed notes as gradients arrive
-
-    def gradients_changed(self) -> None:
-        self._update_offloaded_norms()
-
-    def optimizer_state(self, shard: Shard | HeldShard) -> OptimizerState | None:
-        """By its place in memory: the base optimizer steps on the flat partitions of which masters are views."""
-        master = shard.theta if isinstance(shard, HeldShard) else shard.master
-        base = self.optimizer.optimizer
-        for flat, values in base.state.items():
-            start = (master.data_ptr() - flat.data_ptr()) // flat.element_size()
-            if values and 0 <= start < flat.numel():
-                part = functools.partial(_part, start=start, shape=master.shape)
-                group = _common_group(base) if self.perturbation.precondition else base.param_groups[0]
-                return OptimizerState(values, group, flat.shape, part)
-        return None
-
-    def optimizer_name(self) -> str:
-        return type(self.optimizer.optimizer).__name__
-
-    def layout(self) -> tuple[str, int | None]:
-        return f"{type(self).__name__} on {ds_comm.get_world_size()} ranks", ds_comm.get_rank()
-
-    def gradients(self) -> list[torch.Tensor]:
-        """This rank's shards of the gradient, after a pass that reduced it."""
-        return [shard.gradient for shard in self.shards()]
-
-
-def _part(moment: torch.Tensor, start: int, shape: torch.Size) -> torch.Tensor:
-    return moment.view(-1).narrow(0, start, shape.numel()).view(shape)
-
-
-def _common_group(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """
-    ZeRO-3 takes the partitions out of their groups between steps, so a partition's group is not known: what a metric
-    is made of has to be the same in all.
-    """
-    groups = optimizer.param_groups
-    if len({(group["betas"][1], group["eps"]) for group in groups if "betas" in group}) > 1:
-        raise ValueError(
-            "gnp_precondition under DeepSpeed: the optimizer's parameter groups differ in β₂ or ε. Give all groups "
-            "the same, or leave out gnp_precondition."
-        )
-    return groups[0]

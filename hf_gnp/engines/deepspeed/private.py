@@ -1,6 +1,6 @@
 """
-Every private name of DeepSpeed that hf_gnp uses. They are looked up and checked when an engine is made: an assignment
-to a name that a release has dropped would be silent, and the gradient of the second pass wrong.
+The private names of DeepSpeed that hf_gnp uses. Those that are assigned are checked when an engine is made: an
+assignment to a name that a release has dropped would be silent, and the gradient of the second pass wrong.
 """
 
 import functools
@@ -26,74 +26,19 @@ DeepSpeedZeroOptimizer_Stage3 = look_up("deepspeed", "deepspeed.runtime.zero.sta
 INITIAL_MICRO_STEP_ID = look_up("deepspeed", _STAGE12, "INITIAL_MICRO_STEP_ID")
 all_gather_dp_groups = look_up("deepspeed", "deepspeed.runtime.utils", "all_gather_dp_groups")
 
-ENGINE_NAMES = ("backward", "module", "optimizer", "set_gradient_accumulation_boundary", "step")
-_SHARDED_NAMES = ("dp_process_group", "loss_scale", "optimizer", "zero_grad")
-_REPLICATED_NAMES = (
-    *_SHARDED_NAMES,
-    "allgather_bucket_size",
-    "nccl_start_alignment_factor",
-    "overflow",
-    "real_dp_process_group",
-    "update_lp_params",
-)
-# By the class of the optimizer: what it always has, and what it has with optimizer offload.
-OPTIMIZER_NAMES = {
-    "DeepSpeedZeroOptimizer": (
-        *_REPLICATED_NAMES,
-        "all_grad_tensors",
-        "averaged_gradients",
-        "bit16_groups",
-        "bit16_groups_flat",
-        "check_grad_overflow",
-        "cpu_offload",
-        "dtype",
-        "first_offset",
-        "get_param_id",
-        "grad_partition_insertion_offset",
-        "grad_start_offset",
-        "micro_step_id",
-        "parallel_partitioned_bit16_groups",
-        "params_in_partition",
-        "partition_size",
-        "single_partition_of_fp32_groups",
-    ),
-    "BF16_Optimizer": (
-        *(name for name in _REPLICATED_NAMES if name not in ("loss_scale", "overflow")),
-        "bf16_groups",
-        "bf16_groups_flat",
-        "bf16_partitioned_groups",
-        "clear_hp_grads",
-        "fp32_groups_flat_partition",
-        "fp32_groups_gradient_flat_partition",
-        "fp32_groups_gradients_flat",
-    ),
-    "DeepSpeedZeroOptimizer_Stage3": (
-        *_SHARDED_NAMES,
-        "averaged_gradients",
-        "fp16_groups",
-        "fp16_partitioned_groups_flat",
-        "fp32_partitioned_groups_flat",
-        "micro_step_id",  # which `zero_grad` sets back
-        "offload_optimizer",
-        "parameter_offload",
-    ),
-}
-OFFLOAD_NAMES = {
-    "DeepSpeedZeroOptimizer": (
-        "grad_position",
-        "local_overflow",
-        "norm_for_param_grads",
-        "reset_cpu_buffers",
-    ),
+# By the class of the optimizer. `zero_grad` of ZeRO-3 sets micro_step_id back.
+ASSIGNED = {
+    "DeepSpeedZeroOptimizer": ("all_grad_tensors", "averaged_gradients", "check_grad_overflow", "micro_step_id"),
     "BF16_Optimizer": (),
-    "DeepSpeedZeroOptimizer_Stage3": ("get_param_id", "norm_for_param_grads", "reset_cpu_buffers"),
+    "DeepSpeedZeroOptimizer_Stage3": ("averaged_gradients", "micro_step_id"),
 }
-# Since gradients are copied to the CPU while backward goes on. Before, each copy was waited for, and added by itself.
+ASSIGNED_WITH_OFFLOAD = {
+    "DeepSpeedZeroOptimizer": ("local_overflow", "norm_for_param_grads"),
+    "BF16_Optimizer": (),
+    "DeepSpeedZeroOptimizer_Stage3": ("norm_for_param_grads",),
+}
+# Since this release gradients are copied to the CPU while backward goes on. Before, each copy was waited for.
 ASYNCHRONOUS_COPIES = Version("0.19.8")
-ASYNCHRONOUS_COPIES_NAMES = ("_offload_accumulated_param_ids", "_wait_for_offload_copies")
-PARAMETER_OFFLOAD_NAMES = ("partition_all_parameters", "_DeepSpeedZeRoOffload__allgather_stream")
-# Of a parameter that ZeRO-3 has sharded.
-PARAMETER_NAMES = ("ds_numel", "ds_process_group", "partition_numel")
 
 
 def offloads(optimizer: Any) -> bool:
@@ -108,42 +53,36 @@ def copies_are_asynchronous() -> bool:
 
 
 def wait_for_offload_copies(optimizer: Any) -> None:
-    """Under ZeRO-1 and 2: until the gradients that backward sends to the CPU are there."""
+    """Wait, under ZeRO-1 and 2, until the gradients that backward sends to the CPU are there."""
     if copies_are_asynchronous():
         optimizer._wait_for_offload_copies()
 
 
 def forget_offloaded_gradients(optimizer: Any) -> None:
-    """Under ZeRO-1 and 2: the next gradients on the CPU replace those that are there."""
+    """Let the next gradients on the CPU replace those that are there, under ZeRO-1 and 2."""
     if copies_are_asynchronous():
         optimizer._offload_accumulated_param_ids = set()
     optimizer.reset_cpu_buffers()
 
 
 def check_engine(accelerator: Accelerator) -> None:
-    """Raise a RuntimeError where accelerate's or DeepSpeed's engine lacks a name that all stages use."""
+    """Raise a RuntimeError where accelerate has no DeepSpeed engine, or not where hf_gnp replaces it."""
     require("accelerate", accelerator, ["deepspeed_engine_wrapped"], "Accelerator")
     if accelerator.deepspeed_engine_wrapped is None:
         raise RuntimeError(
             "accelerate forgets the DeepSpeed engine when a training run ends, so under DeepSpeed a trainer trains "
             "once, without the gradient-norm penalty too: make a new trainer for the next run."
         )
-    require("accelerate", accelerator.deepspeed_engine_wrapped, ["engine", "backward"], "DeepSpeedEngineWrapper")
-    require("deepspeed", accelerator.deepspeed_engine_wrapped.engine, ENGINE_NAMES, "DeepSpeedEngine")
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Raise a RuntimeError where one of DeepSpeed's sharded optimizers lacks a name that its engine uses."""
+    """Raise a RuntimeError where one of DeepSpeed's sharded optimizers lacks a name that its engine assigns."""
     kind = type(optimizer).__name__
-    require("deepspeed", optimizer, OPTIMIZER_NAMES[kind], kind)
+    require("deepspeed", optimizer, ASSIGNED[kind], kind)
     if offloads(optimizer):
-        require("deepspeed", optimizer, OFFLOAD_NAMES[kind], kind)
+        require("deepspeed", optimizer, ASSIGNED_WITH_OFFLOAD[kind], kind)
         if kind == "DeepSpeedZeroOptimizer" and copies_are_asynchronous():
-            require("deepspeed", optimizer, ASYNCHRONOUS_COPIES_NAMES, kind)
-    if kind == "DeepSpeedZeroOptimizer_Stage3":
-        require("deepspeed", optimizer.parameter_offload, PARAMETER_OFFLOAD_NAMES, "DeepSpeedZeRoOffload")
-        for parameter in [parameter for group in optimizer.fp16_groups for parameter in group][:1]:
-            require("deepspeed", parameter, PARAMETER_NAMES, "a parameter's")
+            require("deepspeed", optimizer, ["_offload_accumulated_param_ids"], kind)
 
 
 def order_before_gathers(optimizer: Any) -> None:
@@ -157,8 +96,7 @@ def order_before_gathers(optimizer: Any) -> None:
 
 
 def fragment_of(parameter: Any) -> Any | None:
-    """Which part of a parameter lies where in this rank's partition under ZeRO-1 and 2; None where no part does."""
-    require("deepspeed", parameter, ["_hp_mapping"], "a parameter's")
+    """Return which part of a parameter lies where in this rank's partition under bf16 ZeRO-1. None: no part does."""
     return parameter._hp_mapping
 
 

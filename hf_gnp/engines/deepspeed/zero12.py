@@ -13,9 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_gnp import penalty
-from hf_gnp.direction import Perturbation
-from hf_gnp.engines.shards import HeldShard, Shard, number_parameters
-from hf_gnp.rounding import Place
+from hf_gnp.engines.shards import Shard, run_of
+from hf_gnp.perturbation import Perturbation
 
 from .base import ShardedEngine
 from .private import (
@@ -76,17 +75,28 @@ class _ReplicatedEngine(ShardedEngine):
             allgather_bucket_size=self.optimizer.allgather_bucket_size,
         )
 
-    def keep_weights(self, shards: list[Shard]) -> None:
+    def keep_weights(self, shards: list[Shard]) -> list[Shard]:
         self._is_perturbed = True  # the masters keep them
+        return [shard._replace(gradient=None) for shard in shards]
 
-    def hold_weights(self, moved_only: bool = False) -> list[HeldShard]:
-        self.keep_weights([])
-        held, numbers = [], number_parameters(self.engine.module)
-        for group, (weight, master) in enumerate(self.partitions()):
-            for parameter, offset, start, size in self._fragments(group):
-                local, theta = (flat.narrow(0, offset, size) for flat in (weight, master))
-                held.append(HeldShard(parameter, local, theta, Place.run(numbers[id(parameter)], start, size)))
-        return held
+    def trainable_shards(self) -> list[Shard]:
+        return [
+            self._shard(parameter, start, weight.narrow(0, offset, size), master.narrow(0, offset, size))
+            for group, (weight, master) in enumerate(self.partitions())
+            for parameter, offset, start, size in self._fragments(group)
+        ]
+
+    def _shard(
+        self,
+        parameter: nn.Parameter,
+        start: int,
+        weight: torch.Tensor,
+        master: torch.Tensor,
+        gradient: torch.Tensor | None = None,
+    ) -> Shard:
+        """Return the shard that begins at element `start` of the parameter."""
+        part = functools.partial(run_of, start=start, size=weight.numel())
+        return Shard(parameter, self.numbers[id(parameter)], weight, master, gradient, (start,), part)
 
     @abstractmethod
     def _fragments(self, group: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
@@ -147,16 +157,13 @@ class Zero12Engine(_ReplicatedEngine):
             yield parameter, offset, start, size
 
     def shards(self) -> list[Shard]:
-        shards, numbers = [], number_parameters(self.engine.module)
+        shards = []
         for i, (weight, master) in enumerate(self.partitions()):
-            # Of the first parameter: the rank before has its beginning. DeepSpeed 0.19.0 counts in floats.
+            # The rank before has the beginning of the first parameter. DeepSpeed 0.19.0 counts in floats.
             skipped = int(self.optimizer.first_offset[i])
             for parameter, offset, gradient in self._gradients(i):
-                shape, size = gradient.shape, gradient.numel()
-                weight_part, master_part = (flat.narrow(0, offset, size).view(shape) for flat in (weight, master))
-                is_whole, number = shape == parameter.shape, numbers[id(parameter)]
-                place = Place.whole(number, shape) if is_whole else Place.run(number, skipped, size)
-                shards.append(Shard(parameter, weight_part, gradient, master_part, place))
+                local, theta = (flat.narrow(0, offset, gradient.numel()) for flat in (weight, master))
+                shards.append(self._shard(parameter, skipped, local, theta, gradient.view(-1)))
                 skipped = 0
         return shards
 
@@ -209,7 +216,6 @@ class Bf16Zero1Engine(_ReplicatedEngine):
     pass accumulates as in `NativeEngine`, so that no g₁ is kept aside.
     """
 
-    steps_with_shards = False
     names: ClassVar[dict[str, str]] = {
         "parameters": "bf16_groups",
         "flat_weights": "bf16_groups_flat",
@@ -224,17 +230,15 @@ class Bf16Zero1Engine(_ReplicatedEngine):
                 yield parameter, part.start, whole.start, part.numel
 
     def shards(self) -> list[Shard]:
-        shards, numbers = [], number_parameters(self.engine.module)
+        shards = []
         gradients = self.optimizer.fp32_groups_gradient_flat_partition
         for i, ((weight, master), gradient) in enumerate(zip(self.partitions(), gradients, strict=True)):
             start = -weight.numel() * dist.get_rank(self.optimizer.real_dp_process_group[i])
             for parameter in self.optimizer.bf16_groups[i]:
                 first, last = max(start, 0), min(start + parameter.numel(), weight.numel())
                 if first < last:
-                    flats = (weight, gradient, master)
-                    local, of_gradient, of_master = (flat.narrow(0, first, last - first) for flat in flats)
-                    place = Place.run(numbers[id(parameter)], first - start, last - first)
-                    shards.append(Shard(parameter, local, of_gradient, of_master, place))
+                    parts = (flat.narrow(0, first, last - first) for flat in (weight, master, gradient))
+                    shards.append(self._shard(parameter, first - start, *parts))
                 start += parameter.numel()
         return shards
 
@@ -242,6 +246,7 @@ class Bf16Zero1Engine(_ReplicatedEngine):
         return 1.0
 
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
+        self.accumulates = alpha < 1
         if alpha < 1:
             penalty.scale_(self.optimizer.fp32_groups_gradients_flat, scale * (1 - alpha) / alpha)
         else:

@@ -1,5 +1,6 @@
 """ZeRO-3: weights, gradients and masters are sharded, and the forward gathers what it needs."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,23 +9,22 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from hf_gnp.direction import Perturbation
-from hf_gnp.engines.shards import HeldShard, Shard, number_parameters
-from hf_gnp.rounding import Place
+from hf_gnp.engines.shards import Shard, run_of
+from hf_gnp.perturbation import Perturbation
 
 from .base import ShardedEngine
 from .private import order_before_gathers
 
 
 class _Part(NamedTuple):
-    """What this rank has of a parameter: `size` elements from `offset` on of its group's flat tensors."""
+    """This rank's part of a parameter: `size` elements from `offset` on of its group's flat tensors."""
 
     parameter: nn.Parameter
     group: int
     number: int  # in the group
     offset: int
+    start: int  # in the parameter
     size: int
-    place: Place
 
     def of(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
         """The part in one of DeepSpeed's lists of flat tensors, of which each group has one."""
@@ -54,13 +54,21 @@ class Zero3Engine(ShardedEngine):
                 gradient = part.of(offloaded)
             else:
                 gradient = optimizer.averaged_gradients[part.group][part.number].view(-1).narrow(0, 0, part.size)
-            weight = part.of(optimizer.fp16_partitioned_groups_flat)
-            shards.append(Shard(part.parameter, weight, gradient, master.detach(), part.place))
+            shards.append(self._shard(part, master.detach(), gradient))
         return shards
+
+    def trainable_shards(self) -> list[Shard]:
+        masters = self.optimizer.fp32_partitioned_groups_flat
+        return [self._shard(part, part.of(masters).detach()) for part in self._parts()]
+
+    def _shard(self, part: _Part, master: torch.Tensor, gradient: torch.Tensor | None = None) -> Shard:
+        weight = part.of(self.optimizer.fp16_partitioned_groups_flat)
+        part_of = functools.partial(run_of, start=part.start, size=part.size)
+        number = self.numbers[id(part.parameter)]
+        return Shard(part.parameter, number, weight, master, gradient, (part.start,), part_of)
 
     def _parts(self) -> Iterator[_Part]:
         """This rank's parts, without the padding that only the last ranks have."""
-        numbers = number_parameters(self.engine.module)
         for i, group in enumerate(self.optimizer.fp16_groups):
             offset = 0
             for j, parameter in enumerate(group):
@@ -68,8 +76,7 @@ class Zero3Engine(ShardedEngine):
                 start = size * dist.get_rank(parameter.ds_process_group)
                 real = min(max(parameter.ds_numel - start, 0), size)
                 if parameter.requires_grad and real > 0:
-                    place = Place.run(numbers[id(parameter)], start, real)
-                    yield _Part(parameter, i, j, offset, real, place)
+                    yield _Part(parameter, i, j, offset, start, real)
                 offset += size
 
     def _theta(self) -> list[torch.Tensor]:
@@ -78,17 +85,14 @@ class Zero3Engine(ShardedEngine):
         pairs = zip(masters, self._backup, strict=True)
         return [master.detach() if backup is None else backup for master, backup in pairs]
 
-    def keep_weights(self, shards: list[Shard]) -> None:
+    def keep_weights(self, shards: list[Shard]) -> list[Shard]:
         weights, masters = self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat
         self._backup = [
             weight.clone() if weight.data_ptr() == master.data_ptr() else None
             for weight, master in zip(weights, masters, strict=True)
         ]
-
-    def hold_weights(self, moved_only: bool = False) -> list[HeldShard]:
-        self.keep_weights([])
-        weights, theta = self.optimizer.fp16_partitioned_groups_flat, self._theta()
-        return [HeldShard(part.parameter, part.of(weights), part.of(theta), part.place) for part in self._parts()]
+        theta, by_parameter = self._theta(), {id(part.parameter): part for part in self._parts()}
+        return [shard._replace(gradient=None, master=by_parameter[id(shard.parameter)].of(theta)) for shard in shards]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -1,0 +1,133 @@
+"""The `gnp_*` logs of the optimizer steps between two logs, and when there is one."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from .schedule import Penalty
+
+
+class StepLogs:
+    """Sums over steps, kept on the device: nothing is read back until they are logged."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps, self.penalised_steps = 0, 0
+        self.penalty: Penalty | None = None
+        self._is_counted = False
+        self._sums: dict[str, torch.Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+        self._fidelity: torch.Tensor | None = None
+        self.dropped: torch.Tensor | int = 0  # steps whose gradient was not finite, counted on the device
+
+    def begin(self, penalty: Penalty | None) -> None:
+        """Begin a step, with the penalty that the schedule has for it."""
+        self.steps += 1
+        self.penalty = penalty
+        self._is_counted = False
+
+    def add(
+        self,
+        grad_norm: float | None = None,
+        perturbed_loss: torch.Tensor | None = None,
+        sharpness: torch.Tensor | None = None,
+        cosine: torch.Tensor | None = None,
+        fidelity: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Count a penalised step, or one of its micro-batches that have a direction each: those of a step are summed. The
+        loss of a micro-batch is its share of the step's, so the sums are means over micro-batches.
+
+        Args:
+            grad_norm: ‖g₁‖.
+            perturbed_loss, sharpness: Detached scalars of this rank, summed over the micro-batches as `Trainer` sums
+                the loss that it logs. None: the step has no such thing.
+            cosine: That of g₁ and g₂, a detached scalar. The mean over micro-batches is logged.
+            fidelity: This rank's (⟨θ̃-θ, e⟩, ‖e‖²) of the move. The last one that was measured is logged.
+        """
+        values = {"gnp_grad_norm": grad_norm, "gnp_perturbed_loss": perturbed_loss, "gnp_sharpness": sharpness}
+        for name, value in (values | {"gnp_cosine": cosine}).items():
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + (name == "gnp_cosine" or not self._is_counted)
+        self._fidelity = self._fidelity if fidelity is None else fidelity
+        self.penalised_steps += not self._is_counted
+        self._is_counted = True
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return what to log: the last step's penalty, means over penalised steps and over ranks. A collective."""
+        if self.steps == 0:
+            return {}
+        logs = {
+            "gnp_r": self.penalty.r if self.penalty else 0.0,
+            "gnp_alpha": self.penalty.alpha if self.penalty else 0.0,
+            "gnp_on": self.penalised_steps / self.steps,
+        }
+        if self._sums:
+            sums = [torch.as_tensor(value).float().to(accelerator.device) for value in self._sums.values()]
+            counts = torch.tensor([self._counts[name] for name in self._sums], device=accelerator.device)
+            means = accelerator.reduce(torch.stack(sums) / counts, reduction="mean").tolist()
+            logs |= dict(zip(self._sums, means, strict=True))
+        if self._fidelity is not None:
+            kept, moved = accelerator.reduce(self._fidelity.to(accelerator.device), reduction="sum").tolist()
+            if moved > 0:
+                logs["gnp_fidelity"] = kept / moved
+        self.reset()
+        return logs
+
+
+class RadiusHint:
+    """
+    A warning, once a run, that r is too large: after `LOGS` logs in a row with a cosine below `TURNED`.
+
+    A rise of the loss by more than itself is no sign: with clean labels, where the loss goes to 0, it did no harm.
+    """
+
+    LOGS, TURNED = 3, 0.3
+    # What it aims at: where find_r has its suggestion, and where a short fine-tune was not slowed down.
+    COSINE, RISE_SHARE = 0.8, 0.3
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._is_given = False
+
+    def after(self, logs: dict[str, float]) -> str | None:
+        """
+        Return the warning, or None.
+
+        Args:
+            logs: The last log, with the `gnp_*` entries.
+        """
+        cosine, rise, loss = (logs.get(name, math.nan) for name in ("gnp_cosine", "gnp_sharpness", "loss"))
+        if self._is_given or math.isnan(cosine) or logs["gnp_on"] == 0:
+            return None
+        self._seen = self._seen + 1 if cosine < self.TURNED else 0
+        if self._seen < self.LOGS:
+            return None
+        self._is_given = True
+        shares = [math.acos(self.COSINE) / math.acos(cosine)]
+        if rise > 0 and loss > 0:
+            shares.append(self.RISE_SHARE * loss / rise)
+        r = logs["gnp_r"] * min(shares)
+        return (
+            f"gnp_r={logs['gnp_r']:g} is too large for this model: the cosine of both gradients (gnp_cosine) is "
+            f"{cosine:.2f}, and the move raises the loss of {loss:.3g} by {rise:.3g} (gnp_sharpness). Try "
+            f"gnp_r={r:.1g}, or trainer.find_r()."
+        )
+
+
+def logs_after(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether `Trainer` will log when the step that now runs has ended, as far as its arguments tell."""
+    if args.logging_strategy == IntervalStrategy.NO:
+        return False
+    if args.logging_first_step and state.global_step == 0:
+        return True
+    interval = state.logging_steps
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        interval = max(1, round(state.max_steps / state.num_train_epochs))
+    return (state.global_step + 1) % interval == 0

@@ -1,0 +1,51 @@
+"""What a run says of itself: the gnp values in its checkpoints and in its model card."""
+
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import TrainerState
+
+
+TAG = "gradient-norm-penalty"
+PAPER = "https://arxiv.org/abs/2202.03599"
+# Where trainer_state.json has the gnp values, among the states of callbacks.
+STATE_KEY = "GNPStateCallback"
+
+
+def remember_values(state: TrainerState, values: dict[str, Any]) -> str | None:
+    """
+    Put the gnp values into `state`, with which each checkpoint's trainer_state.json is written.
+
+    Returns:
+        A warning, if the checkpoint from which the state was loaded has others.
+    """
+    states: Any = state.stateful_callbacks  # a dict, once a run has begun
+    saved = states.get(STATE_KEY, {}).get("args")
+    states[STATE_KEY] = {"args": values, "attributes": {}}
+    if not saved or saved == values:
+        return None
+    changed = sorted(name for name in saved | values if saved.get(name) != values.get(name))
+    return "The checkpoint was trained with other gnp arguments: " + ", ".join(
+        f"{name}={saved.get(name)} (now {values.get(name)})" for name in changed
+    )
+
+
+def add_to_model_card(path: str, values: dict[str, Any]) -> None:
+    """Say in the model card at `path` what was done, with the gnp values and the tag. α = 0 is plain training."""
+    if values["gnp_alpha"] == 0:
+        return
+    card = ModelCard.load(path)
+    moved = f"at the weights moved by r = {values['gnp_r']:g}"
+    if values.get("gnp_direction") == "momentum":
+        step = f"takes the gradient {moved} against the optimizer's momentum"
+    else:
+        step = f"mixes the gradient at the weights with α = {values['gnp_alpha']:g} of that {moved} along it"
+    sentence = f"The gradient norm of the loss was penalised ([Zhao et al., 2022]({PAPER})): a penalised step {step}."
+    lines = "".join(f"- {name}: {value}\n" for name, value in values.items())
+    heading = "The following hyperparameters were used during training:\n"
+    if heading in card.text:
+        card.text = card.text.replace(heading, f"{sentence}\n\n{heading}{lines}", 1)
+    else:
+        card.text += f"\n\n### Gradient-norm penalty\n\n{sentence}\n\n{lines}"
+    card.data.tags = [*(tag for tag in card.data.tags or [] if tag != TAG), TAG]
+    card.save(path)

@@ -1,0 +1,16 @@
+"""The second pass: what it sees again, what it leaves as it was, and how that is checked."""
+
+from .probe import is_called_by_training_step, is_same_pass, not_logged, probe_same_forward, refuse_same_pass, replaced
+from .window import MicroBatch, Window
+
+
+__all__ = [
+    "MicroBatch",
+    "Window",
+    "is_called_by_training_step",
+    "is_same_pass",
+    "not_logged",
+    "probe_same_forward",
+    "refuse_same_pass",
+    "replaced",
+]

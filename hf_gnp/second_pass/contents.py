@@ -1,0 +1,164 @@
+"""What is in an attribute's value that a pass may change in place, and how to put it back."""
+
+import functools
+import operator
+import random
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_gnp.tensors import local_part
+
+
+# Elements: a smaller tensor is copied with the attributes. A larger one is for `RunningTensors`.
+SMALL = 2**14
+# A longer container is not looked into.
+LONG = 2**12
+DEEP = 6  # containers within containers
+TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
+# Most attributes are of these: nothing in them is looked at, and asking their type is enough.
+VALUES = (int, float, complex, str, bytes, type(None), torch.Tensor, np.ndarray)
+OPAQUE = {
+    *(int, float, complex, str, bytes, type(None), bool),
+    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype, torch.device),
+}
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+CONTAINERS = (dict, list, tuple, set, deque)
+
+
+def items(container: Any) -> Iterable[Any]:
+    """Return what a container holds, if it is not long."""
+    if len(container) > LONG:
+        return ()
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements can be copied, compared as bytes and written in place: no sparse or quantised tensor."""
+    local = local_part(tensor)
+    if type(local) not in TENSORS or local.layout != torch.strided:
+        return False
+    if local.is_quantized or local.is_nested or local.is_inference() or local.device.type == "meta":
+        return False
+    # An expanded tensor has one element in several places: nothing can be written to it in place.
+    return all(stride > 0 or size == 1 for stride, size in zip(local.stride(), local.shape, strict=True))
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Return where the memory begins that a tensor shares with its views. 0: it is not dense."""
+    return local_part(tensor).untyped_storage().data_ptr() if is_dense(tensor) else 0
+
+
+def addresses(tensors: Iterable[torch.Tensor | None]) -> set[int]:
+    """Return the storage addresses of those that are dense."""
+    return {storage_address(tensor) for tensor in tensors if tensor is not None} - {0}
+
+
+def is_state(tensor: torch.Tensor) -> bool:
+    """Whether it is neither a part of a graph, nor a parameter that ZeRO-3 gathers and releases."""
+    return type(tensor) in TENSORS and tensor.grad_fn is None and not hasattr(tensor, "ds_id")
+
+
+def is_small(value: torch.Tensor | np.ndarray) -> bool:
+    """Whether what is in it is copied: it is not large, and not part of a graph."""
+    if isinstance(value, np.ndarray):
+        return value.size <= SMALL
+    return is_state(value) and value.numel() <= SMALL
+
+
+class Budget:
+    """
+    Says whether a value is held until the window ends, so that a name can be set to it again.
+
+    Large tensors and arrays are held as long as they fit into so many bytes in all. A tensor that has a graph is not.
+    """
+
+    def __init__(self, size: Callable[[], int]):
+        self._size = size
+        self._left: int | None = None
+        self._counted: set[int] = set()
+
+    def holds(self, value: Any) -> bool:
+        if not isinstance(value, torch.Tensor | np.ndarray) or is_small(value) or id(value) in self._counted:
+            return True
+        if self._left is None:
+            self._left = self._size()
+        if value.nbytes > self._left:
+            return False
+        self._left -= value.nbytes
+        self._counted.add(id(value))
+        return True
+
+
+def restorers(
+    value: Any, aliases: Callable[[], set[int]], holds: Callable[[Any], bool], seen: set[int], depth: int = DEEP
+) -> Iterator[Callable[[], Any]]:
+    """
+    Yield functions that put back, in place, what is in `value` now.
+
+    Args:
+        aliases: Returns the storage addresses of weights and gradients: tensors that share them are left alone.
+        holds: Which values of a dictionary are held.
+        seen: Ids of values that are done. Added to.
+    """
+    if type(value) in OPAQUE or id(value) in seen or depth == 0:
+        return
+    seen.add(id(value))
+    if isinstance(value, CONTAINERS):
+        if len(value) > LONG:
+            return
+        if isinstance(value, dict):
+            yield functools.partial(_put_back_dict, value, list(value), {k: v for k, v in value.items() if holds(v)})
+        elif isinstance(value, list | deque):
+            yield functools.partial(_put_back_list, value, list(value))
+        elif isinstance(value, set):
+            yield functools.partial(_put_back_set, value, set(value))
+        for item in items(value):
+            if type(item) not in OPAQUE:
+                yield from restorers(item, aliases, holds, seen, depth - 1)
+    elif isinstance(value, torch.Tensor):
+        if is_small(value) and is_dense(value) and storage_address(value) not in aliases():
+            yield functools.partial(torch.no_grad()(value.copy_), value.detach().clone())
+    elif isinstance(value, np.ndarray):
+        if is_small(value) and value.dtype != object and value.flags.writeable:
+            yield functools.partial(operator.setitem, value, ..., value.copy())
+    elif isinstance(value, GENERATORS):
+        yield restorer_of_generator(value)
+
+
+def restorer_of_generator(generator: Any) -> Callable[[], Any]:
+    """Return a function that sets a generator to its present state."""
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.Generator):
+        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return functools.partial(generator.set_state, generator.get_state())
+
+
+def _put_back_dict(value: dict[Any, Any], keys: list[Any], held: dict[Any, Any]) -> None:
+    is_same = len(value) == len(keys) and all(map(operator.is_, value, keys))
+    if is_same and all(value[key] is item for key, item in held.items()):
+        return
+    # Not by the methods of its own class, which may refuse, as those of a ModelOutput.
+    own: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    now = dict(value)
+    own.clear(value)
+    for key in keys:
+        if key in held or key in now:
+            own.__setitem__(value, key, held.get(key, now.get(key)))
+
+
+def _put_back_list(value: Any, held: list[Any]) -> None:
+    if len(held) != len(value) or not all(map(operator.is_, held, value)):
+        value.clear()
+        value.extend(held)
+
+
+def _put_back_set(value: set[Any], held: set[Any]) -> None:
+    value.clear()
+    value.update(held)

@@ -1,0 +1,60 @@
+"""Copies of the inputs of a first pass, which may write into them: some stock models clamp theirs in place."""
+
+import copy
+from collections import UserDict
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def copied(inputs: Any, copies: dict[int, Any] | None = None) -> Any:
+    """
+    Return inputs with their tensors and arrays copied, in new mappings, lists, tuples and dataclasses.
+
+    Parameters and other objects are passed on as they are.
+
+    Args:
+        copies: What has been copied so far, by id: a tensor in two places is one again.
+
+    Raises:
+        NotImplementedError: for a tensor that has a graph.
+    """
+    copies = {} if copies is None else copies
+    if isinstance(inputs, torch.Tensor | np.ndarray):
+        if id(inputs) not in copies:
+            copies[id(inputs)] = _copy_of(inputs)
+        return copies[id(inputs)]
+    if isinstance(inputs, dict | UserDict):  # whose attributes stay, as those of a BatchEncoding
+        result: Any = copy.copy(inputs)
+        for key, value in inputs.items():
+            result[key] = copied(value, copies)
+        return result
+    if isinstance(inputs, Mapping):
+        kind: Any = type(inputs)
+        return kind({key: copied(value, copies) for key, value in inputs.items()})
+    if isinstance(inputs, tuple | list):
+        values = [copied(value, copies) for value in inputs]
+        return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
+    if is_dataclass(inputs) and not isinstance(inputs, type):
+        result = copy.copy(inputs)
+        for field in fields(inputs):
+            object.__setattr__(result, field.name, copied(getattr(inputs, field.name), copies))
+        return result
+    return inputs
+
+
+def _copy_of(tensor: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
+    if isinstance(tensor, np.ndarray):
+        return tensor.copy()
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    if tensor.grad_fn is not None:
+        raise NotImplementedError(
+            "The inputs of compute_loss have a graph: what was computed from weights before cannot be computed again "
+            "at moved ones. Compute it in compute_loss or in the model's forward, detach it, or set gnp_alpha=0."
+        )
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

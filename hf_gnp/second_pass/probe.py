@@ -1,0 +1,110 @@
+"""The first pass seen from inside, and whether a second pass is the same forward at other weights."""
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .inputs import copied
+from .window import MicroBatch
+
+
+TRAINING_STEP = inspect.unwrap(Trainer.training_step).__code__  # that of a profiler's wrapper may hide it later
+# How far a loss may be from itself when the same forward runs again on an accelerator, whose kernels add in any order.
+TOLERANCE = 1e-3
+TOLERANCE_CPU = 2e-6  # a few operations add from several threads
+TOLERANCE_LOW = 5e-2  # in 16 bit
+TOLERANCE_NORM = 1e-6  # ‖g₂‖ = ‖g₁‖, each rounded in float32
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
+    """
+    Let `owner.name(...)` call `methods[name](original, ...)`. It is an attribute of the one instance, so that it is
+    what runs whichever class overrides the method, and nothing else notices.
+    """
+    kept = {name: vars(owner)[name] for name in methods if name in vars(owner)}
+    try:
+        for name, method in methods.items():
+            setattr(owner, name, functools.partial(method, getattr(owner, name)))
+        yield
+    finally:
+        for name in methods:
+            vars(owner).pop(name, None)
+        vars(owner).update(kept)
+
+
+def is_called_by_training_step() -> bool:
+    """Whether the function that asks was called by `Trainer.training_step` itself, not by a subclass's own step."""
+    return sys._getframe(2).f_code in (TRAINING_STEP, inspect.unwrap(Trainer.training_step).__code__)
+
+
+def not_logged(original: Any, *args: Any, **kwargs: Any) -> None:
+    """Stands for `log` where only the gradient of a pass is to stay."""
+
+
+def probe_same_forward(
+    trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager[Any], is_low: bool
+) -> None:
+    """
+    Run the forward of a micro-batch again at θ, whose state is put back: its loss must be that of the first pass.
+
+    Args:
+        around: The engine's, for a forward without backward.
+        is_low: Whether the engine computes in 16 bit, whatever the weights' dtype.
+
+    Raises:
+        RuntimeError: where it is another, with both and with where to look.
+    """
+    inputs = copied(micro_batch.inputs)
+    model.train()  # as `Trainer.training_step` does: a loss may have left it otherwise
+    with around, replaced(trainer, log=not_logged), trainer.compute_loss_context_manager(), micro_batch.autocast.set():
+        loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
+    first: Any = micro_batch.forward_loss
+    loss, expected = loss.detach().double(), first.double()
+    tolerance = _tolerance(model, first.device.type, is_low)
+    if torch.allclose(loss, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True):
+        return
+    raise RuntimeError(
+        f"The loss of a micro-batch was {expected.mean().item()} and is {loss.mean().item()} when it is run again at "
+        "the same weights, with the same inputs, random numbers, buffers and attributes: something else moves between "
+        "two forwards, and the second pass of the gradient-norm penalty would see another loss than the first. "
+        f"{type(trainer).__name__}.compute_loss or the model's forward changes what is not put back: an iterator, a "
+        "file, a global, a closure, another library's generator, an object in the inputs. Keep it in an attribute of "
+        "the trainer or of your module, change it only `if not trainer.in_second_pass`, or set gnp_alpha=0. See "
+        "docs/second_pass.md."
+    )
+
+
+def _tolerance(model: nn.Module, device_type: str, is_low: bool) -> float:
+    if device_type == "cpu":
+        return TOLERANCE_CPU
+    is_low = is_low or any(p.requires_grad and p.dtype.itemsize <= 2 for p in model.parameters())
+    return TOLERANCE_LOW if is_low else TOLERANCE
+
+
+def is_same_pass(micro_batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]) -> bool:
+    """Whether each loss of the second pass is that of the first, bit for bit. Reads from the device."""
+    pairs = zip(micro_batches, losses, strict=True)
+    return all(torch.equal(second, first.loss) for first, second in pairs if first.loss is not None)
+
+
+def refuse_same_pass(first_norm: float, second_norm: float) -> None:
+    """
+    Raises:
+        RuntimeError: where g₂ is as long as g₁ although the weights had moved, and all losses were the same.
+    """
+    if abs(second_norm - first_norm) <= TOLERANCE_NORM * first_norm:
+        raise RuntimeError(
+            "The weights were moved for the second pass, and its losses and its gradient are bit for bit those of the "
+            "first: the move never reached the forward. It computes with copies of the weights (a cast that is kept, "
+            "a quantised or shadow copy), or in a precision in which gnp_r is rounded away. Compute with the "
+            "parameters themselves, raise gnp_r, or set gnp_alpha=0."
+        )

@@ -1,0 +1,231 @@
+"""
+The state that the second pass finds as the first pass did, and leaves as the first pass left it.
+
+Put back, besides inputs (inputs.py) and the global random generators (randomness.py):
+
+- attributes of the trainer, of its `state`, of the loss object, of the modules of a user's class, and of plain
+  objects of a user's class in these attributes: numbers, containers, small tensors and arrays, generators, and the
+  optimizers and learning-rate schedulers of others than the trainer, such as a critic's;
+- buffers and frozen parameters of all modules, and large tensors in these attributes (running_tensors.py);
+- the gradients of parameters that no step of the trainer's moves, such as a Lagrange multiplier.
+
+A user's class is one with a base that is in none of `LIBRARIES`. The probe stops a run whose second pass would see
+another loss (probe.py). docs/second_pass.md lists what is not put back, and what to write instead.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_gnp.tensors import modules_of, parameters_of
+
+from .contents import (
+    CONTAINERS,
+    DEEP,
+    GENERATORS,
+    OPAQUE,
+    SMALL,
+    VALUES,
+    addresses,
+    is_small,
+    is_state,
+    items,
+    restorer_of_generator,
+    restorers,
+)
+
+
+# torch's, transformers' and the engines' objects, those that keep quantised weights, and data.
+LIBRARIES = sys.stdlib_module_names | {
+    *("torch", "transformers", "accelerate", "deepspeed", "hf_gnp"),
+    *("bitsandbytes", "torchao", "numpy", "datasets", "tokenizers"),
+}
+# Of the trainer: what no step changes, what only grows in `log`, which a second pass does not reach, and the methods
+# that are replaced on it while a pass runs. Not `control`: what a signal handler asks for would be lost.
+NOT_OF_A_STEP = {
+    *("train_dataset", "eval_dataset", "log_history", "callback_handler", "stateful_callbacks", "control"),
+    *("compute_loss", "log", "_prepare_inputs", "_tr_loss"),
+}
+# A library's objects that a loss may have for an adversary of its own.
+STEPPED = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+OF_EVERY_MODULE = set(vars(nn.Module()))
+# The books that DeepSpeed and FSDP keep on modules and parameters.
+OF_ENGINES = ("ds_", "_ds_", "_fsdp", "_external_params", "_original_parameters", "_in_forward", "_local_tensor")
+OBJECTS = 3  # objects within objects
+
+
+def is_users(value: Any) -> bool:
+    """Whether its class has a base that is in none of `LIBRARIES`."""
+    cls: Any = type(value)
+    return _is_users(cls)  # not its own `__class__`, which some look up
+
+
+@functools.cache
+def _is_users(cls: Any) -> bool:
+    return any((base.__module__ or "").partition(".")[0] not in LIBRARIES for base in getattr(cls, "__mro__", ()))
+
+
+@functools.cache  # of the few names that attributes have; asked for each attribute
+def _is_watched(name: str, of_module: bool) -> bool:
+    if of_module and (name.startswith(OF_ENGINES) or name in OF_EVERY_MODULE):
+        return False
+    return name not in NOT_OF_A_STEP and not name.startswith(("_gnp", "__"))
+
+
+def attributes_of(owner: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes that may be state of a step."""
+    of_module = isinstance(owner, nn.Module)
+    return ((name, value) for name, value in vars(owner).items() if _is_watched(name, of_module))
+
+
+class Found:
+    """
+    What a step of a trainer may move.
+
+    Attributes:
+        owners: Objects whose attributes are put back.
+        generators: Random generators in these attributes.
+        modules: The model's, and those in these attributes with their children: losses, teachers, critics.
+        tensors: Those in these attributes that are too large to be copied with them.
+        trained: The trainable parameters of the model, and those that the trainer's optimizer has beside it.
+        others: Trainable parameters that no step of the trainer's moves.
+    """
+
+    def __init__(self, trainer: Any):
+        self.owners: list[Any] = []
+        self.generators: list[Any] = []
+        self.modules: list[nn.Module] = []
+        self.tensors: list[torch.Tensor] = []
+        self._parameters: list[nn.Parameter] = []
+        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler  # what only the step itself moves
+        own = (optimizer, getattr(optimizer, "optimizer", None), scheduler, getattr(scheduler, "scheduler", None))
+        self._seen = {id(value) for value in (*own, trainer, trainer.state)}
+        self._add_module(trainer.model)
+        of_model = len(self.modules)
+        for root in (trainer, trainer.state):
+            self._add_owner(root, OBJECTS)
+        self._add(getattr(trainer.compute_loss_func, "__self__", None), OBJECTS, DEEP)
+        in_optimizer = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+        known = {id(p): p for p in parameters_of(self.modules[:of_model]) if p.requires_grad}
+        if not trainer.is_deepspeed_enabled:  # whose groups are flat partitions
+            known |= {id(p): p for p in in_optimizer if p.requires_grad}
+        self.trained = list(known.values())
+        mine = known.keys() | {id(p) for p in in_optimizer}
+        self.others = [p for p in self._parameters + parameters_of(self.modules[of_model:]) if p.requires_grad]
+        self.others = [p for p in self.others if id(p) not in mine]
+
+    def _add_module(self, module: nn.Module) -> None:
+        for part in modules_of(module):
+            if id(part) not in self._seen:
+                self._seen.add(id(part))
+                self.modules.append(part)
+                if is_users(part):
+                    self._add_owner(part, OBJECTS - 1)
+
+    def _add_owner(self, owner: Any, objects: int) -> None:
+        self.owners.append(owner)
+        for _, value in list(attributes_of(owner)):
+            if type(value) not in OPAQUE:
+                self._add(value, objects, DEEP)
+
+    def _add(self, value: Any, objects: int, depth: int) -> None:
+        kind = type(value)
+        if kind in OPAQUE or depth == 0 or id(value) in self._seen:
+            return
+        if issubclass(kind, nn.Module):
+            self._add_module(value)
+        elif issubclass(kind, torch.Tensor):
+            if isinstance(value, nn.Parameter) and value.requires_grad:
+                self._parameters.append(value)
+            elif is_state(value) and value.numel() > SMALL:
+                self.tensors.append(value)
+        elif issubclass(kind, CONTAINERS):
+            self._seen.add(id(value))
+            for item in items(value):
+                self._add(item, objects, depth - 1)
+        elif issubclass(kind, GENERATORS):
+            self._seen.add(id(value))
+            self.generators.append(value)
+        elif objects and not issubclass(kind, type) and (is_users(value) or issubclass(kind, STEPPED)):
+            self._seen.add(id(value))
+            if hasattr(value, "__dict__"):
+                self._add_owner(value, objects - 1)
+
+
+class Attributes:
+    """
+    The attributes of everything in `found`, as they are when this is made. `put_back` makes them so again.
+
+    Args:
+        holds: Which values are held, so that a name can be set to them again: all but large tensors, of which a
+            window would hold those of its every micro-batch.
+    """
+
+    def __init__(self, found: Found, holds: Callable[[Any], bool]):
+        self._attributes: list[tuple[Any, set[str], dict[str, Any]]] = []
+        self._contents = [restorer_of_generator(generator) for generator in found.generators]
+        self._versions: dict[int, int] = {}  # of large tensors, by id
+        aliases = functools.cache(lambda: addresses(t for p in found.trained for t in (p, p.grad)))
+        seen: set[int] = {id(generator) for generator in found.generators}
+        for owner in found.owners:
+            held = {}
+            for name, value in attributes_of(owner):
+                if type(value) in OPAQUE:
+                    held[name] = value
+                elif not isinstance(value, torch.Tensor):
+                    if holds(value):
+                        held[name] = value
+                        self._contents += restorers(value, aliases, holds, seen)
+                elif holds(value):
+                    held[name] = value.detach() if value.grad_fn is not None else value  # else its graph is held
+                    self._contents += restorers(value, aliases, holds, seen)
+                    if not is_small(value) and not value.is_inference():
+                        self._versions[id(held[name])] = value._version
+            self._attributes.append((owner, set(vars(owner)), held))
+
+    def put_back(self, written: bool = True) -> None:
+        """
+        Args:
+            written: Whether a name is set again to a large tensor that was written into since, and so is not as it
+                was. One that the window made goes on from what the window's replay left.
+        """
+        for owner, names, held in self._attributes:
+            attributes = vars(owner)
+            for name, value in held.items():
+                if name in attributes and (attributes[name] is value or _is_same(attributes[name], value)):
+                    continue
+                if written or id(value) not in self._versions or value._version == self._versions[id(value)]:
+                    attributes[name] = value
+            if not names.issuperset(attributes):
+                for name, value in list(attributes_of(owner)):
+                    if name not in names and _is_made_anew(value):
+                        del attributes[name]  # made by the pass whose traces go
+        for put_back in self._contents:
+            put_back()
+
+
+def _is_same(value: Any, held: Any) -> bool:
+    """Whether an attribute is the tensor with a graph that the one which is held was detached from."""
+    are_tensors = isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor)
+    return are_tensors and value.grad_fn is not None and value.data_ptr() == held.data_ptr()
+
+
+def _is_made_anew(value: Any) -> bool:
+    """Whether a pass that finds an attribute absent makes it: not modules, and not objects of a library."""
+    if isinstance(value, nn.Module):
+        return False
+    return isinstance(value, (*VALUES, *CONTAINERS, *GENERATORS)) or is_users(value)
+
+
+def tensors_on_parameters(parameters: Sequence[nn.Parameter]) -> dict[tuple[int, str], tuple[int, int]]:
+    """Return a mark of each tensor, and of each list, that somebody keeps as an attribute of a parameter."""
+    return {
+        (id(parameter), name): (id(value), value._version if isinstance(value, torch.Tensor) else len(value))
+        for parameter in parameters
+        for name, value in parameter.__dict__.items()
+        if isinstance(value, torch.Tensor | list) and not name.startswith(OF_ENGINES)
+    }

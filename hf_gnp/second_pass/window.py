@@ -1,0 +1,146 @@
+"""The window of one perturbation: its micro-batches as prepared, to be run again exactly as the first time."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_gnp.tensors import gradients_hidden
+
+from .autocast import Autocast
+from .contents import Budget
+from .inputs import copied
+from .randomness import RandomState, random_devices
+from .running_tensors import RunningTensors, budget_of
+from .state import Attributes, Found, tensors_on_parameters
+
+
+class StateAtHand:
+    """The state of the contract as it is when this is made: random generators, attributes, buffers, frozen weights."""
+
+    def __init__(self, trainer: Any, model: nn.Module):
+        self.found = Found(trainer)
+        self._random_state = RandomState(random_devices(trainer, model))
+        self._attributes = Attributes(self.found, Budget(lambda: budget_of(self.found.trained)).holds)
+        self._tensors = RunningTensors()
+        self._tensors.start(self.found.modules, self.found.trained, self.found.tensors)
+
+    def put_back(self) -> None:
+        # All of it, whether it has moved or not.
+        self._tensors.rewind()
+        self._random_state.restore()
+        self._attributes.put_back()
+
+
+@dataclass
+class MicroBatch:
+    """One call of `compute_loss` by `Trainer.training_step`: its arguments, copied, and what stood around it."""
+
+    inputs: Any
+    num_items_in_batch: torch.Tensor | int | None
+    accumulation_steps: int | None
+    random_state: RandomState
+    attributes: Attributes
+    autocast: Autocast
+    forward_loss: torch.Tensor | None = None  # what compute_loss returned
+    loss: torch.Tensor | None = None  # what training_step returned
+
+
+class Window:
+    """
+    The micro-batches since the last penalised step, and the state that their passes move.
+
+    Args:
+        trainer: Whose attributes, modules and generators are put back after a second pass.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module):
+        self._trainer = trainer
+        self._devices = random_devices(trainer, model)
+        self.tensors = RunningTensors()
+        self._found: Found | None = None
+        self._is_first_window = True
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything but what was learnt of tensors that move."""
+        self.micro_batches: list[MicroBatch] = []
+        self._is_first_window &= self._found is None
+        self._found = None
+        self._on_parameters: dict[tuple[int, str], tuple[int, int]] = {}
+        self._budget = Budget(int)
+        self.tensors.forget()
+
+    def record(self, inputs: Any, num_items_in_batch: torch.Tensor | int | None) -> MicroBatch:
+        """Remember a micro-batch before its first pass."""
+        is_first = self._found is None
+        if is_first or self._is_first_window:  # in which a loss may make objects that it keeps
+            self._found = Found(self._trainer)
+        found = self._found
+        assert found is not None
+        if is_first:
+            self._budget = Budget(lambda: budget_of(found.trained))
+            self._on_parameters = tensors_on_parameters(found.trained)
+            self.tensors.start(found.modules, found.trained, found.tensors, self._trainer.state.global_step)
+        self.micro_batches.append(
+            MicroBatch(
+                copied(inputs),
+                num_items_in_batch,
+                self._trainer.current_gradient_accumulation_steps,
+                RandomState(self._devices),
+                Attributes(found, self._budget.holds),
+                Autocast(self._trainer.accelerator.device.type),
+            )
+        )
+        return self.micro_batches[-1]
+
+    def loss(self) -> torch.Tensor:
+        """Return the clean loss of the first passes: the sum over micro-batches, as `Trainer` sums them."""
+        losses: list[Any] = [micro_batch.loss for micro_batch in self.micro_batches]
+        return sum(losses)
+
+    def refuse_tensors_on_parameters(self) -> None:
+        """
+        Raises:
+            NotImplementedError: where the first pass wrote into tensors that are attributes of parameters.
+        """
+        assert self._found is not None
+        if self._trainer.is_deepspeed_enabled:  # which keeps its own there
+            return
+        changed = tensors_on_parameters(self._found.trained).items() - self._on_parameters.items()
+        if changed:
+            (parameter_id, attribute), _ = min(changed, key=lambda item: item[0][1])
+            names = {id(parameter): name for name, parameter in self._trainer.model.named_parameters()}
+            raise NotImplementedError(
+                f"The backward pass writes into {names.get(parameter_id, 'a parameter')}.{attribute}, as hooks do "
+                "that keep main_grad or per-sample gradients. An optimizer that steps with it would not see the "
+                "gradient that the penalty mixes in .grad. Use .grad. What the optimizer does not use can be kept in "
+                "a dictionary of your own, `if not trainer.in_second_pass`. Or set gnp_alpha=0."
+            )
+
+    @contextlib.contextmanager
+    def left_as_found(self) -> Iterator[None]:
+        """Put all state back, on leaving, as the first pass left it. `tensors.end` knows what moved in that."""
+        assert self._found is not None
+        random_state, attributes = RandomState(self._devices), Attributes(self._found, _always)
+        try:
+            with self.tensors.left_as_found(), gradients_hidden(self._found.others):
+                yield
+        finally:
+            random_state.restore()
+            attributes.put_back()
+
+    def replayed(self) -> Iterator[MicroBatch]:
+        """Yield the micro-batches again, each in the state that it had."""
+        self.tensors.rewind()
+        for number, micro_batch in enumerate(tuple(self.micro_batches)):
+            micro_batch.random_state.restore()
+            micro_batch.attributes.put_back(written=number == 0)
+            yield micro_batch
+
+
+def _always(value: Any) -> bool:
+    return True

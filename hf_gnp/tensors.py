@@ -1,0 +1,52 @@
+"""Tensors, parameters and modules, as the second pass and the engines both look at them."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor  # noqa: TID251, a type and no collective
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def modules_of(*roots: nn.Module) -> list[nn.Module]:
+    """Return the modules and all modules in them, each once, in the order of `nn.Module.modules`."""
+    found: dict[int, nn.Module] = {}
+    left = list(roots)[::-1]
+    while left:
+        module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            if children := module._modules:
+                left += [child for child in reversed(children.values()) if child is not None]
+    return list(found.values())
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of some modules, without those of their children, each once."""
+    return list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
+
+
+def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
+    """Return the gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+@contextlib.contextmanager
+def gradients_hidden(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hide the gradients of parameters. On leaving, each has its own again. One that was made inside is dropped."""
+    hidden = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, gradient in hidden:
+        if gradient is not None:
+            parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in hidden:
+            if gradient is not None or parameter.grad is not None:
+                parameter.grad = gradient

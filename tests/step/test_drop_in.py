@@ -1,0 +1,351 @@
+"""What scripts rely on when they replace `Trainer` by one word: held against stock `Trainer` beside it."""
+
+import gc
+import inspect
+import logging
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from runs import BOTH, assert_identical, logs_of, make_args, make_trainer, run, snapshot, without_gnp
+from tiny import Net, collate, make_data, make_model
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from hf_gnp import GNPMixin, GNPTrainer, GNPTrainingArguments
+
+
+NO_MOVE = 1e-30
+
+
+def make(tmp_path, cls=GNPTrainer, args_cls=None, **kwargs) -> Trainer:
+    """Plain `TrainingArguments` for both, unless another class is given."""
+    options = {name: kwargs.pop(name) for name in ("callbacks", "eval_dataset", "compute_metrics") if name in kwargs}
+    args = make_args(tmp_path, args_cls or TrainingArguments, **kwargs)
+    data = make_data("net")
+    return cls(Net(nn.Tanh), args, data_collator=collate, train_dataset=data, **options)
+
+
+# --- Construction ---
+
+
+def test_signature():
+    assert inspect.signature(GNPTrainer) == inspect.signature(Trainer)
+    assert "processing_class" in inspect.signature(GNPTrainer.__init__).parameters
+    assert inspect.signature(GNPTrainer.train) == inspect.signature(Trainer.train)
+
+
+def test_mixin_after_the_trainer_is_refused():
+    with pytest.raises(TypeError, match=r"class Wrong\(GNPMixin, Trainer\)"):
+
+        class Wrong(Trainer, GNPMixin):
+            pass
+
+
+def test_signature_of_a_subclass():
+    class Base(Trainer):
+        def __init__(self, *args, extra=None, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class Penalised(GNPMixin, Base):
+        pass
+
+    class Own(Penalised):
+        def __init__(self, model, another, **kwargs):
+            super().__init__(model, **kwargs)
+
+    assert "extra" in inspect.signature(Penalised).parameters
+    assert list(inspect.signature(Own).parameters) == ["model", "another", "kwargs"]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.8])
+def test_order_of_callbacks(tmp_path, alpha):
+    class Mine(TrainerCallback):
+        pass
+
+    lists = []
+    for cls, args_cls, values in ((Trainer, None, {}), (GNPTrainer, GNPTrainingArguments, {"gnp_alpha": alpha})):
+        trainer = make(tmp_path, cls, args_cls, callbacks=[Mine()], **values)
+        trainer.add_callback(EarlyStoppingCallback)
+        lists.append([type(callback) for callback in trainer.callback_handler.callbacks])
+        assert isinstance(trainer.pop_callback(Mine), Mine)
+    assert lists[0] == lists[1]
+
+
+def test_stateful_callbacks_are_saved(tmp_path):
+    class Stateful(TrainerCallback, ExportableState):
+        def __init__(self, seen=0):
+            self.seen = seen
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seen += 1
+
+        def state(self):
+            return {"args": {"seen": self.seen}, "attributes": {}}
+
+    saved = []
+    for cls in BOTH:
+        trainer = make(tmp_path / cls.__name__, cls, callbacks=[Stateful()], max_steps=2, save_strategy="steps")
+        trainer.args.save_steps = 2
+        trainer.train()
+        saved.append({k: v for k, v in trainer.state.stateful_callbacks.items() if k != "GNPStateCallback"})
+    assert saved[0] == saved[1]
+
+
+def test_callbacks_of_another_trainer(tmp_path):
+    first = make(tmp_path, max_steps=1)
+    first.train()
+    for cls in BOTH:
+        second = make(tmp_path, cls, callbacks=first.callback_handler.callbacks[2:], max_steps=1)
+        second.train()
+        assert second.state.global_step == 1
+
+
+# --- Arguments ---
+
+
+def test_args_stay_the_users_object(tmp_path):
+    """One that is set later counts, and callbacks and the trainer hold the same object."""
+    seen = []
+
+    class Seen(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(args)
+
+    for cls in BOTH:
+        args = make_args(tmp_path, TrainingArguments, max_steps=4)
+        trainer = cls(Net(nn.Tanh), args, data_collator=collate, train_dataset=make_data("net"), callbacks=[Seen()])
+        assert trainer.args is args
+        args.max_steps = 2
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert seen.pop() is args
+
+
+def test_saved_args_load_without_hf_gnp(tmp_path):
+    trainer = make(tmp_path)
+    trainer.save_model(tmp_path)
+    script = "import sys, torch; sys.modules['hf_gnp'] = None; torch.load(sys.argv[1], weights_only=False)"
+    command = [sys.executable, "-c", script, str(tmp_path / "training_args.bin")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def set_on(trainer: Trainer, **values) -> None:
+    for name, value in values.items():
+        setattr(trainer.args, name, value)
+
+
+@pytest.mark.parametrize("args_cls", [TrainingArguments, GNPTrainingArguments])
+@pytest.mark.parametrize(
+    ("values", "r", "alpha"),
+    [
+        ({"gnp_r": 0.1}, 0.1, 0.8),
+        ({"gnp_r": "0.1"}, 0.1, 0.8),
+        ({"gnp_alpha": 1.0}, 0.05, 1.0),
+        ({"gnp_alpha": None}, 0.05, 0.8),
+    ],
+)
+def test_args_set_late(tmp_path, args_cls, values, r, alpha):
+    trainer = make(tmp_path, args_cls=args_cls, max_steps=2)
+    set_on(trainer, **values)
+    late = run(trainer)
+    early = run(make(tmp_path, args_cls=GNPTrainingArguments, max_steps=2, **values))
+    assert_identical(late, early)
+    assert (late["logs"][0]["gnp_r"], late["logs"][0]["gnp_alpha"]) == (r, pytest.approx(alpha))
+
+
+@pytest.mark.parametrize("args_cls", [TrainingArguments, GNPTrainingArguments])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gnp_r": -0.1},
+        {"gnp_r": float("nan")},
+        {"gnp_alpha": 3},
+        {"gnp_warmup_type": "nonsense"},
+        {"gnp_interval": 0},
+        {"gnp_target_modules": ["nope"]},
+    ],
+)
+def test_wrong_args_set_late_are_refused(tmp_path, args_cls, values):
+    trainer = make(tmp_path, args_cls=args_cls, max_steps=2)
+    set_on(trainer, **values)
+    start = snapshot(trainer.model)
+    with pytest.raises(ValueError, match=next(iter(values))):
+        trainer.train()
+    assert_identical(snapshot(trainer.model), start)
+
+
+def test_alpha_set_late_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_gnp.engines.support.is_sagemaker_mp_enabled", lambda: True)
+    trainer = make(tmp_path, args_cls=GNPTrainingArguments, gnp_alpha=0.0, max_steps=1)
+    trainer.args.gnp_alpha = 1.0
+    with pytest.raises(NotImplementedError, match="SageMaker"):
+        trainer.train()
+
+
+def test_hyperparameter_search(tmp_path):
+    pytest.importorskip("optuna", reason="a client of the dev extra")
+    data, seen = make_data("net"), []
+
+    class Recording(GNPTrainer):
+        def _hp_search_setup(self, trial):
+            super()._hp_search_setup(trial)
+            seen.append((self.gnp_args.gnp_r, self.gnp_args.gnp_alpha))
+
+    values = [(0.1, 0.2), (0.2, 1.0)]
+    for args_cls in (TrainingArguments, GNPTrainingArguments):
+        trainer = Recording(
+            args=make_args(tmp_path, args_cls, max_steps=2, eval_strategy="steps", eval_steps=2),
+            data_collator=collate,
+            train_dataset=data,
+            eval_dataset=data,
+            model_init=lambda: Net(nn.Tanh),
+        )
+
+        def space(trial):
+            return {
+                name: trial.suggest_float(name, value, value)
+                for name, value in zip(("gnp_r", "gnp_alpha"), values[trial.number], strict=True)
+            }
+
+        trainer.hyperparameter_search(space, n_trials=2, backend="optuna")
+    assert seen == 2 * values
+
+
+def test_no_resume_warning_without_resume(tmp_path, caplog):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.args.gnp_alpha = 0.5
+    with caplog.at_level(logging.WARNING, logger="hf_gnp"):
+        trainer.train()
+        trainer.args.gnp_alpha = 0.3
+        trainer.train()
+    assert not [record for record in caplog.records if record.name.startswith("hf_gnp")]
+
+
+# --- Runs ---
+
+
+@pytest.mark.parametrize("values", [{"gnp_alpha": 0.0}, {"gnp_alpha": 1.0, "gnp_r": NO_MOVE}])
+def test_train_twice(tmp_path, values):
+    results = []
+    for cls, args_cls, extra in ((Trainer, TrainingArguments, {}), (GNPTrainer, GNPTrainingArguments, values)):
+        trainer = make(tmp_path, cls, args_cls, max_steps=3, gradient_accumulation_steps=2, **extra)
+        runs = [run(trainer), run(trainer)]
+        for result in runs:
+            result["logs"] = without_gnp(result["logs"])
+        results.append(runs)
+    assert_identical(*results[::-1])
+
+
+@pytest.mark.parametrize("values", [{"gnp_alpha": 0.0}, {"gnp_alpha": 1.0, "gnp_r": NO_MOVE}, {"gnp_alpha": 0.8}])
+def test_evaluation_within_a_window(tmp_path, values):
+    """A callback evaluates between two micro-batches: it changes nothing, and logs what it logs with `Trainer`."""
+
+    class Evaluates(TrainerCallback):
+        trainer = None
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if self.trainer is not None:
+                self.trainer.evaluate()
+                self.trainer.model.train()
+
+    def train(cls, args_cls, evaluates, **extra):
+        callback = Evaluates()
+        data = make_data("net", 8)
+        settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "callbacks": [callback], "eval_dataset": data}
+        trainer = make(tmp_path, cls, args_cls, **settings, **extra)
+        callback.trainer = trainer if evaluates else None
+        result = run(trainer)
+        result["losses"] = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+        result["logs"] = without_gnp(result["logs"])
+        return result
+
+    evaluated = train(GNPTrainer, GNPTrainingArguments, True, **values)
+    assert len(evaluated["losses"]) == 3
+    if values.get("gnp_r") == NO_MOVE or values["gnp_alpha"] == 0:
+        assert_identical(evaluated, train(Trainer, TrainingArguments, True))
+    undisturbed = train(GNPTrainer, GNPTrainingArguments, False, **values)
+    assert_identical(evaluated["weights"], undisturbed["weights"])
+
+
+def test_model_is_freed_after_a_run(tmp_path):
+    trainer = make(tmp_path, max_steps=2)
+    trainer.train()
+    model = weakref.ref(trainer.model)
+    trainer.model = trainer.model_wrapped = None
+    trainer.callback_handler.model = trainer.callback_handler.optimizer = trainer.optimizer = None
+    trainer.accelerator.free_memory()
+    trainer.callback_handler.lr_scheduler = trainer.lr_scheduler = None
+    gc.collect()
+    assert model() is None
+
+
+class LiveTensors(TrainerCallback):
+    """How many tensors are alive, and how many bytes they hold, at the end of each step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+        self.counts.append((len(tensors), sum(t.untyped_storage().nbytes() for t in tensors)))
+
+
+def test_long_run_does_not_leak(tmp_path):
+    live = LiveTensors()
+    settings = {"max_steps": 60, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "logging_steps": 7}
+    make(tmp_path, callbacks=[live], num_train_epochs=10, **settings).train()
+    # Between two logs a sum of losses is held or not.
+    assert live.counts[-1][0] <= live.counts[1][0] + 2
+    assert live.counts[-1][1] <= live.counts[1][1] + 64
+
+
+def test_loss_logged_by_the_user(tmp_path):
+    """`compute_loss` that logs a loss and a learning rate of its own, as people do on the main process alone."""
+
+    class Logging(GNPTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.log({"loss": 1.0, "learning_rate": 2.0, "mine": 3.0})
+            return loss
+
+    trainer = make_trainer(tmp_path, "net", Logging, model=Net(nn.Tanh), max_steps=2)
+    trainer.train()
+    mine = [entry for entry in trainer.state.log_history if "mine" in entry]
+    assert [set(entry) for entry in mine] == 2 * [
+        {"loss", "learning_rate", "mine", "step"} | ({"epoch"} & set(mine[0]))
+    ]
+    gnp = [entry for entry in trainer.state.log_history if "gnp_sharpness" in entry]
+    assert len(gnp) == 2
+    assert all("mine" not in entry for entry in gnp)
+    assert logs_of(trainer, "gnp_on")["gnp_on"].count(1.0) == 2
+
+
+@pytest.mark.parametrize("values", [{}, {"gnp_direction": "momentum", "optim": "adamw_torch"}])
+@pytest.mark.parametrize("has_optimizer", [False, True])
+@pytest.mark.parametrize("after_train", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_training_step_outside_of_train(tmp_path, kind, after_train, has_optimizer, values):
+    """Loss and gradient are those of stock `Trainer`, bit for bit: no step follows that could be penalised."""
+
+    def step(cls):
+        own = values if cls is GNPTrainer else {}
+        trainer = make_trainer(tmp_path, kind, cls, max_steps=1, **own)
+        if after_train:
+            trainer.train()
+            trainer.model.load_state_dict(make_model(kind).state_dict())
+            trainer.model.zero_grad()
+        elif has_optimizer:
+            trainer.create_optimizer_and_scheduler(10)
+        trainer.current_gradient_accumulation_steps = 1
+        inputs = collate(make_data(kind)[:4])
+        items = (inputs["labels"] != -100).sum()
+        losses = [trainer.training_step(trainer.model, dict(inputs), items) for _ in range(2)]  # gradients add up
+        return losses, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+    assert_identical(step(GNPTrainer), step(Trainer))

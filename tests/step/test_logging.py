@@ -1,0 +1,216 @@
+"""The metrics in the logs, and the FLOPs in the state."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import logs_of, make_trainer, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import KINDS, Net, make_data
+from torch import nn
+from transformers import Trainer
+
+from hf_gnp.logs import RadiusHint
+
+
+METRICS = ("gnp_grad_norm", "gnp_perturbed_loss", "gnp_sharpness")
+OF_THE_STEP = ("gnp_r", "gnp_alpha", "gnp_on", "gnp_fidelity")
+# The sums over steps are kept in fp32, or come from numbers that are.
+ROUNDING = 1e-6
+
+
+def test_metrics_are_means(tmp_path):
+    each = make_trainer(tmp_path, "vit", logging_steps=1)
+    each.train()
+    means = make_trainer(tmp_path, "vit", logging_steps=3)
+    means.train()
+    assert [entry["step"] for entry in means.state.log_history if "loss" in entry] == [3, 6, 9, 12]
+    per_step, per_log = logs_of(each, "loss", *METRICS), logs_of(means, "loss", *METRICS)
+    for name, values in per_step.items():
+        expected = [sum(values[i : i + 3]) / 3 for i in range(0, 12, 3)]
+        assert per_log[name] == pytest.approx(expected, rel=ROUNDING), name
+
+
+@pytest.mark.parametrize("strategy", [{"logging_steps": 5}, {"logging_strategy": "epoch", "num_train_epochs": 2}])
+def test_metrics_are_in_training_logs_only(tmp_path, strategy):
+    """Not in those of an evaluation, nor in the summary at the end, and nowhere else."""
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": make_data("vit", 8), **strategy}
+    trainer = make_trainer(tmp_path, "vit", **settings)
+    trainer.train()
+    names = {"loss": 0, "eval_loss": 0, "train_loss": 0}
+    for entry in trainer.state.log_history:
+        [name] = names.keys() & entry.keys()
+        names[name] += 1
+        assert {key for key in entry if key.startswith("gnp_")} == (
+            {*METRICS, "gnp_cosine", *OF_THE_STEP} if name == "loss" else set()
+        )
+    epochs = strategy.get("num_train_epochs", 1)
+    assert names == {"loss": 2, "eval_loss": 4 * epochs, "train_loss": 1}
+
+
+def test_plain_training_logs_no_metrics(tmp_path):
+    end = run(make_trainer(tmp_path, "vit", gnp_alpha=0.0, max_steps=2))
+    assert [key for entry in end["logs"] for key in entry if key.startswith("gnp_")] == []
+    assert len(end["logs"]) == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_the_clean_loss(tmp_path, kind, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "learning_rate": 0.0}
+    gnp = make_trainer(tmp_path, kind, **settings)
+    gnp.train()
+    plain = make_trainer(tmp_path, kind, Trainer, **settings)
+    plain.train()
+    logs = logs_of(gnp, "loss", *METRICS)
+    # The same forwards at the same weights, and with α = 1 - or any other - the same first gradient.
+    assert logs["loss"] == logs_of(plain, "loss")["loss"]
+    plain_norms = logs_of(plain, "grad_norm")["grad_norm"]
+    assert logs["gnp_grad_norm"] == pytest.approx(plain_norms, rel=ROUNDING)
+    differences = [
+        perturbed - clean for perturbed, clean in zip(logs["gnp_perturbed_loss"], logs["loss"], strict=True)
+    ]
+    assert logs["gnp_sharpness"] == pytest.approx(differences, abs=ROUNDING * max(logs["gnp_perturbed_loss"]))
+    assert all(value > 0 for value in logs["gnp_sharpness"])
+
+
+def test_metrics_reach_tensorboard(tmp_path):
+    trainer = make_trainer(tmp_path, "vit", report_to=["tensorboard"], max_steps=3)
+    trainer.train()
+    [file] = [path for path in tmp_path.rglob("events.out.tfevents.*") if path.is_file()]
+    events = EventAccumulator(str(file)).Reload()
+    for name, values in logs_of(trainer, "loss", *METRICS).items():
+        scalars = events.Scalars(f"train/{name}")
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx(values, rel=ROUNDING)  # event files hold fp32
+    [arguments] = events.Tensors("args/text_summary")
+    shown = json.loads(arguments.tensor_proto.string_val[0])
+    assert {name: shown[name] for name in trainer.args.gnp_values()} == trainer.args.gnp_values()
+
+
+TRACKIO = """
+import json, sys
+from runs import logs_of, make_trainer
+from trackio.sqlite_storage import SQLiteStorage
+
+trainer = make_trainer(sys.argv[1], "vit", report_to=["trackio"], max_steps=3, project="gnp", run_name="run")
+trainer.train()
+logged = logs_of(trainer, "loss", *sys.argv[2:])
+shown = SQLiteStorage.get_logs("gnp", "run")
+config = SQLiteStorage.get_run_config("gnp", "run")
+print(json.dumps({"logged": logged, "shown": shown, "config": {k: v for k, v in config.items() if "gnp" in k}}))
+"""
+WANDB = """
+import json, sys
+import wandb
+from runs import logs_of, make_trainer
+
+trainer = make_trainer(sys.argv[1], "vit", report_to=["wandb"], max_steps=3)
+trainer.train()
+logged, run = logs_of(trainer, "loss", *sys.argv[2:]), wandb.run
+shown = {name: run.summary[name] for name in run.summary.keys() if name.startswith("train/")}
+print(json.dumps({"logged": logged, "shown": shown, "config": {k: v for k, v in run.config.items() if "gnp" in k}}))
+"""
+
+
+def run_apart(script: str, folder: Path, **environment: str) -> dict[str, Any]:
+    """In a process of its own: trackers take their folders from the environment, and keep threads."""
+    pythonpath = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": pythonpath, **environment}
+    command = [sys.executable, "-c", script, str(folder), *METRICS]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"logged"')))
+
+
+def test_metrics_reach_trackio(tmp_path):
+    pytest.importorskip("trackio", reason="trackio is not installed: a part of the dev extra")
+    found = run_apart(TRACKIO, tmp_path / "out", TRACKIO_DIR=str(tmp_path / "trackio"))
+    steps = [entry for entry in found["shown"] if "train/gnp_sharpness" in entry]
+    for name, values in found["logged"].items():
+        assert [entry[f"train/{name}"] for entry in steps] == values
+    assert (found["config"]["gnp_r"], found["config"]["gnp_alpha"]) == (0.05, 0.8)
+
+
+def test_metrics_reach_wandb_offline(tmp_path):
+    pytest.importorskip("wandb", reason="wandb is not installed, nor a part of the dev extra: pip install wandb")
+    folders = {f"WANDB_{kind}": str(tmp_path) for kind in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR")}
+    found = run_apart(WANDB, tmp_path / "out", WANDB_MODE="offline", **folders)
+    assert found["shown"]["train/global_step"] == 3
+    for name, values in found["logged"].items():  # offline, W&B gives back the last value alone
+        assert found["shown"][f"train/{name}"] == values[-1]
+    assert (found["config"]["gnp_r"], found["config"]["gnp_alpha"]) == (0.05, 0.8)
+
+
+@pytest.mark.parametrize("accumulation", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_flos_count_both_passes(tmp_path, kind, accumulation):
+    totals = []
+    for settings in ({"gnp_alpha": 1.0}, {"gnp_alpha": 0.0}):
+        trainer = make_trainer(tmp_path, kind, gradient_accumulation_steps=accumulation, **settings)
+        trainer.train()
+        totals.append(trainer.state.total_flos)
+    assert totals[1] > 0
+    assert totals[0] == 2 * totals[1]
+
+
+class Whole(Net):
+    """`Trainer` passes its loss on as it is, without a division that makes a new tensor."""
+
+    def forward(self, x, labels, **kwargs):
+        return super().forward(x, labels)
+
+
+class OneBuffer(Whole):
+    """Each forward writes over the loss of the one before, as a CUDA graph does."""
+
+    last = None
+
+    def forward(self, x, labels, **kwargs):
+        outputs = super().forward(x, labels)
+        if self.last is not None:
+            self.last.data.fill_(float("nan"))
+        self.last = outputs["loss"].detach()
+        return outputs
+
+
+def test_losses_outlive_the_next_pass(tmp_path):
+    logs = []
+    for cls in (Whole, OneBuffer):
+        model = cls(nn.Tanh)
+        settings = {"gradient_accumulation_steps": 2, "max_steps": 3, "average_tokens_across_devices": False}
+        trainer = make_trainer(tmp_path, "net", model=model, **settings)
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    assert logs[0] == logs[1]
+
+
+# --- The warning of a large r ---
+
+
+@pytest.mark.parametrize("gnp_r, is_warned", [(20.0, True), (0.05, False)])
+def test_warning_of_a_large_r(tmp_path, monkeypatch, gnp_r, is_warned):
+    """Once, after three logs, with a smaller value that depends on what was seen."""
+    trainer = make_trainer(tmp_path, "vit", gnp_r=gnp_r, max_steps=8)
+    told = []
+    monkeypatch.setattr("hf_gnp.trainer.logger.warning", told.append)
+    trainer.train()
+    warnings = [message for message in told if "is too large for this model" in message]
+    assert len(warnings) == is_warned
+    if is_warned:
+        assert float(re.search(r"Try gnp_r=([0-9.e-]+), or trainer\.find_r", warnings[0])[1]) < gnp_r
+
+
+def test_hint_needs_logs_in_a_row():
+    hint = RadiusHint()
+    far = {"gnp_cosine": 0.2, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.1, "gnp_on": 1.0}
+    near = far | {"gnp_cosine": 0.9}
+    assert [hint.after(dict(logs)) is not None for logs in (far, far, near, far, far, far, far)] == [False] * 5 + [
+        True,
+        False,
+    ]

@@ -1,0 +1,102 @@
+"""The set of trainable parameters changes within a window: what had a gradient in any micro-batch belongs to it."""
+
+import pytest
+import torch
+from runs import assert_matches_reference, make_trainer, reference_run, window_loss, windows
+from tiny import make_data
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+from transformers import Trainer, TrainerCallback
+
+from hf_gnp import GNPTrainer
+
+
+class Heads(nn.Module):
+    """
+    The sum of all heads, of which a micro-batch trains its own. The others are frozen by `requires_grad`, or, for the
+    reference, used as constants.
+    """
+
+    def __init__(self, freezes: bool, freezes_body: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.heads = nn.Linear(5, 7), nn.ModuleList(nn.Linear(7, 3) for _ in "abc")
+        self.freezes, self.freezes_body = freezes, freezes_body
+
+    def forward(self, x, labels, task):
+        active = int(task[0])
+        features = self.apply_to(self.body, x, not (self.freezes_body and active == 1)).tanh()
+        logits = sum(self.apply_to(head, features, number == active) for number, head in enumerate(self.heads))
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+    def apply_to(self, layer, x, is_trained):
+        if self.freezes:
+            return layer.requires_grad_(is_trained)(x)
+        weight, bias = (layer.weight, layer.bias) if is_trained else (layer.weight.detach(), layer.bias.detach())
+        return linear(x, weight, bias)
+
+
+class Gradients(TrainerCallback):
+    """The gradient of the last step, by name."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.last = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def tasks(order: list[int], size: int = 48) -> list[dict[str, torch.Tensor]]:
+    """Each micro-batch has one task."""
+    rows = enumerate(make_data("net", size))
+    return [{**row, "task": torch.tensor(order[number // 4 % len(order)])} for number, row in rows]
+
+
+WINDOWS = {"one each": ([0, 1], 2), "the other order": ([1, 0], 2), "one comes back": ([0, 1, 2, 0], 4)}
+
+
+@pytest.mark.parametrize("freezes_body", [False, True])
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize("order", WINDOWS)
+def test_heads_switched_in_a_window(tmp_path, order, alpha, freezes_body):
+    numbers, accumulation = WINDOWS[order]
+    data = tasks(numbers)
+    settings = {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha}
+    trainer = make_trainer(tmp_path, "net", model=Heads(True, freezes_body), data=data, **settings)
+    trainer.train()
+    steps = windows("net", accumulation, data)
+    expected = reference_run(
+        "net", accumulation, alpha=alpha, model=Heads(False, freezes_body), steps=steps, loss=window_loss
+    )
+    assert_matches_reference(trainer, expected)
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize("r", [1e-30, 0.05])
+def test_gradient_of_heads_switched_in_a_window(tmp_path, r, alpha):
+    """Parameters that are frozen by the optimizer's step have theirs. The head that no micro-batch uses has none."""
+
+    def gradient(cls, model, **settings):
+        seen = Gradients()
+        options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "max_steps": 1, "callbacks": [seen]}
+        make_trainer(tmp_path, "net", cls, model=model, data=tasks([0, 1]), **options, **settings).train()
+        return seen.last
+
+    result = gradient(GNPTrainer, Heads(True), gnp_alpha=alpha, gnp_r=r, gnp_warmup_type="none")
+    plain = gradient(Trainer, Heads(True))
+    model = Heads(False)
+    named = dict(model.named_parameters())
+    [window] = windows("net", 2, tasks([0, 1]))[:1]
+    differentiate = lambda: torch.autograd.grad(window_loss(model, window), named.values(), allow_unused=True)  # noqa: E731
+    first = differentiate()
+    norm = torch.cat([g.flatten() for g in first if g is not None]).norm()
+    with torch.no_grad():
+        for parameter, g in zip(named.values(), first, strict=True):
+            if g is not None:
+                parameter.add_(g, alpha=r / norm.item())
+    second = differentiate()
+    for name, g1, g2 in zip(named, first, second, strict=True):
+        if g1 is None:
+            assert name.startswith("heads.2") and result[name] is None and plain[name] is None
+            continue
+        # Both sides add micro-batches in fp32, in another order.
+        torch.testing.assert_close(result[name], (1 - alpha) * g1 + alpha * g2, rtol=1e-5, atol=1e-7)
+        if r < 1e-20:
+            torch.testing.assert_close(result[name], plain[name], rtol=1e-6, atol=1e-8)

@@ -1,0 +1,167 @@
+"""The `gnp_*` arguments: their ranges, their texts, how they are parsed and copied."""
+
+import dataclasses
+import inspect
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from runs import make_args
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_gnp import GNPArguments, GNPTrainingArguments
+
+
+GNP_FIELDS = dataclasses.fields(GNPArguments)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf, "large", "", [0.1], True, 10**400])
+@pytest.mark.parametrize("name", ["gnp_r", "gnp_alpha"])
+def test_value_out_of_range(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        make_args(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("value", [True, 1, 0.5, [1], [None], {"a": 1}, b"norm", len])
+def test_target_modules_of_another_type(tmp_path, value):
+    with pytest.raises(ValueError, match=r"^gnp_target_modules must be"):
+        make_args(tmp_path, gnp_target_modules=value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gnp_alpha": 1.01}, "^gnp_alpha .* at most 1, .* 1.01"),
+        ({"gnp_r": 0.0}, "^gnp_r is 0"),
+        ({"gnp_r": 0.0, "gnp_alpha": 0.5}, "^gnp_r is 0"),
+    ],
+)
+def test_values_that_do_not_go_together(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "r", "alpha"),
+    [
+        ({}, 0.05, 0.8),
+        ({"gnp_alpha": 0}, 0.05, 0.0),
+        ({"gnp_alpha": 0, "gnp_r": 0}, 0.0, 0.0),
+        ({"gnp_alpha": 1, "gnp_r": 2}, 2.0, 1.0),
+        ({"gnp_r": "5e-2", "gnp_alpha": "1e-1"}, 0.05, 0.1),  # as YAML reads numbers without a point
+    ],
+)
+def test_valid_values(tmp_path, values, r, alpha):
+    args = make_args(tmp_path, **values)
+    assert (args.gnp_r, args.gnp_alpha) == (r, alpha)
+    assert args.gnp_values() == {"gnp_r": r, "gnp_alpha": alpha}
+
+
+def test_default_alpha_follows_the_direction(tmp_path):
+    """Unless α was set. A hyperparameter search sets the direction after construction."""
+    args = make_args(tmp_path)
+    args.gnp_direction = "momentum"
+    args.check_gnp_values()
+    assert args.gnp_alpha == 1.0
+    args.gnp_direction = "gradient"
+    args.check_gnp_values()
+    assert args.gnp_alpha == 0.8
+    args.gnp_direction, args.gnp_alpha = "momentum", 0.7
+    with pytest.raises(ValueError, match=r"gnp_direction=momentum .*gnp_alpha is 1 .*0\.7"):
+        args.check_gnp_values()
+
+
+@pytest.mark.parametrize("field", GNP_FIELDS, ids=lambda field: field.name)
+def test_field_is_documented(field):
+    assert field.name.startswith("gnp_")
+    assert len(field.metadata["help"]) > 20
+    for cls in (GNPArguments, GNPTrainingArguments):
+        assert f"\n        {field.name} (`" in cls.__doc__
+
+
+def test_arguments_are_in_groups():
+    """In the docstring under titles, and in the order in which --help lists them."""
+    lines = GNPArguments.__doc__.splitlines()
+    titles = [line.strip().removeprefix("Args: ") for line in lines if line.strip().startswith("Args: ")]
+    assert titles == ["Strength", "Schedule", "Perturbation", "Precision"]
+    documented = [line.split()[0] for line in lines if line.startswith("        gnp_")]
+    assert documented == [field.name for field in GNP_FIELDS]
+
+
+def test_help_on_the_command_line():
+    text = " ".join(HfArgumentParser(GNPTrainingArguments).format_help().split())
+    for field in GNP_FIELDS:
+        assert f"--{field.name} " in text
+        assert " ".join(field.metadata["help"].split()) in text
+
+
+GIVEN = {"gnp_r": 0.1, "gnp_alpha": 0.5, "learning_rate": 0.25}
+
+
+def parse_flags(parser: HfArgumentParser, path) -> GNPTrainingArguments:
+    flags = [text for name, value in GIVEN.items() for text in (f"--{name}", str(value))]
+    return parser.parse_args_into_dataclasses(["--output_dir", str(path), *flags])[0]
+
+
+def parse_yaml(parser: HfArgumentParser, path) -> GNPTrainingArguments:
+    file = path / "args.yaml"
+    file.write_text("".join(f"{name}: {value}\n" for name, value in {"output_dir": path, **GIVEN}.items()))
+    return parser.parse_yaml_file(str(file))[0]
+
+
+def parse_json(parser: HfArgumentParser, path) -> GNPTrainingArguments:
+    file = path / "args.json"
+    file.write_text(json.dumps({"output_dir": str(path), **GIVEN}))
+    return parser.parse_json_file(str(file))[0]
+
+
+@pytest.mark.parametrize("parse", [parse_flags, parse_yaml, parse_json])
+def test_parser(tmp_path, parse):
+    args = parse(HfArgumentParser(GNPTrainingArguments), tmp_path)
+    assert isinstance(args, GNPTrainingArguments)
+    assert (args.gnp_r, args.gnp_alpha, args.learning_rate) == (0.1, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("values", [{"gnp_alpha": 0.3}, {}])
+def test_copies_keep_the_values(tmp_path, values):
+    args = make_args(tmp_path, gnp_r=0.1, **values)
+    replaced = dataclasses.replace(args, learning_rate=0.5)
+    rebuilt = GNPTrainingArguments(**{f.name: args.to_dict()[f.name] for f in dataclasses.fields(args) if f.init})
+    for copy in (replaced, rebuilt):
+        assert copy.gnp_values() == args.gnp_values() == {"gnp_r": 0.1, "gnp_alpha": args.gnp_alpha}
+    assert (args.learning_rate, replaced.learning_rate, rebuilt.learning_rate) == (1e-2, 0.5, 1e-2)
+
+
+# --- Imports ---
+
+IMPORT = """
+import sys
+
+blocked = {blocked!r}
+sys.modules.update(dict.fromkeys(blocked))  # None: importing it raises
+import hf_gnp
+
+assert all(hasattr(hf_gnp, name) for name in hf_gnp.__all__)
+assert sys.modules.get("deepspeed") is None, "imported"
+print(*hf_gnp.__all__)
+"""
+
+
+@pytest.mark.parametrize("blocked", [[], ["deepspeed", "datasets", "peft", "tensorboard", "sklearn"]])
+def test_import_needs_no_extra(blocked):
+    """Neither are the optional packages needed, nor is DeepSpeed imported where it is installed."""
+    script = textwrap.dedent(IMPORT.format(blocked=blocked))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr
+    names = result.stdout.split()
+    assert {"GNPArguments", "GNPMixin", "GNPTrainer", "GNPTrainingArguments"} <= set(names)
+
+
+def test_mixin_has_all_fields():
+    """The mix-in carries all gnp fields, and the trainer's arguments add none of their own."""
+    own = {field.name for field in dataclasses.fields(GNPTrainingArguments)}
+    assert own - {field.name for field in dataclasses.fields(TrainingArguments)} == {f.name for f in GNP_FIELDS}
+    assert next(iter(inspect.signature(GNPTrainingArguments).parameters)) == "output_dir"
