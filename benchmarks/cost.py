@@ -4,6 +4,8 @@ What a penalised step costs, against plain training and against the loops that a
     python benchmarks/cost.py --model vit-s16-small bert-base-small
         On a CPU. Of the other models on a GPU: vit-s16, vit-b16, bert-base, llama-1b (with --contenders: each holds
         its own weights and optimizer states).
+    python benchmarks/cost.py --model many-modules many-modules-2000 bert-tiny
+        Host time: models with next to no work in them.
     python benchmarks/cost.py --sweep
         How what the penalty adds beyond the second pass grows with parameters and accumulation steps.
     python benchmarks/cost.py --model vit-s16-small --ranks 2

@@ -21,9 +21,10 @@ class Case(NamedTuple):
     A model and its batch.
 
     Args:
-        kind: "vit", "bert" or "llama".
+        kind: "vit", "bert", "llama", or "modules": linear and tanh layers with next to no work, so that what is timed
+            is Python.
         batch_size: Examples a micro-batch.
-        length: Pixels along a side, or tokens.
+        length: Pixels along a side, tokens, or features.
         config: What differs from the defaults of the kind, which are those of the base models.
     """
 
@@ -54,6 +55,8 @@ CASES = {
     "llama-1b-small": Case("llama", 2, 256, _sizes(256, 4, 4, vocab_size=4096)),
     "vit-tiny": Case("vit", 2, 32, _sizes(24, 2, 2)),
     "bert-tiny": Case("bert", 2, 16, _sizes(24, 2, 2, vocab_size=64)),
+    "many-modules": Case("modules", 4, 8, {"modules": 200}),
+    "many-modules-2000": Case("modules", 4, 8, {"modules": 2000}),
 }
 
 # Names by their millions of parameters.
@@ -68,12 +71,37 @@ SWEEP = {
 }
 
 
+class ManyModules(nn.Module):
+    """A chain of small modules."""
+
+    def __init__(self, features: int, modules: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(module for _ in range(modules // 2) for module in (nn.Linear(features, features), nn.Tanh()))
+        )
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layers(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
 def make_case(
     case: Case, device: torch.device, batch_size: int | None = None
 ) -> tuple[Callable[[], nn.Module], Batch]:
     """A function that makes the model, always with the same weights, and a batch on `device`."""
     size = (batch_size or case.batch_size, case.length)
     generator = torch.Generator().manual_seed(0)
+    if case.kind == "modules":
+        batch = {
+            "x": torch.randn(size, generator=generator),
+            "labels": torch.randint(case.length, size[:1], generator=generator),
+        }
+
+        def make_chain() -> nn.Module:
+            torch.manual_seed(0)
+            return ManyModules(case.length, **case.config)
+
+        return make_chain, {name: value.to(device) for name, value in batch.items()}
     if case.kind == "vit":
         model_class = ViTForImageClassification
         config = ViTConfig(image_size=case.length, patch_size=16, num_labels=1000, **case.config)
@@ -104,5 +132,6 @@ def make_case(
 
 def items_per_step(case: Case, batch: Batch, accumulation: int) -> tuple[str, int]:
     """What a step works through: images of a vision model, tokens of a language model."""
-    unit, per_example = ("images", 1) if case.kind == "vit" else ("tokens", case.length)
+    units = {"vit": ("images", 1), "modules": ("rows", 1)}
+    unit, per_example = units.get(case.kind, ("tokens", case.length))
     return unit, len(batch["labels"]) * per_example * accumulation

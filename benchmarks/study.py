@@ -34,7 +34,7 @@ import datasets
 import transformers
 from studies.catalogue import METHODS, STUDIES, Study, needs_model, quick, task_of
 from studies.methods import Method
-from studies.report import REPORTS, Runs, draw, measures_of, sweep_table, table
+from studies.report import REPORTS, Runs, draw, draw_sweeps, measures_of, sweep_table, table
 from studies.store import Store
 from studies.task import Task
 from studies.training import train
@@ -58,7 +58,7 @@ class Case:
     def tuning(self) -> dict[str, dict[float, Method]]:
         """Of each method to be tuned the candidates, by r."""
         return {
-            name: {r: method.with_r(r) for r in self.study.radii}
+            name: {r: method.with_r(r) for r in self.study.radii_of.get(name, self.study.radii)}
             for name, method in self.methods.items()
             if method.is_tuned
         }
@@ -203,7 +203,9 @@ def study_of(args: argparse.Namespace) -> Study:
     study = replace(study, cases={name: settings | changes for name, settings in cases.items()})
     study = quick(study) if args.quick else study
     changed = {name: tuple(value) for name in ("methods", "radii") if (value := getattr(args, name))}
-    return replace(study, **changed, seeds=args.seeds or study.seeds)
+    if args.radii:
+        changed["radii_of"] = {}
+    return replace(study, **changed, seeds=study.seeds if args.seeds is None else args.seeds)
 
 
 def quieten() -> None:
@@ -229,11 +231,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = f"python benchmarks/study.py {args.study}{flags}"
     # Spawned: CUDA does not live through a fork.
     pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) if args.jobs > 1 else None
-    reported, tables = {}, [f"Made by `{command}`.\n"]
+    reported, sweeps, tables = {}, {}, [f"Made by `{command}`.\n"]
     for name, settings in study.cases.items():
         case = Case(study, settings, store)
         is_complete &= run_case(case, name, args, deadline, pool)
-        reported[name] = case.reported()
+        reported[name], sweeps[name] = case.reported(), case.sweep()
         for title, text in tables_of(case).items():
             tables.append(f"## {name}: {title}\n\n{text}\n")
             if title in args.report and args.against:
@@ -244,7 +246,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         pool.shutdown()
     path = args.output_dir / f"study_{args.study}"
     path.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
-    draw(reported, args.study, path.with_suffix(".png"))
+    if study.seeds > 0:
+        draw(reported, args.study, path.with_suffix(".png"))
+    else:
+        draw_sweeps(sweeps, args.study, path.with_suffix(".png"))
     print("\nNothing is left." if is_complete else "\nRuns are left: repeat the command.")
 
 

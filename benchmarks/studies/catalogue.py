@@ -1,6 +1,6 @@
 """The studies: which cases, which methods, which r to choose from."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .images import image_task
@@ -16,6 +16,7 @@ class Study:
         cases: The settings of each case, all that makes its results what they are besides method and seed.
         methods: Names of `METHODS`.
         radii: r is chosen of these, for each case and method, by the accuracy on the validation data.
+        radii_of: Other radii, by the name of the method.
         tuning_seeds: Those that r is chosen on; none of them is reported.
         seeds: How many are reported, from 0.
     """
@@ -25,6 +26,7 @@ class Study:
     radii: tuple[float, ...]
     tuning_seeds: tuple[int, ...] = (100,)
     seeds: int = 5
+    radii_of: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 CIFAR10 = {
@@ -86,7 +88,56 @@ AG_NEWS = {
 SMALL_M = ("m = 32", "m = 8", "m = 4", "m = 8, every 2nd step")
 OF_128 = ("m = 128", "m = 32 of 128", "momentum")
 
+CANDIDATES = ("l2", "layer", "layer, late", "layer, ramp")
+# For a machine with few cores without bf16 units: fp32, and no measures besides the accuracy.
+SMALL = {"flatness": False, "quantisation": False, "bf16": False}
+SMALL_DIGITS = DIGITS | SMALL
+SMALL_SST2 = SST2 | SMALL | {"train_size": 600, "validation_size": 300, "test_size": 500}
+SMALL_PRETRAINED = (
+    PRETRAINED
+    | SMALL
+    | {
+        "train_size": 300,
+        "validation_size": 200,
+        "test_size": 400,
+        "image_size": 28,
+        "learning_rate": 1e-4,
+        "epochs": 15,
+        "wrong_kind": "human",
+        "attention": "eager",
+    }
+)
+
 STUDIES = {
+    # Which default harms nowhere, and helps where the penalty pays?
+    "defaults": Study(
+        {f"{wrong}% wrong": SMALL_DIGITS | {"wrong": wrong} for wrong in (0, 20, 40, 60)},
+        (PLAIN, TWICE, *CANDIDATES),
+        (0.05, 0.1, 0.2, 0.4),
+        seeds=3,
+    ),
+    "defaults_sst2": Study(
+        {f"{wrong}% wrong": SMALL_SST2 | {"wrong": wrong} for wrong in (0, 40)},
+        (PLAIN, TWICE, *CANDIDATES),
+        (0.05, 0.1, 0.2),
+        seeds=3,
+        radii_of={"l2": (0.005, 0.02, 0.05, 0.1)},
+    ),
+    # Does the best r stay where it is as the model grows?
+    "widths": Study(
+        {f"width {width}": SMALL_DIGITS | {"wrong": 40, "width": width, "epochs": 12} for width in (64, 128, 256)},
+        (PLAIN, "l2", "layer"),
+        (0.1, 0.2, 0.4, 0.8),
+        seeds=0,
+    ),
+    # A pretrained model until plain training's validation accuracy no longer rises.
+    "convergence": Study(
+        {f"{wrong}% wrong": SMALL_PRETRAINED | {"wrong": wrong} for wrong in (0, 40)},
+        (PLAIN, TWICE, *CANDIDATES),
+        (0.05, 0.1, 0.2),
+        seeds=3,
+        radii_of={"l2": (0.002, 0.01, 0.05)},
+    ),
     "vit": Study({"ViT from scratch": LARGE_VIT}, (PLAIN, TWICE, *OF_128), (0.02, 0.05, 0.1, 0.2, 0.4)),
     "cnn": Study(
         {f"{wrong}% wrong": LARGE_RESNET | {"wrong": wrong} for wrong in (0, 20, 40, 60)},
@@ -106,7 +157,7 @@ STUDIES = {
     ),
     "cheaper_steps": Study(
         {f"{wrong}% wrong": DIGITS | {"wrong": wrong} for wrong in (20, 40, 60)},
-        (PLAIN, TWICE, "m = 8", "direction from a quarter", "every 2nd step, reused", "momentum"),
+        (PLAIN, TWICE, "m = 8", "momentum"),
         (0.1, 0.2, 0.4, 0.8, 1.6),
     ),
     "human_labels": Study(

@@ -29,10 +29,18 @@ class Method:
         return replace(self, gnp=self.gnp | {"gnp_r": r}, is_tuned=False)
 
 
+RAMP = {"gnp_warmup_type": "r", "gnp_warmup_steps": 0.5}
+
+
 def penalised(cost: float = 2.0, micro_batch: int | None = None, **gnp: Any) -> Method:
     """SAM (α = 1) with the library's own warm-up, and r to be chosen."""
     scope = {"gnp_scope": "micro_batch"} if micro_batch else {}
     return Method({"gnp_alpha": 1.0, **scope, **gnp}, cost, micro_batch=micro_batch, is_tuned=True)
+
+
+def default(metric: str, cost: float = 2.0, **gnp: Any) -> Method:
+    """A candidate for the library's default: its α, in one of the metrics, with r to be chosen."""
+    return penalised(cost, gnp_alpha=0.8, gnp_metric=metric, **gnp)
 
 
 PLAIN, TWICE = "plain", "plain, twice the epochs"
@@ -44,9 +52,6 @@ METHODS = {
     "m = 8": penalised(micro_batch=8),
     "m = 4": penalised(micro_batch=4),
     "m = 8, every 2nd step": penalised(1.5, micro_batch=8, gnp_interval=2),
-    # Of 8 of a step's 32 examples.
-    "direction from a quarter": penalised(1.25, micro_batch=8, gnp_scope="step", gnp_ascent_fraction=0.25),
-    "every 2nd step, reused": penalised(1.5, gnp_interval=2, gnp_reuse=True, gnp_alpha=0.5),
     "momentum": penalised(1.0, gnp_direction="momentum"),
     "m = 32, every 2nd step": penalised(1.5, gnp_interval=2),
     # Of batches of 128.
@@ -54,4 +59,17 @@ METHODS = {
     "m = 32 of 128": penalised(micro_batch=32),
     "m = 8, α = 0.8": penalised(micro_batch=8, gnp_alpha=0.8),
     "m = 8, no warm-up": penalised(micro_batch=8, gnp_warmup_type="none"),
+    # Candidates for the default. Late: the second half alone. Ramp: r rises over the first half.
+    "l2": default("l2"),
+    "layer": default("layer"),
+    "l2, late": default("l2", 1.5, gnp_start=0.5),
+    "layer, late": default("layer", 1.5, gnp_start=0.5),
+    "l2, ramp": default("l2", **RAMP),
+    "layer, ramp": default("layer", **RAMP),
+    # At an r that is the same in all cases, as a default is.
+    "l2, r = 0.05": default("l2").with_r(0.05),
+    "layer, r = 0.1": default("layer").with_r(0.1),
+    "layer, r = 0.2": default("layer").with_r(0.2),
+    "layer, r = 0.2, ramp": default("layer", **RAMP).with_r(0.2),
+    "layer, r = 0.2, late": default("layer", 1.5, gnp_start=0.5).with_r(0.2),
 }

@@ -110,6 +110,35 @@ def draw(cases: dict[str, Runs], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_sweeps(cases: dict[str, dict[str, dict[float, float]]], title: str, path: Path) -> None:
+    """A panel for each method: validation accuracy by r, a line for each case, with its best r marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    methods = list(dict.fromkeys(method for sweep in cases.values() for method in sweep))
+    if not methods:
+        return
+    figure, panels = plt.subplots(
+        1, len(methods), figsize=(5.5 * len(methods), 3.8), layout="constrained", squeeze=False, sharey=True
+    )
+    for method, axes in zip(methods, panels[0], strict=True):
+        for index, (name, sweep) in enumerate(cases.items()):
+            points = sorted(sweep.get(method, {}).items())
+            if points:
+                axes.plot(*zip(*((r, 100 * a) for r, a in points), strict=True), "o-", color=f"C{index}", label=name)
+                best = max(points, key=lambda point: point[1])
+                axes.plot(best[0], 100 * best[1], "*", color=f"C{index}", markersize=16)
+        axes.set(xscale="log", xlabel="r", title=method)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("validation accuracy %")
+    panels[0][0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def _draw_curves(axes: Any, runs: Runs, colours: dict[str, str]) -> None:
     for method, by_seed in runs.items():
         curves = np.array([run["curve"] for run in by_seed.values()]) * 100

@@ -93,11 +93,13 @@ def train(task: Task, method: Method, settings: dict[str, Any], seed: int, is_re
             "validation_final": best.curve[-1],
             "best_epoch": int(np.argmax(best.curve)) + 1,
             "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
+            **logged(trainer.state.log_history),
         }
         if is_reported:
             run |= flatness(trainer) if settings.get("flatness", True) else {}
             last_weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-            run |= test(trainer, test_data, task.other_tests, best.weights)
+            rounds = settings.get("quantisation", True)
+            run |= test(trainer, test_data, task.other_tests, best.weights, rounds)
             if task.second is not None:
                 trainer.model.load_state_dict(last_weights)
                 run |= forgetting(trainer, test_data, task.second, settings["second"], seed)
@@ -107,7 +109,20 @@ def train(task: Task, method: Method, settings: dict[str, Any], seed: int, is_re
     return run | {"curve": [round(accuracy, 3) for accuracy in best.curve]}
 
 
-def test(trainer: GNPTrainer, data: Any, others: dict[str, Any], best_weights: dict[str, torch.Tensor]) -> Run:
+def logged(history: list[dict[str, float]]) -> Run:
+    """What the penalty logged at the end of each penalised epoch, beside the loss."""
+    names = {"cosines": "gnp_cosine", "sharpness": "gnp_sharpness", "grad_norms": "gnp_grad_norm", "losses": "loss"}
+    epochs = [entry for entry in history if "gnp_cosine" in entry]
+    return {key: [float(f"{entry[name]:.3g}") for entry in epochs] for key, name in names.items()} if epochs else {}
+
+
+def test(
+    trainer: GNPTrainer,
+    data: Any,
+    others: dict[str, Any],
+    best_weights: dict[str, torch.Tensor],
+    rounds: bool = True,
+) -> Run:
     """Of the last epoch accuracy, calibration and what rounding loses; of the best one accuracy; it stays loaded."""
 
     def accuracy(dataset: Any = data) -> float:
@@ -118,7 +133,7 @@ def test(trainer: GNPTrainer, data: Any, others: dict[str, Any], best_weights: d
     run |= {name: accuracy(dataset) for name, dataset in others.items()}
     outputs = (on_test.predictions, on_test.label_ids, on_validation.predictions, on_validation.label_ids)
     run |= calibration(*outputs)
-    run |= quantisation(trainer.model, run["final"], accuracy)
+    run |= quantisation(trainer.model, run["final"], accuracy) if rounds else {}
     trainer.model.load_state_dict(best_weights)
     return run | {"best": accuracy()}
 

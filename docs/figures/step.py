@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 
 BOXES = (
-    ("first pass, at θ", "each micro-batch as in Trainer;\ninputs and random states are kept", "tab:blue"),
+    ("first pass, at θ", "each micro-batch as in Trainer;\ninputs and random states are recorded", "tab:blue"),
     ("‖g₁‖", "squares of this rank's shard,\none all-reduce", "tab:gray"),
-    ("move", "θ + r g₁/‖g₁‖ on each shard,\nmade visible to the forward", "tab:orange"),
+    ("perturb", "θ + r g₁/‖g₁‖ on each shard,\nmade visible to the forward", "tab:orange"),
     ("second pass, at θ + e", "the same micro-batches,\nthe same dropout masks", "tab:orange"),
     ("restore and mix", "θ bit for bit;\n(1 − α) g₁ + α g₂", "tab:blue"),
     ("step", "clipping, optimizer, schedule,\nlogs: as in Trainer", "tab:gray"),
