@@ -153,7 +153,7 @@ class Move:
             share: The share of the step's micro-batches that this direction is for, with which a normalised g₁ counts.
         """
         engine = self.engine
-        passes = PerturbedPass(self, penalty_, measure)
+        passes = PerturbedPass(self, penalty_)
         if not engine.is_perturbed:
             with torch.no_grad():
                 self._move_weights(passes, penalty_.r, noise_seed, measure)
@@ -220,7 +220,7 @@ class PerturbedPass:
         cosine: Of g₁ and g₂ over the tensors that move, a scalar on the device, if measured. None before the end.
     """
 
-    def __init__(self, move: Move, penalty_: Penalty, measure: bool):
+    def __init__(self, move: Move, penalty_: Penalty):
         self._move, self._penalty = move, penalty_
         self.shards: list[Shard] = []  # those that were moved, with θ as their master
         self.scales: list[float] = []
