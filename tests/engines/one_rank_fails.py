@@ -23,7 +23,7 @@ def local_weights(model: torch.nn.Module, engine: str) -> list[torch.Tensor]:
 
 
 def main(engine: str, output: str) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     if engine.startswith(("zero1", "zero2")):
         from hf_gnp.engines.deepspeed import zero12
 
