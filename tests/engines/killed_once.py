@@ -20,7 +20,7 @@ from worker import full_weights, make_trainer, save_and_end
 
 KILLED_AT = 2  # the step, of which a checkpoint was just written
 # For the rank that is left behind, where its launcher does not end it first.
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(minutes=10)
 
 
 def main(case_file: str, output: str) -> None:

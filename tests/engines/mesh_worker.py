@@ -39,7 +39,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidd
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 EXPERTS = {"num_experts_per_tok": 2}
 # A rank that fails leaves the others in a collective.
-TIMEOUT = timedelta(minutes=3)
+TIMEOUT = timedelta(minutes=10)
 
 
 def make_decoder(kind: str, loaded_from: Any = None, **kwargs: Any) -> PreTrainedModel:
