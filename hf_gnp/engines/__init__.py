@@ -1,4 +1,4 @@
-"""The engines under the trainer: who owns the shards, and how ranks agree. The one place that chooses."""
+"""The engines: each has the shards of one kind of training, and its collectives. This file alone chooses one."""
 
 from typing import Any
 
@@ -10,7 +10,6 @@ from hf_gnp.perturbation import Perturbation
 
 from .engine import Engine
 from .native import NativeEngine
-from .private import check_private_names
 from .shards import Shard
 from .support import refuse_engine, refuse_unsupported
 
@@ -21,19 +20,8 @@ __all__ = ["Engine", "Shard", "make_engine", "refuse_engine", "refuse_unsupporte
 def make_engine(
     accelerator: Accelerator, model: nn.Module, perturbation: Perturbation, optimizer: Any = None
 ) -> Engine:
-    """
-    The engine for a model that `accelerator` has prepared.
-
-    Args:
-        optimizer: The prepared optimizer, whose parameters beyond the model's get a mixed gradient too.
-
-    Raises:
-        ValueError: for stochastic rounding of weights that are not 16-bit.
-        RuntimeError: for a release of torch, accelerate or DeepSpeed that lacks a private name that is used.
-        NotImplementedError: for a distributed type that the penalty is not known to be right on.
-    """
+    """Return the engine for a model, and perhaps an optimizer, that `accelerator` has prepared."""
     perturbation.check_rounding(model)
-    check_private_names(accelerator)
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         from .deepspeed import make_deepspeed_engine

@@ -16,10 +16,10 @@ BUCKET = 25 * 2**20  # bytes, as DDP's
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter], some_unused: bool) -> None:
     """
-    Replace each parameter's whole gradient by its mean over ranks. An absent one counts as 0. A collective.
+    Replace each parameter's whole gradient by its mean over ranks. A collective. A missing gradient counts as 0.
 
     Args:
-        some_unused: Whether a parameter that no rank's loss has reached keeps none.
+        some_unused: Whether a parameter that no rank's loss has reached gets no gradient.
     """
     if some_unused:
         flags = [p.grad is not None for p in parameters]
@@ -38,7 +38,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], some_unused: bool) -> 
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Yield tensors of one dtype that are reduced together, as many as fit into `BUCKET` or one."""
+    """Yield lists of tensors of one dtype, each list of at most `BUCKET` bytes or one tensor."""
     for dtype in {tensor.dtype: None for tensor in tensors}:
         of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
         yield from penalty.in_groups(of_dtype, lambda tensor: tensor.nbytes, BUCKET)

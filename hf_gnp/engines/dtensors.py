@@ -1,4 +1,4 @@
-"""Parameters and gradients that are DTensors: this rank's part, where it lies, and how many ranks hold it."""
+"""Parameters and gradients that are DTensors: this rank's part, its place, and the number of ranks that hold it."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def count_copies(parameter: nn.Parameter) -> int:
-    """Return the number of ranks that hold each element: all, divided by what the parameter is sharded over."""
+    """Return the number of ranks that hold the same shard of the parameter."""
     copies = dist.get_world_size()
     if isinstance(parameter, DTensor):
         for placement, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True):
@@ -17,7 +17,7 @@ def count_copies(parameter: nn.Parameter) -> int:
 
 
 def coordinates_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Return this rank's place on the mesh, along those dimensions over which the parameter is sharded."""
+    """Return this rank's place on the mesh, along the dimensions over which the parameter is sharded."""
     if not isinstance(parameter, DTensor):
         return ()
     place = parameter.device_mesh.get_coordinate() or ()
@@ -33,12 +33,8 @@ def part_of(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
 
 
 def as_sharded(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """
-    Return a gradient or a moment sharded as its parameter is.
-
-    Autograd leaves a DTensor's gradient as the backward made it: under tensor parallelism alone that of an embedding
-    is whole on each rank, and the weight is sharded. From whole to sharded nothing is communicated.
-    """
+    """Return a gradient or a moment sharded as its parameter is."""
+    # Under tensor parallelism alone, an embedding's gradient is whole on each rank. No communication shards it.
     if isinstance(tensor, DTensor) and isinstance(parameter, DTensor) and tensor.placements != parameter.placements:
         return tensor.redistribute(parameter.device_mesh, parameter.placements)
     return tensor

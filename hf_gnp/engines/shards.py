@@ -1,4 +1,4 @@
-"""This rank's part of one parameter, as every engine shows it."""
+"""The shard: this rank's part of one parameter, the same on every engine."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,16 +9,16 @@ from torch import nn
 
 class Shard(NamedTuple):
     """
-    This rank's part of one parameter, without padding: tensors of one shape, on any devices and of any dtypes.
+    This rank's part of one parameter, without padding. Its tensors have one shape, and may differ in device and dtype.
 
     Args:
         number: The place of the parameter in the model, the same on all ranks.
-        weight: What the forward sees, or is gathered from.
+        weight: The tensor that the forward sees, or from which it is gathered.
         master: θ: the fp32 master of `weight` where there is one, the copy of `keep_weights`, or `weight` itself.
         gradient: None where the loss did not reach the parameter.
-        coordinates: Which part it is. Ranks that hold the same part have the same.
+        coordinates: The place of the part, equal on ranks that hold the same part.
         part_of: Returns the same part of any whole tensor of the parameter's shape.
-        copies: How many ranks hold the same part, of those that `sum_over_ranks` sums over.
+        copies: The number of ranks that hold the same part, among those that `sum_over_ranks` sums over.
     """
 
     parameter: nn.Parameter
@@ -32,17 +32,17 @@ class Shard(NamedTuple):
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
-        """The shape of the whole parameter, where ZeRO-3 leaves an empty one."""
+        """Return the shape of the whole parameter. Under ZeRO-3 the parameter itself is empty."""
         return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
 
 
 def run_of(whole: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """Return `size` elements of a flattened tensor: the part that a rank has under ZeRO."""
+    """Return `size` elements of a flattened tensor, from `start` on: the part that a rank has under ZeRO."""
     return whole.reshape(-1).narrow(0, start, size)
 
 
 def parameters_outside(parameters: list[nn.Parameter], optimizer: Any) -> list[nn.Parameter]:
-    """Return the parameters of the optimizer that are none of `parameters`, such as a loss's own."""
+    """Return the parameters of the optimizer that are not in `parameters`, such as a loss's own."""
     inside = {id(parameter) for parameter in parameters}
     groups = [] if optimizer is None else optimizer.param_groups
     return [parameter for group in groups for parameter in group["params"] if id(parameter) not in inside]

@@ -1,4 +1,4 @@
-"""What DDP, FSDP2 and torch.compile put around a model: what is inside, and when gradients are reduced."""
+"""The wrappers that DDP, FSDP2 and torch.compile put around a model, and when they reduce gradients."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -10,38 +10,29 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from .private import DDP, require
-from .support import POWER_SGD
-
 
 def without_compile(model: nn.Module) -> nn.Module:
-    """What accelerate compiled, which it does last: DDP itself where there is one."""
+    """Return the module that accelerate compiled. It compiles last: this is DDP itself where there is one."""
     return model.get_submodule("_orig_mod") if is_compiled_module(model) else model
 
 
 def has_communication_hook(model: nn.Module) -> bool:
-    """
-    Raises:
-        NotImplementedError: for one that carries something from one gradient to the next.
-    """
+    """Return whether a communication hook of DDP changes gradients, and refuse PowerSGD."""
     model = without_compile(model)
     if not isinstance(model, DistributedDataParallel):
         return False
-    # DDP has no public way to ask.
-    require("torch", model, DDP, "DistributedDataParallel")
-    if any(isinstance(state, PowerSGDState) for _, state in model._comm_hooks):
-        raise NotImplementedError(f"The gradient-norm penalty does not run with {POWER_SGD}, or set gnp_alpha=0.")
-    return bool(model._comm_hooks)
+    hooks = model._comm_hooks  # there is no public way to ask
+    if any(isinstance(state, PowerSGDState) for _, state in hooks):
+        raise NotImplementedError(
+            "The gradient-norm penalty does not run with PowerSGD, which carries an error from one gradient to the "
+            "next: use the fp16 or bf16 hook, or none, or set gnp_alpha=0."
+        )
+    return bool(hooks)
 
 
 @contextlib.contextmanager
 def reducing(model: nn.Module, fsdp_modules: Iterable[FSDPModule]) -> Iterator[None]:
-    """
-    Gradients are reduced, also within the `no_sync` that `Trainer` puts around all but the last micro-batch.
-
-    Args:
-        fsdp_modules: Those of the model, also within what torch.compile and PEFT put around them.
-    """
+    """Reduce gradients, also within the `no_sync` that `Trainer` puts around all but the last micro-batch."""
     for module in fsdp_modules:
         module.set_requires_gradient_sync(True, recurse=False)
     ddp = without_compile(model)
@@ -58,7 +49,7 @@ def reducing(model: nn.Module, fsdp_modules: Iterable[FSDPModule]) -> Iterator[N
 
 @contextlib.contextmanager
 def defer_reduction(model: Any) -> Iterator[None]:
-    """`no_sync` for a model that transformers sharded at load time; HSDP defers only the sum over replicas."""
+    """Do as `no_sync` for a model that transformers sharded at load time. HSDP defers the sum over replicas alone."""
     replicated = model.config.distributed_config.dp_replicate_size > 1
     defer = model.set_requires_all_reduce if replicated else model.set_requires_gradient_sync
     defer(False)

@@ -8,35 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from hf_gnp import engines
 from hf_gnp.engines import private
-from hf_gnp.engines.deepspeed import private as deepspeed_private
+from hf_gnp.engines.deepspeed import make_deepspeed_engine
+from hf_gnp.engines.deepspeed.zero3 import Zero3Engine
+from hf_gnp.perturbation import Perturbation
 
 
-class Everything:
-    """Has every attribute but those that are missing."""
-
-    def __init__(self, *missing: str, **values):
-        self._missing = missing
-        vars(self).update(values)
-
-    def __getattr__(self, name):
-        if name in self._missing or name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
-# By the class of DeepSpeed's optimizer, and whether it offloads.
-ASSIGNED = {
-    ("DeepSpeedZeroOptimizer", False): (
-        "all_grad_tensors",
-        "averaged_gradients",
-        "check_grad_overflow",
-        "micro_step_id",
-    ),
-    ("DeepSpeedZeroOptimizer", True): ("local_overflow", "_offload_accumulated_param_ids"),
-}
+# Attributes of DeepSpeed's optimizers that the engines assign, or whose items they assign.
+CHECKED = {"micro_step_id"}
+READ_FIRST = {"all_grad_tensors", "averaged_gradients", "check_grad_overflow", "local_overflow"}
 
 
 def sentence(package: str, name: str) -> str:
@@ -44,27 +27,28 @@ def sentence(package: str, name: str) -> str:
     return f"{re.escape(name)}, which {package} {re.escape(installed)}, the installed.*tested with {package} {tested}"
 
 
-@pytest.mark.parametrize("kind, offloads, name", [(*kind, name) for kind, names in ASSIGNED.items() for name in names])
-def test_assigned_name_is_checked(kind, offloads, name):
-    if name == "_offload_accumulated_param_ids" and not deepspeed_private.copies_are_asynchronous():
-        pytest.skip("DeepSpeed before 0.19.8 has it not")
-    optimizer = type(kind, (Everything,), {})
-    values = {"cpu_offload": offloads, "offload_optimizer": offloads}
-    deepspeed_private.check_optimizer(optimizer(**values))
-    with pytest.raises(RuntimeError, match=sentence("deepspeed", f"{kind}.{name}")):
-        deepspeed_private.check_optimizer(optimizer(name, **values))
+@pytest.mark.parametrize("package, owner, name", [("deepspeed", Path(), "gone"), ("torch", torch.ones(1), "gone")])
+def test_missing_name_is_refused(package, owner, name):
+    with pytest.raises(RuntimeError, match=sentence(package, f"{type(owner).__name__}.{name}")):
+        private.require(package, owner, name)
 
 
-def test_every_assigned_name_is_here():
-    """Attributes of DeepSpeed's optimizers that the engines assign, or whose items they assign."""
-    assigned = set()
+def test_every_assigned_name_is_checked_or_read_first():
+    assigned, checked = set(), set()
     for path in (Path(engines.__file__).parent / "deepspeed").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "require":
+                checked.add(ast.literal_eval(node.args[2]))
             for target in getattr(node, "targets", []) if isinstance(node, ast.Assign) else []:
                 target = target.value if isinstance(target, ast.Subscript) else target
                 if isinstance(target, ast.Attribute) and ast.unparse(target.value) in ("optimizer", "self.optimizer"):
                     assigned.add(target.attr)
-    assert assigned == {name for names in ASSIGNED.values() for name in names}
+    assert checked == CHECKED
+    assert assigned == CHECKED | READ_FIRST
+
+
+class FSDPParam(SimpleNamespace):
+    """FSDP2's record of a parameter."""
 
 
 @pytest.mark.parametrize("missing", [None, "unsharded_accumulated_grad"])
@@ -72,7 +56,7 @@ def test_gradient_that_fsdp2_has_not_reduced(missing):
     """FSDP2 keeps it where no `grad` shows it, and hf_gnp sets it to None."""
     unsharded = torch.nn.Parameter(torch.ones(2))
     unsharded.grad = torch.ones(2)
-    parameters = [SimpleNamespace(unsharded_accumulated_grad=None) for _ in range(2)]
+    parameters = [FSDPParam(unsharded_accumulated_grad=None) for _ in range(2)]
     parameters[1]._unsharded_param = unsharded  # the first has had no forward
     group = SimpleNamespace(fsdp_params=parameters)
     module = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_fsdp_param_group=group))
@@ -86,32 +70,18 @@ def test_gradient_that_fsdp2_has_not_reduced(missing):
     assert not private.has_unreduced_gradient([module])
 
 
-def test_name_that_a_module_lacks():
-    for module, name in (("deepspeed.runtime.utils", "gone"), ("deepspeed.gone", "name")):
-        with pytest.raises(RuntimeError, match=sentence("deepspeed", f"{module}.{name}")):
-            private.look_up("deepspeed", module, name)
-
-
 # --- What a CPU can show of DeepSpeed's other private state ---
 
 
 def test_gathers_of_zero3_wait_for_writes():
     """The stream of the gathers is told to wait for the one that wrote."""
     waited_for, stream = [], "_DeepSpeedZeRoOffload__allgather_stream"
-    offload = SimpleNamespace(**{stream: SimpleNamespace(wait_stream=waited_for.append)})
-    deepspeed_private.order_before_gathers(SimpleNamespace(parameter_offload=offload))
-    assert waited_for == [deepspeed_private.get_accelerator().current_stream()]
+    values = {stream: SimpleNamespace(wait_stream=waited_for.append), "partition_all_parameters": lambda: None}
+    offload = SimpleNamespace(**values)
+    Zero3Engine.publish(SimpleNamespace(optimizer=SimpleNamespace(parameter_offload=offload)))
+    assert waited_for == [get_accelerator().current_stream()]
 
 
 def test_second_run_of_a_trainer_is_refused():
     with pytest.raises(RuntimeError, match="make a new trainer for the next run"):
-        deepspeed_private.check_engine(SimpleNamespace(deepspeed_engine_wrapped=None))
-
-
-def test_padding_that_is_not_marked():
-    parameters = [torch.zeros(size) for size in (4, 3, 5)]
-    cut = [torch.zeros(size) for size in (2, 3, 4)]
-    deepspeed_private.check_fragments(cut, parameters)
-    deepspeed_private.check_fragments([*cut, torch.zeros(1)], parameters)  # padding at the end
-    with pytest.raises(RuntimeError, match=sentence("deepspeed", "_zero_padding")):
-        deepspeed_private.check_fragments([cut[0], torch.zeros(1), *cut[1:]], parameters)
+        make_deepspeed_engine(SimpleNamespace(deepspeed_engine_wrapped=None), Perturbation())

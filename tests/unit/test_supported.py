@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from hf_gnp.engines import refuse_unsupported
 from hf_gnp.engines.options import unchecked_options
+from hf_gnp.perturbation import Perturbation
 
 
 def refuse(tmp_path, config: dict[str, Any]) -> None:
@@ -26,7 +27,7 @@ def refuse(tmp_path, config: dict[str, Any]) -> None:
     kind = {"distributed_type": DistributedType.DEEPSPEED, "is_fsdp2": False, "parallelism_config": None}
     accelerator = SimpleNamespace(state=state, **kind)
     model, args = make_model("vit"), make_args(tmp_path)
-    refuse_unsupported(accelerator, args, None, model)
+    refuse_unsupported(accelerator, args, None, model, Perturbation())
 
 
 def zero(stage: int = 3, **options: Any) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def refuse_engine(args: TrainingArguments, **accelerator) -> None:
     """`refuse_unsupported` for a supported accelerator, but for the attributes given."""
     supported = {"distributed_type": DistributedType.NO, "is_fsdp2": False, "parallelism_config": None}
     fake = SimpleNamespace(**{"state": SimpleNamespace(deepspeed_plugin=None), **supported, **accelerator})
-    refuse_unsupported(fake, args, None, make_model("vit"))
+    refuse_unsupported(fake, args, None, make_model("vit"), Perturbation())
 
 
 @pytest.mark.parametrize(
@@ -160,8 +161,6 @@ def refuse_engine(args: TrainingArguments, **accelerator) -> None:
         ({"distributed_type": DistributedType.XLA}, "XLA"),
         ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM"),
         ({"distributed_type": DistributedType.FSDP}, "FSDP version 1"),
-        ({"ddp_handler": DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.POWER_SGD)}, "PowerSGD"),
-        ({"ddp_handler": DistributedDataParallelKwargs(comm_hook="batched_power_sgd")}, "PowerSGD"),
         ({"parallelism_config": SimpleNamespace(cp_enabled=True, sp_enabled=False)}, "context .*parallelism"),
         (
             {"parallelism_config": SimpleNamespace(cp_enabled=False, sp_enabled=True)},

@@ -1,37 +1,33 @@
-"""Which engine knows the DeepSpeed optimizer at hand."""
+"""Chooses the engine for the optimizer that DeepSpeed has made."""
 
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from hf_gnp.engines.engine import Engine
 from hf_gnp.perturbation import Perturbation
 
-from .private import (
-    BF16_Optimizer,
-    DeepSpeedZeroOptimizer,
-    DeepSpeedZeroOptimizer_Stage3,
-    FP16_Optimizer,
-    FP16_UnfusedOptimizer,
-    check_engine,
-)
 from .zero0 import Zero0Engine
 from .zero3 import Zero3Engine
 from .zero12 import Bf16Zero1Engine, Zero12Engine
 
 
 def make_deepspeed_engine(accelerator: Accelerator, perturbation: Perturbation) -> Engine:
-    """
-    The engine for the DeepSpeed optimizer that `accelerator` has prepared.
-
-    Raises:
-        NotImplementedError: for an optimizer wrapper that is not known here, or parameters that it has and the model
-            has not.
-    """
-    check_engine(accelerator)
-    _refuse_parameters_outside(accelerator.deepspeed_engine_wrapped.engine)
-    optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
+    """Return the engine for the DeepSpeed optimizer that `accelerator` has prepared."""
+    if accelerator.deepspeed_engine_wrapped is None:
+        raise RuntimeError(
+            "accelerate forgets the DeepSpeed engine when a training run ends, so under DeepSpeed a trainer trains "
+            "once, without the gradient-norm penalty too: make a new trainer for the next run."
+        )
+    engine = accelerator.deepspeed_engine_wrapped.engine
+    _refuse_parameters_outside(engine)
+    optimizer = engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer:
         return Zero12Engine(accelerator, perturbation)
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
@@ -48,7 +44,7 @@ def make_deepspeed_engine(accelerator: Accelerator, perturbation: Perturbation) 
 
 def _refuse_parameters_outside(engine: Any) -> None:
     optimizer, in_model = engine.optimizer, {id(parameter) for parameter in engine.module.parameters()}
-    # Before DeepSpeed puts its flat partitions in their place.
+    # These lists have the parameters themselves. In `param_groups` DeepSpeed puts its flat partitions in their place.
     names = [name for name in ("bit16_groups", "fp16_groups", "bf16_groups") if hasattr(optimizer, name)]
     groups = getattr(optimizer, names[0]) if names else [group["params"] for group in optimizer.param_groups]
     if any(id(parameter) not in in_model for group in groups for parameter in group):

@@ -1,44 +1,40 @@
 """
-What DeepSpeed's stages share. Gradients and fp32 masters are this rank's partitions, inside DeepSpeed's optimizers.
+The parts that DeepSpeed's stages share. This rank's gradients and fp32 masters are inside DeepSpeed's optimizers.
 
-Which attributes hold them is private to DeepSpeed. One class here knows one optimizer class there, and its equivalence
-tests fail when the insides change.
+The attributes that hold them are private to DeepSpeed. Each engine knows one optimizer class, whose changes make the
+equivalence tests fail.
 """
 
 import contextlib
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import deepspeed.comm as ds_comm
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from hf_gnp import penalty
 from hf_gnp.engines.engine import Engine
-from hf_gnp.engines.shards import Shard
+from hf_gnp.engines.shards import Shard, run_of
 from hf_gnp.momentum import moment_of, refuse_optimizer
 from hf_gnp.perturbation import Perturbation
-
-from . import private
-
-
-class _BackwardOnly:
-    """Stands where accelerate keeps its DeepSpeedEngineWrapper, whose `backward` would also step."""
-
-    def __init__(self, engine: Any, always_reduces: bool):
-        self.engine, self.always_reduces = engine, always_reduces
-
-    def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
-        self.engine.set_gradient_accumulation_boundary(sync_gradients or self.always_reduces)
-        self.engine.backward(loss, **kwargs)
 
 
 @contextlib.contextmanager
 def _backward_only(accelerator: Accelerator, always_reduces: bool) -> Iterator[None]:
+    """Replace accelerate's DeepSpeedEngineWrapper, whose `backward` would also step."""
     wrapped = accelerator.deepspeed_engine_wrapped
-    accelerator.deepspeed_engine_wrapped = _BackwardOnly(wrapped.engine, always_reduces)
+
+    def backward(loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+        wrapped.engine.set_gradient_accumulation_boundary(sync_gradients or always_reduces)
+        wrapped.engine.backward(loss, **kwargs)
+
+    accelerator.deepspeed_engine_wrapped = SimpleNamespace(engine=wrapped.engine, backward=backward)
     try:
         yield
     finally:
@@ -46,7 +42,7 @@ def _backward_only(accelerator: Accelerator, always_reduces: bool) -> Iterator[N
 
 
 class DeepSpeedSteps(Engine):
-    """What all stages share: backward and step are two calls, and DeepSpeed itself knows when to reduce."""
+    """All stages: backward and step are two calls, and DeepSpeed itself knows when to reduce."""
 
     engine: Any  # DeepSpeed's
 
@@ -69,29 +65,71 @@ class DeepSpeedSteps(Engine):
         self.engine.step()
 
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> bool:
-        return False  # the step has been made, or skipped
+        return False  # DeepSpeed has made the step, or skipped it
+
+
+class Fragment(NamedTuple):
+    """The elements of one parameter in this rank's partition of its parameter group, without padding."""
+
+    parameter: nn.Parameter
+    group: int  # the place of the parameter group
+    number: int  # the place of the fragment among the gradients of its group
+    offset: int  # the place of the first element in the partition
+    start: int  # the place of the first element in the flattened parameter
+    size: int
+
+    def of(self, partition: torch.Tensor) -> torch.Tensor:
+        return partition.narrow(0, self.offset, self.size)
 
 
 class ShardedEngine(DeepSpeedSteps):
-    """What ZeRO-1, 2 and 3 share: g₁ is kept aside as a shard, and g₂ replaces it."""
+    """ZeRO-1, 2 and 3: the masters keep θ. g₁ is kept aside as a shard, and g₂ replaces it."""
 
     gathers_weights = True
+    offloads = False  # whether gradients and masters are on the CPU
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
         self.engine = accelerator.deepspeed_engine_wrapped.engine
         self.optimizer = self.engine.optimizer
         super().__init__(accelerator, perturbation, self.engine.module)
-        private.check_optimizer(self.optimizer)
         self._first_gradients: list[torch.Tensor] = []
-        self._holds = False  # the gradient of earlier micro-batches of the step
+        self._holds = False  # whether there is a gradient of earlier micro-batches of the step
+        self._is_perturbed = False
+
+    # The shards.
+
+    @abstractmethod
+    def partitions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return this rank's flat partition of the forward weights, and its fp32 master, for each parameter group."""
+
+    @abstractmethod
+    def fragments(self) -> list[Fragment]:
+        """Return the fragments of all trainable parameters on this rank."""
+
+    @abstractmethod
+    def fragment_gradients(self, fragments: list[Fragment]) -> list[torch.Tensor]:
+        """Return the flat gradient of each fragment, after a pass that reduced it."""
 
     @abstractmethod
     def reset_gradients(self) -> None:
         """Get ready for a pass whose gradients replace those of the pass before."""
 
-    def gradients(self) -> list[torch.Tensor]:
-        """Return what the optimizer steps with on this rank, after a pass that reduced it."""
-        return [shard.gradient for shard in self.shards() if shard.gradient is not None]
+    def trainable_shards(self) -> list[Shard]:
+        return self._shards_of(self.fragments())
+
+    def shards(self) -> list[Shard]:
+        fragments = self.fragments()
+        pairs = zip(self._shards_of(fragments), self.fragment_gradients(fragments), strict=True)
+        return [shard._replace(gradient=gradient) for shard, gradient in pairs]
+
+    def _shards_of(self, fragments: list[Fragment]) -> list[Shard]:
+        partitions, shards = self.partitions(), []
+        for fragment in fragments:
+            weight, master = (fragment.of(partition) for partition in partitions[fragment.group])
+            number, coordinates = self.numbers[id(fragment.parameter)], (fragment.start,)
+            part_of = functools.partial(run_of, start=fragment.start, size=fragment.size)
+            shards.append(Shard(fragment.parameter, number, weight, master, None, coordinates, part_of))
+        return shards
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         ds_comm.all_reduce(value, group=self.optimizer.dp_process_group)
@@ -101,7 +139,7 @@ class ShardedEngine(DeepSpeedSteps):
         return self.optimizer.loss_scale
 
     def first_moment(self, shard: Shard) -> torch.Tensor | None:
-        # By its place in memory: the base optimizer steps on the flat partitions of which masters are views.
+        # Found by its place in memory: the base optimizer steps on the flat partitions that masters are views of.
         base = self.optimizer.optimizer
         for flat, values in base.state.items():
             start = (shard.master.data_ptr() - flat.data_ptr()) // flat.element_size()
@@ -111,6 +149,27 @@ class ShardedEngine(DeepSpeedSteps):
                     refuse_optimizer(type(base).__name__)
                 return moment.view(-1).narrow(0, start, shard.master.numel()).view(shard.master.shape)
         return None
+
+    # The weights.
+
+    @property
+    def is_perturbed(self) -> bool:
+        return self._is_perturbed
+
+    def keep_weights(self, shards: list[Shard]) -> list[Shard]:
+        self._is_perturbed = True
+        return [shard._replace(gradient=None) for shard in shards]
+
+    def restore_partitions(self) -> None:
+        """Put θ back into this rank's partitions."""
+        for weight, master in self.partitions():
+            weight.copy_(master)
+
+    # The gradients.
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the gradients that the optimizer steps with on this rank, after a pass that reduced them."""
+        return self.fragment_gradients(self.fragments())
 
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
         self._first_gradients = [gradient.clone() for gradient in self.gradients()] if alpha < 1 else []
@@ -130,13 +189,13 @@ class ShardedEngine(DeepSpeedSteps):
         self._update_offloaded_norms()
 
     def _update_offloaded_norms(self) -> None:
-        """Correct the norms that DeepSpeed clips by, with offload: it took them as the gradients arrived."""
-        if not private.offloads(self.optimizer):
+        """Correct the norms that DeepSpeed clips by: with offload it measured them as the gradients arrived."""
+        if not self.offloads:
             return
-        norms = self.optimizer.norm_for_param_grads
-        for shard in self.shards():
-            if shard.gradient is not None and (param_id := self.optimizer.get_param_id(shard.parameter)) in norms:
-                norms[param_id] = shard.gradient.norm()
+        norms, fragments = self.optimizer.norm_for_param_grads, self.fragments()
+        for fragment, gradient in zip(fragments, self.fragment_gradients(fragments), strict=True):
+            if (param_id := self.optimizer.get_param_id(fragment.parameter)) in norms:
+                norms[param_id] = gradient.norm()
 
     def discard_gradient(self) -> None:
         self._first_gradients, self._holds = [], False
@@ -160,4 +219,4 @@ class ShardedEngine(DeepSpeedSteps):
         penalty.add_(self.gradients(), gradient)
         self._update_offloaded_norms()
         if hasattr(self.optimizer, "local_overflow") and not penalty.local_sq_norms(gradient).sum().isfinite():
-            self.optimizer.local_overflow = True  # which DeepSpeed notes as gradients arrive
+            self.optimizer.local_overflow = True  # DeepSpeed looks for overflow as gradients arrive

@@ -14,7 +14,7 @@ from .base import DeepSpeedSteps
 
 
 class Zero0Engine(DeepSpeedSteps, NativeEngine):
-    """Stage 0: gradients are whole and in `param.grad`."""
+    """Stage 0: the gradients of `NativeEngine`, and DeepSpeed's own step."""
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
         self.engine = accelerator.deepspeed_engine_wrapped.engine
@@ -34,7 +34,7 @@ class Zero0Engine(DeepSpeedSteps, NativeEngine):
     def finish(self) -> None:
         gradients = [gradient_of(parameter) for parameter in self.all_parameters if parameter.grad is not None]
         if not penalty.local_sq_norms(gradients).sum().isfinite():
-            # In fp32, nothing in stage 0 would keep it from the weights: without a boundary there is no step.
+            # In fp32, stage 0 does not skip such a step. Without a boundary DeepSpeed makes none.
             self.discard_gradient()
             self.engine.set_gradient_accumulation_boundary(False)
         super().finish()
