@@ -1,10 +1,6 @@
-"""
-Which values the `gnp_*` arguments may have, and which of them exclude each other. What is right is left as the type
-that it should have; for what is not, a ValueError names the argument.
-"""
+"""The values that the `gnp_*` arguments may have, and the pairs that exclude each other."""
 
 import math
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 
@@ -17,71 +13,65 @@ SCOPES = ("step", "micro_batch", "rank", "rank_micro_batch")
 DIRECTIONS = ("gradient", "momentum")
 METRICS = ("l2", "layer", "element")
 
-
-def check_schedule(args: "GNPArguments") -> None:
-    """Ranges, and what the warm-up needs."""
-    if args.gnp_warmup_type not in WARMUP_TYPES:
-        raise ValueError(f"gnp_warmup_type must be one of {WARMUP_TYPES}, but it is {args.gnp_warmup_type!r}.")
-    if args.gnp_warmup_steps is not None:
-        args.gnp_warmup_steps = number("gnp_warmup_steps", args.gnp_warmup_steps)
-        if args.gnp_warmup_type in ("auto", "none"):
-            raise ValueError("gnp_warmup_steps needs a gnp_warmup_type: r, lambda or zero.")
-    elif args.gnp_warmup_type not in ("auto", "none") and not getattr(args, "warmup_steps", True):
-        raise ValueError(
-            f"gnp_warmup_type={args.gnp_warmup_type} without a learning-rate warm-up (warmup_steps) to follow: "
-            "set gnp_warmup_steps."
-        )
-    args.gnp_start, args.gnp_end = number("gnp_start", args.gnp_start), number("gnp_end", args.gnp_end)
-    if not args.gnp_start < args.gnp_end <= 1:
-        raise ValueError(
-            f"gnp_start ({args.gnp_start}) and gnp_end ({args.gnp_end}) are fractions of the run: "
-            "0 <= gnp_start < gnp_end <= 1."
-        )
-    interval = number("gnp_interval", args.gnp_interval)
-    if interval < 1 or interval != int(interval):
-        raise ValueError(f"gnp_interval must be a whole number of steps, at least 1, but it is {interval}.")
-    args.gnp_interval = int(interval)
-    args.gnp_probability = number("gnp_probability", args.gnp_probability)
-    if not 0 < args.gnp_probability <= 1:
-        raise ValueError(
-            f"gnp_probability must be above 0 and at most 1, but it is {args.gnp_probability}; "
-            "set gnp_alpha=0 for plain training."
-        )
-    if args.gnp_interval > 1 and args.gnp_probability < 1:
-        raise ValueError("gnp_interval and gnp_probability both thin out penalised steps: give one of the two.")
+CHOICES = {"gnp_warmup_type": WARMUP_TYPES, "gnp_scope": SCOPES, "gnp_direction": DIRECTIONS, "gnp_metric": METRICS}
+NUMBERS = ("gnp_r", "gnp_warmup_steps", "gnp_interval")
+SHARES = ("gnp_alpha", "gnp_start", "gnp_end", "gnp_probability")
+FLAGS = {"gnp_normalize_gradient": ("true", "false"), "gnp_stochastic_rounding": ("true", "false", "auto")}
 
 
-def check_perturbation(args: "GNPArguments") -> None:
-    """Names, ranges, and true or false."""
-    if args.gnp_scope not in SCOPES:
-        raise ValueError(f"gnp_scope must be one of {SCOPES}, but it is {args.gnp_scope!r}.")
-    if args.gnp_direction not in DIRECTIONS:
-        raise ValueError(f"gnp_direction must be one of {DIRECTIONS}, but it is {args.gnp_direction!r}.")
-    if args.gnp_metric not in METRICS:
-        raise ValueError(f"gnp_metric must be one of {METRICS}, but it is {args.gnp_metric!r}.")
-    names = [f.name for f in fields(args) if f.name.startswith("gnp_") and f.type is bool]
-    if args.gnp_stochastic_rounding != "auto":  # a string for argparse, which has no bool that may be a word too
-        names.append("gnp_stochastic_rounding")
-    for name in names:
-        setattr(args, name, boolean(name, getattr(args, name)))
+def check_values(args: "GNPArguments") -> None:
+    """Check each argument by itself, and give it its type: command lines and YAML may have made it a string."""
+    for name, choices in CHOICES.items():
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name} must be one of {choices}, but it is {getattr(args, name)!r}.")
+    for name in (*NUMBERS, *SHARES):
+        if getattr(args, name) is not None:
+            setattr(args, name, _number(name, getattr(args, name), highest=1.0 if name in SHARES else math.inf))
+    for name, words in FLAGS.items():
+        word = str(getattr(args, name)).lower()
+        if word not in words:
+            raise ValueError(f"{name} must be {' or '.join(words)}, but it is {getattr(args, name)!r}.")
+        setattr(args, name, {"true": True, "false": False}.get(word, word))
+    if args.gnp_interval < 1 or args.gnp_interval != int(args.gnp_interval):
+        raise ValueError(f"gnp_interval must be a whole number of steps, at least 1, but it is {args.gnp_interval}.")
+    args.gnp_interval = int(args.gnp_interval)
+    if args.gnp_probability == 0:
+        raise ValueError("gnp_probability must be above 0, but it is 0: set gnp_alpha=0 for plain training.")
     modules: Any = args.gnp_target_modules
-    are_words = isinstance(modules, list | tuple | set) and all(isinstance(name, str) for name in modules)
-    if not (modules is None or isinstance(modules, str) or are_words):
+    is_list = isinstance(modules, list | tuple | set) and all(isinstance(name, str) for name in modules)
+    if not (modules is None or isinstance(modules, str) or is_list):
         raise ValueError(f"gnp_target_modules must be a string or a list of strings, but it is {modules!r}.")
     if modules is not None and not modules:
         raise ValueError("gnp_target_modules is empty: leave it out to move all parameters.")
 
 
 def check_pairs(args: "GNPArguments") -> None:
-    """Refuse what `gnp_direction="momentum"` excludes: it moves before there is a gradient, once for a whole step."""
-    if args.gnp_direction != "momentum":
-        return
+    """Refuse arguments that exclude each other."""
+    if args.gnp_r == 0 and args.gnp_alpha != 0:
+        raise ValueError("gnp_r is 0, which moves nothing: set gnp_r > 0, or gnp_alpha=0 for plain training.")
+    if args.gnp_warmup_type in ("auto", "none"):
+        if args.gnp_warmup_steps is not None:
+            raise ValueError("gnp_warmup_steps needs a gnp_warmup_type: r, lambda or zero.")
+    elif args.gnp_warmup_steps is None and not getattr(args, "warmup_steps", True):
+        raise ValueError(
+            f"gnp_warmup_type={args.gnp_warmup_type} without a learning-rate warm-up (warmup_steps) to follow: "
+            "set gnp_warmup_steps."
+        )
+    if args.gnp_start >= args.gnp_end:
+        raise ValueError(f"gnp_start ({args.gnp_start}) of the run must come before gnp_end ({args.gnp_end}).")
+    if args.gnp_interval > 1 and args.gnp_probability < 1:
+        raise ValueError("gnp_interval and gnp_probability both thin out penalised steps: give one of the two.")
+    if args.gnp_direction == "momentum":
+        _check_momentum(args)
+
+
+def _check_momentum(args: "GNPArguments") -> None:
     excluded = {
         f"gnp_scope={args.gnp_scope}": args.gnp_scope != "step",
         "gnp_normalize_gradient": args.gnp_normalize_gradient,
         "gnp_warmup_type=lambda": args.gnp_warmup_type == "lambda",
     }
-    if others := [name for name, is_set in excluded.items() if is_set]:
+    if others := [name for name, is_given in excluded.items() if is_given]:
         raise ValueError(
             "gnp_direction=momentum moves before there is a gradient, along one direction for the whole step: leave "
             f"out {' and '.join(others)}."
@@ -93,23 +83,12 @@ def check_pairs(args: "GNPArguments") -> None:
         )
 
 
-def number(name: str, value: Any) -> float:
-    """A value that is finite and not negative, of whatever a command line or YAML made of it."""
+def _number(name: str, value: Any, highest: float) -> float:
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        result = float(value)
-    except OverflowError:
-        result = math.inf
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be a number, but it is {value!r}.") from None
-    if not (math.isfinite(result) and result >= 0):
-        raise ValueError(f"{name} must be finite and not negative, but it is {value!r}.")
+        result = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    if not (math.isfinite(result) and 0 <= result <= highest):
+        limit = "finite" if highest == math.inf else f"at most {highest:g}"
+        raise ValueError(f"{name} must be a number, at least 0 and {limit}, but it is {value!r}.")
     return result
-
-
-def boolean(name: str, value: Any) -> bool:
-    words = {"true": True, "false": False}
-    if isinstance(value, bool) or str(value).lower() in words:
-        return value if isinstance(value, bool) else words[str(value).lower()]
-    raise ValueError(f"{name} must be true or false, but it is {value!r}.")

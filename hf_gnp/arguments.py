@@ -5,16 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .argument_checks import (
-    DIRECTIONS,
-    METRICS,
-    SCOPES,
-    WARMUP_TYPES,
-    check_pairs,
-    check_perturbation,
-    check_schedule,
-    number,
-)
+from .argument_checks import DIRECTIONS, METRICS, SCOPES, WARMUP_TYPES, check_pairs, check_values
 
 
 DEFAULT_ALPHA = 0.8
@@ -23,7 +14,7 @@ DEFAULT_ALPHA = 0.8
 @dataclass
 class GNPArguments:
     r"""
-    Arguments of the gradient-norm penalty, to be mixed in before a `TrainingArguments` class:
+    Holds the arguments of the gradient-norm penalty. Mix it in before a `TrainingArguments` class:
 
     ```python
     @dataclass
@@ -36,18 +27,17 @@ class GNPArguments:
 
     Args: Strength
         gnp_r (`float`, *optional*, defaults to 0.05):
-            r, the distance by which the weights are moved along the normalised gradient for the second pass.
-            Published settings: 0.1 for CIFAR, 0.05 for ImageNet.
+            r, the radius: how far the weights move along the normalised gradient for the second pass. Published
+            settings: 0.1 for CIFAR, 0.05 for ImageNet.
         gnp_alpha (`float`, *optional*, defaults to 0.8):
-            α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM). With
-            `gnp_direction="momentum"`, which has one gradient, it is 1.
+            α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM).
+            `gnp_direction="momentum"` has one gradient, and α = 1.
 
     Args: Schedule
         gnp_warmup_type (`str`, *optional*, defaults to `"auto"`):
-            How the penalty starts: `"r"` raises r linearly at fixed α, `"lambda"` raises α linearly at fixed r,
-            `"zero"` has no penalty during the warm-up, `"none"` the full penalty from the first step. `"auto"` is
-            `"zero"` with an adaptive optimizer and a learning-rate warm-up, where an early penalty harms (arXiv
-            2406.09723), and else `"none"`.
+            How the penalty starts: `"r"` or `"lambda"` raises r or α linearly, `"zero"` has no penalty in the warm-up,
+            `"none"` no warm-up. `"auto"` is `"zero"` with an adaptive optimizer and a learning-rate warm-up, where an
+            early penalty harms (arXiv 2406.09723), and else `"none"`.
         gnp_warmup_steps (`float`, *optional*):
             The length of that warm-up: steps, or a fraction of the run if below 1. Default: the learning-rate warm-up.
         gnp_start (`float`, *optional*, defaults to 0.0):
@@ -55,37 +45,36 @@ class GNPArguments:
         gnp_end (`float`, *optional*, defaults to 1.0):
             Penalise up to this fraction of the run.
         gnp_interval (`int`, *optional*, defaults to 1):
-            k, penalise every k-th optimizer step, at a cost of 1 + 1/k.
+            k: penalise every k-th optimizer step, at a cost of 1 + 1/k.
         gnp_probability (`float`, *optional*, defaults to 1.0):
-            p, penalise a step with this probability, drawn from `seed` and the step: equal on all ranks, unchanged by
-            resuming. Costs 1 + p on average.
+            p: penalise a step with this probability, at a cost of 1 + p on average. The draw depends on `seed` and the
+            step alone.
 
     Args: Perturbation
         gnp_scope (`str`, *optional*, defaults to `"step"`):
-            The examples that share one perturbation (m of m-sharpness, arXiv 2206.06232; the gain grows as it falls):
-            `"step"`, the whole global batch; `"micro_batch"`, each micro-batch of all ranks; `"rank"`, all
-            micro-batches of each rank; `"rank_micro_batch"`, each micro-batch of each rank. The last two on one
-            process and DDP only.
+            The examples that share one perturbation (m of m-sharpness, arXiv 2206.06232). The gain grows as m falls.
+            `"step"` is the whole global batch, `"micro_batch"` each micro-batch of all ranks, `"rank"` all
+            micro-batches of each rank, `"rank_micro_batch"` each micro-batch of each rank. The last two need one
+            process or DDP.
         gnp_direction (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"` moves along g₁. `"momentum"` moves by -r m/‖m‖ along the optimizer's first moment and steps
-            with the gradient there: one pass, at a cost of 1 (MSAM, arXiv 2401.12033). Its r is far larger: 3 for a
-            ViT with AdamW. A step without a moment yet, the first, is a plain step.
+            with the gradient there, in one pass (MSAM, arXiv 2401.12033). Its r is far larger: 3 for a ViT with AdamW.
+            The first step has no moment yet, and is plain.
         gnp_normalize_gradient (`bool`, *optional*, defaults to `False`):
             Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default.
         gnp_metric (`str`, *optional*, defaults to `"l2"`):
-            How the move is shared out. `"l2"` moves all weights by r g₁/‖g₁‖, the paper's formula. `"layer"` moves
-            each tensor in proportion to its own norm, by r (‖θ_l‖/‖θ‖) g_l/‖g_l‖: a good r differs less between models
-            of different kinds and sizes. `"element"` moves by r θ²g₁/‖θ ⊙ g₁‖ (ASAM, arXiv 2102.11600), with an r
-            about ten times larger. Its authors' code adds 0.01 to |θ| and does not scale biases. This one scales every
-            parameter by |θ|.
+            How tensors share the move. `"l2"`, the paper's formula, moves all weights by r g₁/‖g₁‖. `"layer"` moves
+            each tensor in proportion to its own norm, by r (‖θ_l‖/‖θ‖) g_l/‖g_l‖. Its best r differs less between
+            models. `"element"` moves by r θ²g₁/‖θ ⊙ g₁‖ (ASAM, arXiv 2102.11600), with an r about ten times larger.
+            Unlike the code of its authors, it scales every parameter by |θ|: also biases, and without 0.01 added.
         gnp_target_modules (`list[str]`, *optional*):
             Move only these parameters: a regular expression for the whole name, name endings (as in PEFT), or `"norm"`
             for those of normalisation layers (SAM-ON, arXiv 2306.04226).
 
     Args: Precision
         gnp_stochastic_rounding (`str` or `bool`, *optional*, defaults to `"auto"`):
-            Whether the moved 16-bit weights are rounded stochastically, so that a small move is not rounded away.
-            `"auto"`: where no fp32 master exists.
+            Round moved 16-bit weights stochastically, so that rounding keeps a small move on average. `"auto"`: where
+            there is no fp32 master.
 
     Raises:
         ValueError: naming the argument, for a value outside its range or for arguments that exclude each other.
@@ -96,73 +85,45 @@ class GNPArguments:
     """
 
     # Strength
-    gnp_r: float = field(
-        default=0.05,
-        metadata={
-            "help": "r: the distance by which the weights are moved along the normalised gradient for the second pass."
-        },
-    )
+    gnp_r: float = field(default=0.05, metadata={"help": "r, the distance of the move along the normalised gradient."})
     gnp_alpha: float | None = field(
-        default=None,
-        metadata={"help": "α: the share of the second gradient, from 0 (plain training) to 1 (SAM). Default: 0.8."},
+        default=None, metadata={"help": "α, the share of the second gradient, 0 (plain) to 1 (SAM). Default: 0.8."}
     )
     # Schedule
     gnp_warmup_type: str = field(
         default="auto",
         metadata={
-            "help": "How the penalty starts: r or lambda (α) rises linearly, none in the warm-up (zero), all at once "
-            "(none); auto: zero with an adaptive optimizer and a learning-rate warm-up, else none.",
-            "choices": list(WARMUP_TYPES),
+            "help": "How the penalty starts: r or lambda (α) rises, or zero, none, auto.",
+            "choices": WARMUP_TYPES,
         },
     )
     gnp_warmup_steps: float | None = field(
-        default=None,
-        metadata={"help": "Its length: steps, or a fraction of the run. Default: the learning-rate warm-up."},
+        default=None, metadata={"help": "Its steps, or fraction of the run. Default: the learning-rate warm-up."}
     )
     gnp_start: float = field(default=0.0, metadata={"help": "Penalise from this fraction of the run on."})
     gnp_end: float = field(default=1.0, metadata={"help": "Penalise up to this fraction of the run."})
-    gnp_interval: int = field(
-        default=1, metadata={"help": "k: penalise every k-th optimizer step, at a cost of 1 + 1/k."}
-    )
-    gnp_probability: float = field(
-        default=1.0, metadata={"help": "p: penalise a step with this probability, at a cost of 1 + p on average."}
-    )
+    gnp_interval: int = field(default=1, metadata={"help": "k: penalise every k-th optimizer step."})
+    gnp_probability: float = field(default=1.0, metadata={"help": "p: penalise a step with this probability."})
     # Perturbation
     gnp_scope: str = field(
         default="step",
-        metadata={
-            "help": "The examples that share one perturbation; fewer are stronger. rank scopes: one process and DDP.",
-            "choices": list(SCOPES),
-        },
+        metadata={"help": "The examples that share one perturbation. Fewer are stronger.", "choices": SCOPES},
     )
     gnp_direction: str = field(
         default="gradient",
-        metadata={
-            "help": "Where to move: along the gradient, or against the optimizer's momentum, in one pass (MSAM).",
-            "choices": list(DIRECTIONS),
-        },
+        metadata={"help": "Move along the gradient, or along the momentum in one pass (MSAM).", "choices": DIRECTIONS},
     )
-    gnp_normalize_gradient: bool = field(
-        default=False, metadata={"help": "Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default."}
-    )
+    gnp_normalize_gradient: bool = field(default=False, metadata={"help": "Step with (1-α) g₁/‖g₁‖ + α g₂."})
     gnp_metric: str = field(
         default="l2",
-        metadata={
-            "help": "How the move is shared out: l2 (the paper's), layer (each tensor in proportion to its norm), or "
-            "element (ASAM).",
-            "choices": list(METRICS),
-        },
+        metadata={"help": "How tensors share the move: l2 (paper), layer, or element (ASAM).", "choices": METRICS},
     )
     gnp_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Move only these parameters: a regular expression, name endings, or norm (SAM-ON)."},
+        default=None, metadata={"help": "Move only these parameters: a pattern, name endings, or norm (SAM-ON)."}
     )
     # Precision
-    gnp_stochastic_rounding: str = field(
-        default="auto",
-        metadata={
-            "help": "Round moved 16-bit weights stochastically: true, false, or auto (where no fp32 master exists)."
-        },
+    gnp_stochastic_rounding: str = field(  # argparse has no bool that may be a word too
+        default="auto", metadata={"help": "Round moved 16-bit weights stochastically: true, false, or auto."}
     )
 
     def __post_init__(self) -> None:
@@ -172,33 +133,17 @@ class GNPArguments:
         self.check_gnp_values()
 
     def check_gnp_values(self) -> None:
-        """
-        Check all gnp arguments. Called when the arguments are made and at the beginning of each `train`, as a notebook
-        or a hyperparameter search sets them in between.
-
-        Raises:
-            ValueError: naming the argument.
-        """
-        self._check_strength()
-        check_schedule(self)
-        check_perturbation(self)
+        """Check all gnp arguments, also at the beginning of each `train`: a search sets them in between."""
+        # A search may change the direction, with which the default of α changes.
+        is_default = self.gnp_alpha is None or vars(self).get("_gnp_default_alpha") == self.gnp_alpha
+        if is_default:
+            self.gnp_alpha = 1.0 if self.gnp_direction == "momentum" else DEFAULT_ALPHA
+        self._gnp_default_alpha = self.gnp_alpha if is_default else None
+        check_values(self)
         check_pairs(self)
 
-    def _check_strength(self) -> None:
-        self.gnp_r = number("gnp_r", self.gnp_r)
-        if vars(self).get("_gnp_default_alpha") == self.gnp_alpha:  # no user's, as another direction has another
-            self.gnp_alpha = None
-        self._gnp_default_alpha = None
-        if self.gnp_alpha is None:
-            self.gnp_alpha = self._gnp_default_alpha = 1.0 if self.gnp_direction == "momentum" else DEFAULT_ALPHA
-        self.gnp_alpha = number("gnp_alpha", self.gnp_alpha)
-        if self.gnp_alpha > 1:
-            raise ValueError(f"gnp_alpha is the share of the second gradient, at most 1, but it is {self.gnp_alpha}.")
-        if self.gnp_r == 0 and self.gnp_alpha > 0:
-            raise ValueError("gnp_r is 0, which moves nothing: set gnp_r > 0, or gnp_alpha=0 for plain training.")
-
     def gnp_values(self) -> dict[str, Any]:
-        """Return what a run should say of itself: r, α, and the `gnp_*` arguments that are not at their defaults."""
+        """Return r, α, and the `gnp_*` arguments that are not at their defaults."""
         strength = {"gnp_r": self.gnp_r, "gnp_alpha": self.gnp_alpha}
         defaults = {f.name: f.default for f in fields(GNPArguments) if f.name not in strength}
         return strength | {n: getattr(self, n) for n, default in defaults.items() if getattr(self, n) != default}
@@ -222,7 +167,7 @@ def gnp_arguments_of(args: TrainingArguments) -> GNPArguments:
 
 
 def update_arguments(gnp_args: GNPArguments, args: TrainingArguments | GNPArguments | dict[str, Any]) -> None:
-    """Set the gnp values that plain `TrainingArguments` were given, or that a trial has, and check them all."""
+    """Set the gnp values that plain `TrainingArguments` or a trial carry, and check them all."""
     if args is not gnp_args:
         values = args if isinstance(args, dict) else vars(args)
         for name in {f.name for f in fields(GNPArguments)} & values.keys():
