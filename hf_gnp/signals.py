@@ -1,24 +1,26 @@
 """Signals wait while weights are moved."""
 
+import contextlib
 import signal
 import threading
 from typing import Any
 
 
-# Those on which people stop a run or save it; others keep their handlers.
+# People stop a run or save it with these. Other signals do not wait.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class DeferredSignals:
     """
-    Inside, a signal that has a handler in Python (Ctrl-C has) is noted, and its handler runs on leaving: it finds
-    clean weights, and an exception that it raises interrupts nothing half way. A second Ctrl-C does not wait.
+    Delays Python's signal handlers until the context ends: they find clean weights, and interrupt nothing half way.
+
+    Ctrl-C has such a handler. A second Ctrl-C does not wait.
     """
 
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
-        self._pending: dict[int, Any] = {}
+        self._pending: list[int] = []
 
     def __enter__(self) -> "DeferredSignals":
         if threading.current_thread() is threading.main_thread():
@@ -32,10 +34,12 @@ class DeferredSignals:
     def _note(self, number: int, frame: Any) -> None:
         if number in self._pending and number == signal.SIGINT:
             self._handlers[number](number, frame)
-        self._pending[number] = frame
+        if number not in self._pending:
+            self._pending.append(number)
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        for number in list(self._pending):
-            self._handlers[number](number, self._pending.pop(number))
+        with contextlib.ExitStack() as stack:  # all handlers run, also after one that raises
+            for number in reversed(self._pending):
+                stack.callback(signal.raise_signal, number)
