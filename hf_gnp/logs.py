@@ -1,4 +1,4 @@
-"""The `gnp_*` logs of the optimizer steps between two logs, and when there is one."""
+"""The `gnp_*` metrics of the steps between two logs, and the warning of a large r."""
 
 import math
 
@@ -11,19 +11,18 @@ from .schedule import Penalty
 
 
 class StepLogs:
-    """Sums over steps, kept on the device: nothing is read back until they are logged."""
+    """Sums the metrics of steps on the device. Nothing is read back until they are logged."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.steps, self.penalised_steps = 0, 0
+        self.steps = self.penalised_steps = self._cosines = 0
         self.penalty: Penalty | None = None
-        self._is_counted = False
+        self._is_counted = False  # whether this step is among the penalised ones
         self._sums: dict[str, torch.Tensor | float] = {}
-        self._counts: dict[str, int] = {}
         self._fidelity: torch.Tensor | None = None
-        self.dropped: torch.Tensor | int = 0  # steps whose gradient was not finite, counted on the device
+        self.dropped: torch.Tensor | int = 0  # steps with a gradient that is not finite, counted on the device
 
     def begin(self, penalty: Penalty | None) -> None:
         """Begin a step, with the penalty that the schedule has for it."""
@@ -40,27 +39,24 @@ class StepLogs:
         fidelity: torch.Tensor | None = None,
     ) -> None:
         """
-        Count a penalised step, or one of its micro-batches that have a direction each: those of a step are summed. The
-        loss of a micro-batch is its share of the step's, so the sums are means over micro-batches.
+        Add the metrics of a penalised step, or of one of its micro-batches with a direction of its own.
+
+        The loss of a micro-batch is its share of the step's. So the sums over a step are means over micro-batches.
 
         Args:
-            grad_norm: ‖g₁‖.
-            perturbed_loss, sharpness: Detached scalars of this rank, summed over the micro-batches as `Trainer` sums
-                the loss that it logs. None: the step has no such thing.
-            cosine: That of g₁ and g₂, a detached scalar. The mean over micro-batches is logged.
-            fidelity: This rank's (⟨θ̃-θ, e⟩, ‖e‖²) of the move. The last one that was measured is logged.
+            fidelity: This rank's (⟨θ̃-θ, e⟩, ‖e‖²) of the move. The last one is logged.
         """
         values = {"gnp_grad_norm": grad_norm, "gnp_perturbed_loss": perturbed_loss, "gnp_sharpness": sharpness}
         for name, value in (values | {"gnp_cosine": cosine}).items():
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0.0) + value
-                self._counts[name] = self._counts.get(name, 0) + (name == "gnp_cosine" or not self._is_counted)
+        self._cosines += cosine is not None
         self._fidelity = self._fidelity if fidelity is None else fidelity
         self.penalised_steps += not self._is_counted
         self._is_counted = True
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return what to log: the last step's penalty, means over penalised steps and over ranks. A collective."""
+        """Return the last step's penalty, and means over penalised steps and over ranks. A collective."""
         if self.steps == 0:
             return {}
         logs = {
@@ -70,9 +66,9 @@ class StepLogs:
         }
         if self._sums:
             sums = [torch.as_tensor(value).float().to(accelerator.device) for value in self._sums.values()]
-            counts = torch.tensor([self._counts[name] for name in self._sums], device=accelerator.device)
-            means = accelerator.reduce(torch.stack(sums) / counts, reduction="mean").tolist()
-            logs |= dict(zip(self._sums, means, strict=True))
+            counts = [self._cosines if name == "gnp_cosine" else self.penalised_steps for name in self._sums]
+            means = torch.stack(sums) / torch.tensor(counts, device=accelerator.device)
+            logs |= dict(zip(self._sums, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
         if self._fidelity is not None:
             kept, moved = accelerator.reduce(self._fidelity.to(accelerator.device), reduction="sum").tolist()
             if moved > 0:
@@ -82,14 +78,11 @@ class StepLogs:
 
 
 class RadiusHint:
-    """
-    A warning, once a run, that r is too large: after `LOGS` logs in a row with a cosine below `TURNED`.
+    """Warns once a run that r is too large: after `LOGS` logs in a row with a cosine below `TURNED`."""
 
-    A rise of the loss by more than itself is no sign: with clean labels, where the loss goes to 0, it did no harm.
-    """
-
+    # A large rise of the loss is no sign: with clean labels the loss goes to 0, and such a rise did no harm.
     LOGS, TURNED = 3, 0.3
-    # What it aims at: where find_r has its suggestion, and where a short fine-tune was not slowed down.
+    # The aim of the suggestion: that of find_r, at which a short fine-tune was not slowed down.
     COSINE, RISE_SHARE = 0.8, 0.3
 
     def __init__(self) -> None:
@@ -97,12 +90,7 @@ class RadiusHint:
         self._is_given = False
 
     def after(self, logs: dict[str, float]) -> str | None:
-        """
-        Return the warning, or None.
-
-        Args:
-            logs: The last log, with the `gnp_*` entries.
-        """
+        """Return the warning after a log with the `gnp_*` metrics, or None."""
         cosine, rise, loss = (logs.get(name, math.nan) for name in ("gnp_cosine", "gnp_sharpness", "loss"))
         if self._is_given or math.isnan(cosine) or logs["gnp_on"] == 0:
             return None
@@ -122,7 +110,7 @@ class RadiusHint:
 
 
 def logs_after(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether `Trainer` will log when the step that now runs has ended, as far as its arguments tell."""
+    """Return whether `Trainer` will log at the end of this step, as far as its arguments tell."""
     if args.logging_strategy == IntervalStrategy.NO:
         return False
     if args.logging_first_step and state.global_step == 0:

@@ -1,4 +1,4 @@
-"""The optimizer's first moment, along which `gnp_direction="momentum"` moves (MSAM): who keeps one, and where."""
+"""The optimizer's first moment, along which `gnp_direction="momentum"` moves (MSAM)."""
 
 import inspect
 import re
@@ -9,25 +9,26 @@ import torch
 from torch import nn
 
 
-# As optimizers call it: Adam's family, and SGD and Muon.
+# The names in the state of Adam's family, and in that of SGD and Muon.
 NAMES = ("exp_avg", "momentum_buffer")
-# By class name: they divide by a running estimate of the gradient's size.
+# In the class names of optimizers that divide by a running estimate of the gradient's size.
 ADAPTIVE = "ada|lamb|rmsprop|prodigy|apollo|sophia"
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer that steps, inside accelerate's and DeepSpeed's wrappers."""
+    """Return the optimizer inside the wrappers of accelerate and DeepSpeed."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def is_adaptive(optimizer: Any) -> bool:
+    """Return whether the optimizer divides by an estimate of the gradient's size."""
     return re.search(ADAPTIVE, type(unwrapped(optimizer)).__name__, re.IGNORECASE) is not None
 
 
 def moment_of(state: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
-    """Return the first moment in a parameter's optimizer state. None: there is none that is whole and unquantised."""
+    """Return the first moment in a parameter's optimizer state. None: it has none, or a quantised or factored one."""
     for name in NAMES:
         moment: Any = state.get(name)
         is_plain = type(moment) in (torch.Tensor, nn.Parameter) or hasattr(moment, "device_mesh")
@@ -37,10 +38,7 @@ def moment_of(state: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | Non
 
 
 def refuse_optimizer(name: str) -> NoReturn:
-    """
-    Raises:
-        ValueError: for an optimizer called `name`, which keeps no first moment.
-    """
+    """Raise a ValueError for an optimizer called `name`, which keeps no first moment."""
     raise ValueError(
         f"gnp_direction=momentum moves along the optimizer's first moment (momentum_buffer or exp_avg), and {name} "
         "keeps none that can be used, or a quantised one: use AdamW or SGD with momentum, or leave out "
@@ -49,33 +47,28 @@ def refuse_optimizer(name: str) -> NoReturn:
 
 
 def check_optimizer_of(trainer: Any) -> None:
-    """Refuse the optimizer that a trainer will train with, as far as it is known before it trains."""
-    optimizer = unwrapped(trainer.optimizer)
+    """Refuse a trainer's optimizer without a first moment. One that DeepSpeed makes is checked in the run."""
+    optimizer, plugin = unwrapped(trainer.optimizer), trainer.accelerator.state.deepspeed_plugin
     if isinstance(optimizer, torch.optim.Optimizer):
         cls, group = type(optimizer), optimizer.param_groups[0]
         accepted = inspect.signature(cls).parameters
         kwargs = {name: value for name, value in group.items() if name in accepted and name != "params"}
         _check_optimizer(cls, kwargs, cls.__name__)
-    elif optimizer is None and not _is_made_by_deepspeed(trainer):
+    elif optimizer is None and (plugin is None or "optimizer" not in plugin.deepspeed_config):
         own = trainer.optimizer_cls_and_kwargs
         cls, kwargs = own or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         _check_optimizer(cls, kwargs, cls.__name__ if own else f"optim={trainer.args.optim.value}")
 
 
 def _check_optimizer(cls: type, kwargs: Mapping[str, Any], name: str) -> None:
-    """Look at what an optimizer keeps of one small parameter. One that cannot step on that is checked in the run."""
+    """Let an optimizer step on one small parameter, and look at its state."""
     parameter = nn.Parameter(torch.zeros(64, 128))
     parameter.grad = torch.ones_like(parameter)
     try:
         optimizer = cls([parameter], **kwargs)
         optimizer.step()
         state = optimizer.state[parameter]
-    except Exception:  # it asks for groups of its own, or for an accelerator
+    except Exception:  # it needs groups of its own, or an accelerator, and is checked in the run
         return
     if moment_of(state, parameter.shape) is None:
         refuse_optimizer(name)
-
-
-def _is_made_by_deepspeed(trainer: Any) -> bool:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return plugin is not None and "optimizer" in plugin.deepspeed_config

@@ -1,8 +1,7 @@
 """
-Checkpoints whose weights have other names than the model's: a workaround for transformers 5.17 to 5.23.
+Loads checkpoints whose weights have other names than the model's: a workaround for transformers 5.17 to 5.23.
 
-Stock `Trainer` leaves such weights of the model as they are when it resumes. This file goes when a release of
-transformers loads them.
+Stock `Trainer` does not load such weights when it resumes. This file goes when a release of transformers does.
 """
 
 import copy
@@ -25,7 +24,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 
-# Before the names of a model that was compiled before `Trainer` got it.
+# The prefix of all names where the user compiled the model before `Trainer` got it.
 COMPILED = "_orig_mod."
 
 
@@ -33,19 +32,13 @@ def load_renamed(model: nn.Module, folder: str) -> Any | None:
     """
     Load the checkpoint in `folder` into `model` if it is in the format of the original checkpoints.
 
-    `save_pretrained` writes a model in that format: the weights of a ViT under other names (`vit.encoder.layer…`
-    instead of `vit.layers…`), the experts of a Mixtral apart instead of merged. `from_pretrained` converts them back.
-    `Trainer` of transformers 5.17 to 5.23, the newest at the time of writing, does not, and leaves such weights of the
-    model as they are. This is `from_pretrained`'s conversion, into the model at hand: heads and layers that were
-    replaced stay in place, and so do the parameters that an optimizer may hold already.
-
-    Args:
-        model: The model itself, or what `torch.compile` made of it; any other wrapper is left to stock.
-        folder: What `Trainer` resumes from.
+    `save_pretrained` writes that format: a ViT's weights have other names (`vit.encoder.layer…` instead of
+    `vit.layers…`), and a Mixtral's experts are apart instead of merged. `from_pretrained` converts them back, and
+    `Trainer` does not. This is the same conversion, into the parameters that the model and its optimizer have.
 
     Returns:
-        `None`, with the model untouched, where no weight needs conversion: stock `Trainer` loads that right. Else the
-        missing and unexpected keys, as from `load_state_dict`.
+        `None`, with the model untouched, where no weight needs conversion or the model is in a wrapper other than
+        `torch.compile`'s: stock `Trainer` is right. Otherwise the missing and unexpected keys.
     """
     model = getattr(model, COMPILED.removesuffix("."), model)
     if not isinstance(model, PreTrainedModel) or getattr(model, "hf_quantizer", None) is not None:
@@ -61,19 +54,19 @@ def load_renamed(model: nn.Module, folder: str) -> Any | None:
 
 
 def _weight_files(folder: str) -> list[str]:
-    """The files with weights that `Trainer` would load, empty where it loads an adapter or an engine's own format."""
-    for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
-        if os.path.isfile(os.path.join(folder, name)):
-            return [os.path.join(folder, name)]
-    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-        if os.path.isfile(os.path.join(folder, name)):
-            with open(os.path.join(folder, name), encoding="utf-8") as file:
+    """Return the files of a whole model's weights, none where `Trainer` loads an adapter or an engine's format."""
+    for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and not name.endswith(".json"):
+            return [path]
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
                 return [os.path.join(folder, shard) for shard in sorted(set(json.load(file)["weight_map"].values()))]
     return []
 
 
 class _Conversion:
-    """Which weight of `model` each saved name belongs to, by the rules of `from_pretrained`."""
+    """Finds the weight of `model` for each saved name, by the rules of `from_pretrained`."""
 
     def __init__(self, model: PreTrainedModel, names: list[str]):
         self.model, self.own = model, model.state_dict()
@@ -84,7 +77,7 @@ class _Conversion:
         self.targets = {name: self._target(name) for name in sorted(names, key=dot_natural_key)}
 
     def _target(self, name: str) -> tuple[str, str | None]:
-        """The name in the model and the pattern of the converter that takes the weight; the saved name, if none."""
+        """Return the name in the model and the pattern of its converter, or the saved name where none is found."""
         for renamings, converters in ((self.renamings, self.converters), ([], [])):
             target, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, self.own)
             if target in self.own:
@@ -92,10 +85,11 @@ class _Conversion:
         return name, None
 
     def is_identity(self) -> bool:
+        """Return whether no weight needs conversion."""
         return all((name, None) == target for name, target in self.targets.items())
 
     def convert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Saved tensors under the model's names, merged or split as its parameters are, in their saved dtypes."""
+        """Return saved tensors under the model's names, merged or split as its parameters are."""
         by_pattern = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
         converted: dict[str, torch.Tensor] = {}
         collected: dict[str, Any] = {}
@@ -113,10 +107,10 @@ class _Conversion:
 
 
 def _weight_transforms(model: PreTrainedModel) -> list[WeightTransform]:
-    """The transforms that `from_pretrained` applies to a checkpoint of `model`, in its order."""
+    """Return the transforms that `from_pretrained` applies to a checkpoint of `model`, in its order."""
     transforms = get_model_conversion_mapping(model)
     known = [(transform.source_patterns, transform.target_patterns) for transform in transforms]
-    # `from_pretrained` notes here what it used: the user's `key_mapping` too, which `save_pretrained` reverts.
+    # `from_pretrained` notes here the transforms that it used. Those of a user's `key_mapping` are among them.
     used = getattr(model, "_weight_conversions", None) or []
     own = [transform for transform in used if (transform.source_patterns, transform.target_patterns) not in known]
     return [*copy.deepcopy(own), *transforms]

@@ -8,23 +8,12 @@ import torch
 
 
 def noise_generator(device: torch.device, *key: Hashable) -> torch.Generator:
-    """
-    Return a generator on `device` that is seeded by `key`.
-
-    Ranks that hold the same shard give the same key, so their noise is the same. The key has the step's seed, the
-    number of the parameter and the coordinates of the shard.
-    """
+    """Return a generator seeded by `key`: the step's seed, the parameter's number and the shard's coordinates."""
     return torch.Generator(device=device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
 def round_stochastically(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """
-    Round `tensor` to a 16-bit `dtype`, up or down, with the probabilities that make it right on average.
-
-    Args:
-        tensor: float32, of any shape.
-        generator: On the device of the tensor.
-    """
+    """Round each element of a float32 tensor to a 16-bit `dtype`, up or down at random, so that its mean stays."""
     info = torch.finfo(dtype)
     significant_bits = 1 - int(math.log2(info.eps))
     _, exponent = torch.frexp(tensor)

@@ -1,4 +1,4 @@
-"""What a run says of itself: the gnp values in its checkpoints and in its model card."""
+"""The gnp values of a run, in its checkpoints and in its model card."""
 
 from typing import Any
 
@@ -8,17 +8,12 @@ from transformers import TrainerState
 
 TAG = "gradient-norm-penalty"
 PAPER = "https://arxiv.org/abs/2202.03599"
-# Where trainer_state.json has the gnp values, among the states of callbacks.
+# The place of the gnp values in trainer_state.json, among the states of callbacks.
 STATE_KEY = "GNPStateCallback"
 
 
 def remember_values(state: TrainerState, values: dict[str, Any]) -> str | None:
-    """
-    Put the gnp values into `state`, with which each checkpoint's trainer_state.json is written.
-
-    Returns:
-        A warning, if the checkpoint from which the state was loaded has others.
-    """
+    """Put the gnp values into `state`, which checkpoints save. Return a warning if it came with other values."""
     states: Any = state.stateful_callbacks  # a dict, once a run has begun
     saved = states.get(STATE_KEY, {}).get("args")
     states[STATE_KEY] = {"args": values, "attributes": {}}
@@ -31,7 +26,7 @@ def remember_values(state: TrainerState, values: dict[str, Any]) -> str | None:
 
 
 def add_to_model_card(path: str, values: dict[str, Any]) -> None:
-    """Say in the model card at `path` what was done, with the gnp values and the tag. α = 0 is plain training."""
+    """Add the method, the gnp values and the tag to the model card at `path`. α = 0, plain training, adds nothing."""
     if values["gnp_alpha"] == 0:
         return
     card = ModelCard.load(path)

@@ -1,4 +1,4 @@
-"""Whether the penalty is on at an optimizer step, and with which r and α."""
+"""The penalty of each optimizer step of a run."""
 
 import math
 import random
@@ -9,9 +9,9 @@ from typing import Any
 @dataclass(frozen=True)
 class Penalty:
     """
-    The penalty of one optimizer step: the radius r > 0 and the share 0 < α ≤ 1 of the second gradient.
+    Holds the radius r and the share α of the second gradient for one optimizer step.
 
-    One of the two is 0 at the start of a warm-up with `gnp_normalize_gradient`, where g₂ is g₁.
+    Both are above 0, and α is at most 1. Only a warm-up with `gnp_normalize_gradient` begins with a 0, where g₂ is g₁.
     """
 
     r: float
@@ -21,14 +21,12 @@ class Penalty:
 @dataclass(frozen=True)
 class Schedule:
     """
-    The penalty at each optimizer step of a run, a pure function of the step: the same on all ranks, and resuming
-    changes nothing.
+    Decides the penalty of each optimizer step, by the step alone: all ranks agree, and resuming changes nothing.
 
     Args:
         total_steps: The optimizer steps of the whole run, of which `start` and `end` are fractions.
-        warmup_steps: During it r or α rises from 0 as the learning rate does, or there is no penalty.
-        is_normalized: Whether g₁ is normalised in the mix. Then the first step of a warm-up of r or α is no plain
-            step: it is (1-α) g₁/‖g₁‖ + α g₁, as in the authors' code.
+        warmup_steps: The steps in which r or α rises from 0 linearly, or in which there is no penalty.
+        is_normalized: Whether g₁ is normalised in the mix, also in the first step of a warm-up: (1-α) g₁/‖g₁‖ + α g₁.
     """
 
     r: float
@@ -44,16 +42,8 @@ class Schedule:
     is_normalized: bool = False
 
     @classmethod
-    def from_args(
-        cls, args: Any, total_steps: int, training_args: Any = None, is_adaptive: bool = False
-    ) -> "Schedule":
-        """
-        Args:
-            args: Those of the penalty.
-            training_args: They have the learning-rate warm-up and the seed; None if `args` has them too.
-            is_adaptive: Whether the optimizer divides by an estimate of the gradient's size, for the "auto" warm-up.
-        """
-        training_args = args if training_args is None else training_args
+    def from_args(cls, args: Any, total_steps: int, training_args: Any, is_adaptive: bool) -> "Schedule":
+        """Return the schedule of a run. `training_args` have the learning-rate warm-up and the seed."""
         warmup = args.gnp_warmup_steps
         if warmup is None:
             warmup_steps = training_args.get_warmup_steps(total_steps)
@@ -78,21 +68,18 @@ class Schedule:
 
     def at(self, step: int) -> Penalty | None:
         """Return the penalty of optimizer step `step`, counted from 0 (`state.global_step`). None: a plain step."""
-        if not self.start * self.total_steps <= step < self.end * self.total_steps:
+        is_in_part = self.start * self.total_steps <= step < self.end * self.total_steps
+        is_drawn = self.probability == 1 or random.Random(f"{self.seed}:{step}").random() < self.probability
+        if not is_in_part or not is_drawn or (step + 1) % self.interval != 0:
             return None
-        if self.probability < 1:
-            is_chosen = random.Random(f"{self.seed}:{step}").random() < self.probability
-        else:
-            is_chosen = (step + 1) % self.interval == 0
-        if not is_chosen:
-            return None
-        warmth = min(1.0, step / self.warmup_steps) if self.warmup_type != "none" and self.warmup_steps > 0 else 1.0
-        if self.warmup_type == "zero" and warmth < 1:
-            return None
-        r = self.r * warmth if self.warmup_type == "r" else self.r
-        alpha = self.alpha * warmth if self.warmup_type == "lambda" else self.alpha
-        is_on = (r > 0 and alpha > 0) or (self.is_normalized and warmth < 1)
-        return Penalty(r, alpha) if is_on else None
+        is_warm = self.warmup_type == "none" or step >= self.warmup_steps
+        if is_warm:
+            return Penalty(self.r, self.alpha)
+        share = step / self.warmup_steps
+        r = self.r * share if self.warmup_type == "r" else self.r
+        alpha = self.alpha * share if self.warmup_type == "lambda" else self.alpha
+        is_plain = self.warmup_type == "zero" or (r * alpha == 0 and not self.is_normalized)
+        return None if is_plain else Penalty(r, alpha)
 
     def noise_seed(self, step: int) -> int:
         """Return the seed for the noise of a step, equal on all ranks."""

@@ -1,5 +1,5 @@
 """
-sentence-transformers' trainers and their arguments with the penalty: `GNPSentenceTransformerTrainer`,
+Has sentence-transformers' trainers and their arguments with the penalty: `GNPSentenceTransformerTrainer`,
 `GNPSentenceTransformerTrainingArguments`, `GNPCrossEncoderTrainer`, and so on.
 
 ```python

@@ -1,4 +1,4 @@
-"""transformers' trainer of sequence-to-sequence models, with the penalty."""
+"""Has transformers' trainer of sequence-to-sequence models, with the penalty."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,5 @@
 """
-TRL's trainers and their arguments with the penalty: `GNPSFTTrainer`, `GNPSFTConfig`, `GNPDPOTrainer`, and so on.
+Has TRL's trainers and their arguments with the penalty: `GNPSFTTrainer`, `GNPSFTConfig`, `GNPDPOTrainer`, and so on.
 
 ```python
 >>> from hf_gnp.trl import GNPSFTConfig, GNPSFTTrainer

@@ -1,4 +1,4 @@
-"""The trainers and arguments of other libraries with the penalty, each made when it is asked for by name."""
+"""Makes the trainers and arguments of other libraries with the penalty."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +15,10 @@ PREFIX = "GNP"
 
 def classes_of(library: ModuleType, module: str) -> Callable[[str], type]:
     """
-    What a module needs as its `__getattr__` to have `GNPXTrainer` for each `XTrainer` of `library`, and its arguments.
+    Return a `__getattr__` for a module: it has `GNPXTrainer` for each `XTrainer` of `library`, and its arguments.
 
-    A class is made when it is first asked for, as libraries import their trainers late, and found again under
-    `module` and its name: pickle and training_args.bin need no more.
-
-    Args:
-        library: Where the names without the prefix come from.
-        module: The `__name__` of the module that gets the classes.
+    It makes a class at the first use of the name, as libraries import their trainers late. Later uses, such as
+    unpickling, find the same class, in the module called `module`.
     """
     made: dict[str, type] = {}
 
