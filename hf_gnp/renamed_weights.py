@@ -46,7 +46,7 @@ def load_renamed(model: nn.Module, folder: str) -> Any | None:
     files = _weight_files(folder)
     names = [name for file in files for name in load_state_dict(file, map_location="meta")]
     conversion = _Conversion(model, [name.removeprefix(COMPILED) for name in names])
-    if conversion.is_identity():
+    if all(target == (name, None) for name, target in conversion.targets.items()):
         return None
     tensors = {name: tensor for file in files for name, tensor in load_state_dict(file).items()}
     tensors = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
@@ -83,10 +83,6 @@ class _Conversion:
             if target in self.own:
                 return target, pattern
         return name, None
-
-    def is_identity(self) -> bool:
-        """Return whether no weight needs conversion."""
-        return all((name, None) == target for name, target in self.targets.items())
 
     def convert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return saved tensors under the model's names, merged or split as its parameters are."""
