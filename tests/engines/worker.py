@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from hf_gnp import GNPTrainer, GNPTrainingArguments
 
 
+# The most that a rank waits in a collective for another, which may be dead, or slow on a loaded machine.
+# The limit of a launch is longer.
+RANK_TIMEOUT = timedelta(minutes=10)
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {},
