@@ -62,15 +62,15 @@ def deepspeed_config(precision: str, zero: dict[str, Any], **config: Any) -> dic
 
 
 def load_model(case: dict[str, Any], folder: Path) -> torch.nn.Module:
-    kind = case["kind"]
+    kind, dropout = case["kind"], case.get("dropout", 0.0)
     dtype = getattr(torch, case.get("dtype", "float32"))
     if case["engine"] != "fsdp2":
-        return make_model(kind).to(dtype)
+        return make_model(kind, dropout).to(dtype)
     from transformers.distributed import DistributedConfig
 
-    path = folder / kind
+    path = folder / f"{kind}-{dropout}"
     if dist.get_rank() == 0 and not path.exists():
-        make_model(kind, adapter=False).save_pretrained(path)
+        make_model(kind, dropout, adapter=False).save_pretrained(path)
     dist.barrier()
     config = DistributedConfig(**{"fsdp_size": dist.get_world_size()} | case.get("distributed", {}))
     return make_model(kind, loaded_from=path, distributed_config=config, dtype=dtype)
