@@ -2,7 +2,7 @@
 Search r, α and the scope of the penalty with optuna, by `Trainer.hyperparameter_search`, and draw the trials.
 
     python examples/search.py --trials 12
-        Search on the small BERT of text_classification.py. It takes four minutes on two CPU cores, without a network.
+        Search on the small BERT of text_classification.py. It takes five minutes on two CPU cores, without a network.
     python examples/search.py --model_name_or_path bert-base-uncased --dataset_name stanfordnlp/sst2 --eval_steps 500
         Search on your own model and data, with the flags of text_classification.py.
 

@@ -2,7 +2,7 @@
 Fine-tune a causal language model with LoRA and the gradient-norm penalty, by TRL's `SFTTrainer`.
 
     python examples/sft_lora.py
-        Train a tiny Llama on the docstrings of Python's standard library. It takes about a minute on two CPU cores.
+        Train a tiny Llama on the docstrings of Python's standard library. It takes about two minutes on two CPU cores.
     python examples/sft_lora.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara
         Train any causal language model on your own texts, prompts with completions, or conversations.
     accelerate launch --config_file configs/accelerate/zero3.yaml examples/sft_lora.py --model_name_or_path ...
