@@ -1,4 +1,4 @@
-"""What the example scripts share: arguments, the user's own data, and the train-evaluate-publish sequence."""
+"""Share code between the example scripts: arguments, the user's data, training, evaluation and publishing."""
 
 import logging
 import sys
@@ -17,7 +17,7 @@ from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArgu
 from hf_gnp import GNPTrainingArguments
 
 
-# With these a script needs no flag but the model and the data.
+# With these defaults a script needs no flag but the model and the data.
 SCRIPT_DEFAULTS = {
     "do_train": True,
     "do_eval": True,
@@ -32,7 +32,7 @@ SCRIPT_DEFAULTS = {
 
 @dataclass
 class ModelArguments:
-    """Which model to fine-tune."""
+    """Name the model to fine-tune."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -40,18 +40,18 @@ class ModelArguments:
     )
     config_name: str | None = field(
         default=None,
-        metadata={"help": "The configuration of the model to train from scratch: of the hub, or a local folder."},
+        metadata={"help": "The configuration of a model to train from scratch: a hub name, or a local folder."},
     )
     model_revision: str = field(default="main", metadata={"help": "The branch, tag or commit of the hub's model."})
     ignore_mismatched_sizes: bool = field(
         default=False,
-        metadata={"help": "Start layers of another shape than the checkpoint's afresh, such as the classifier."},
+        metadata={"help": "Initialise layers whose shape differs from the checkpoint's, such as the classifier."},
     )
 
 
 @dataclass
 class DataArguments:
-    """Which data to fine-tune on."""
+    """Name the data to fine-tune on."""
 
     dataset_name: str | None = field(
         default=None,
@@ -62,17 +62,17 @@ class DataArguments:
         default=None,
         metadata={"help": "Evaluate on this fraction of the training data, not on a validation or test split."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many samples only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many samples only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "The number of samples to train on."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The number of samples to evaluate on."})
     label_column_name: str | None = field(default=None, metadata={"help": "Default: label or labels."})
 
 
 def parse_args(data_arguments: type[DataArguments], embedded_defaults: dict[str, Any], *others: type) -> list[Any]:
     """
-    Model, data, training and other arguments, from the flags and the YAML file after `--config`, if any.
+    Return the model, data, training and other arguments, from the flags and from the YAML file after `--config`.
 
-    A flag wins over the file, and the file over `embedded_defaults`: these suit the embedded model and data, and are
-    left out where others are named.
+    A flag overrides the file, and the file overrides `embedded_defaults`. These suit the embedded model and data, so
+    they are left out if the user names another model or other data.
     """
     parser = HfArgumentParser((ModelArguments, data_arguments, GNPTrainingArguments, *others))
     parser.add_argument("--config", help="A YAML file of arguments, which the flags override.")
@@ -88,7 +88,7 @@ def parse_args(data_arguments: type[DataArguments], embedded_defaults: dict[str,
 
 
 def setup_logging(args: TrainingArguments) -> None:
-    """Logs on each process at the level that `args` asks for."""
+    """Set the log level of each process to that of `args`."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for library in (transformers, datasets):
         library.utils.logging.set_verbosity(args.get_process_log_level())
@@ -96,12 +96,12 @@ def setup_logging(args: TrainingArguments) -> None:
 
 def load_own_data(args: DataArguments, seed: int, *names: str) -> DatasetDict:
     """
-    The user's data for a classifier: the splits "train" and "test" with the columns "label" and `names[0]`.
+    Load the user's data for a classifier: the splits "train" and "test" with the columns "label" and `names[0]`.
 
     Args:
-        args: Names a dataset of the hub, a folder of images or files, or a parquet, csv or json file.
-        seed: Of the split, where the data has no validation or test split or the user asked for one.
-        names: What the column of the inputs may be called, where the user does not say.
+        args: The name of a dataset of the hub, a folder of images or files, or a parquet, csv or json file.
+        seed: The seed of the split. It is used if the data has no validation or test split, or the user asks for one.
+        names: Possible names of the input column, if the user does not name it.
     """
     suffix = Path(args.dataset_name).suffix.removeprefix(".").replace("jsonl", "json")
     if suffix in ("parquet", "csv", "json"):
@@ -129,7 +129,7 @@ def load_own_data(args: DataArguments, seed: int, *names: str) -> DatasetDict:
 
 
 def limit_samples(splits: DatasetDict, args: DataArguments, seed: int) -> DatasetDict:
-    """Keeps a random `max_train_samples` and `max_eval_samples` of the splits."""
+    """Keep `max_train_samples` and `max_eval_samples` random samples of the splits."""
     for name, count in (("train", args.max_train_samples), ("test", args.max_eval_samples)):
         if count is not None:
             splits[name] = splits[name].shuffle(seed=seed).select(range(min(count, len(splits[name]))))
@@ -137,21 +137,21 @@ def limit_samples(splits: DatasetDict, args: DataArguments, seed: int) -> Datase
 
 
 def label_kwargs(splits: DatasetDict) -> dict[str, Any]:
-    """What a classifier's configuration has to know of the data's "label" column."""
+    """Return the label names for the configuration of a classifier."""
     names = splits["train"].features["label"].names
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of right answers."""
+    """Return the share of correct predictions."""
     return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
 
 
 def run(trainer: Trainer, **card: Any) -> None:
-    """Trains, evaluates, and saves or pushes all of it; `card` is what `Trainer.create_model_card` gets."""
+    """Train, evaluate, and save or push the model. `card` has the arguments of `Trainer.create_model_card`."""
     args = trainer.args
     if args.do_train:
-        # As a flag, "True" comes as text; it asks for the last checkpoint of the output directory.
+        # A flag is text. "True" means the last checkpoint of the output directory.
         checkpoint = {"True": True, "False": False}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
@@ -163,7 +163,7 @@ def run(trainer: Trainer, **card: Any) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if card["finetuned_from"] is None:
-        # The card says "trained from scratch" of a model named after a folder, and "fine-tuned" of a nameless one.
+        # A model without a name would get a card that says "fine-tuned". One that is named after a folder does not.
         trainer.model.config.name_or_path = args.output_dir
     if args.push_to_hub:
         trainer.push_to_hub(**card)

@@ -1,12 +1,14 @@
 """
-What the penalty buys where labels are wrong: about four minutes on two CPU cores, no network.
+Show the gain of the penalty with wrong labels. It takes about four minutes on two CPU cores and needs no network.
 
     python examples/demo.py
 
-A small vision transformer learns scikit-learn's digits, of whose training labels 40% are wrong: plainly; plainly for
-twice as long, which costs what the penalty does; and with the penalty. Within a seed all three start from the same
-weights and see the same images, wrong labels and batches. The best epoch is chosen by validation images whose labels
-are right, and counted on test images. It prints a table, and draws demo.png in its output directory, outputs/demo.
+A small vision transformer learns scikit-learn's digits. 40% of the training labels are wrong. There are three methods:
+plain training, plain training for twice the epochs, and the penalty. The last two cost the same. Within a seed all
+three start from the same weights and see the same images, wrong labels and batches.
+
+Validation images with correct labels choose the best epoch, and test images measure it. The script prints a table and
+draws demo.png in its output directory, outputs/demo.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 
 PLAIN = {"gnp_alpha": 0.0, "per_device_train_batch_size": 32}
-# Each 4 of the 32 images of a step have a perturbation of their own: with wrong labels, few are better (m = 4).
+# Every 4 of the 32 images of a step share one perturbation (m = 4). With wrong labels a small m is better.
 PENALTY = {
     "gnp_r": 0.2,
     "gnp_alpha": 1.0,
@@ -29,12 +31,12 @@ PENALTY = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 8,
 }
-# Of each method the arguments, and the epochs in those of plain training. The long runs come first.
+# Arguments, and epochs as a multiple of plain training. The long runs start first.
 METHODS = {"penalised": (PENALTY, 1), "plain, twice the epochs": (PLAIN, 2), "plain": (PLAIN, 1)}
 
 
 def in_worker(function: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls a function of demo_training.py without the notices that libraries log when they are imported."""
+    """Call a function of demo_training.py, without the messages that libraries log on import."""
     logging.disable(logging.WARNING)
     import demo_training
 
@@ -43,9 +45,9 @@ def in_worker(function: str, *args: Any, **kwargs: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="How often each method is run.")
-    parser.add_argument("--epochs", type=int, default=20, help="Of plain training.")
-    parser.add_argument("--processes", type=int, default=2, help="Runs beside each other, one thread each.")
+    parser.add_argument("--seeds", type=int, default=5, help="The number of runs of each method.")
+    parser.add_argument("--epochs", type=int, default=20, help="The number of epochs of plain training.")
+    parser.add_argument("--processes", type=int, default=2, help="The number of parallel runs, with one thread each.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     args = parser.parse_args()
     picture = args.output_dir / "demo.png"
@@ -58,7 +60,7 @@ def main() -> None:
 
         started = [start(method, seed) for method in METHODS for seed in range(args.seeds)]
         runs = [run.result() for run in tqdm(as_completed(started), "training", len(started), unit="run")]
-        print("Drawing the loss around the ends of two runs of seed 0, which cost the same ...")
+        print("Drawing the loss around the final weights of two runs of seed 0 that cost the same ...")
         ends = ["plain, twice the epochs", "penalised"]
         draw(runs, pool.submit(in_worker, "surfaces", 0, ends, args.output_dir).result(), picture)
     print(f"\n{table(runs)}\n\nPicture: {picture}")

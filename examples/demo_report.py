@@ -1,4 +1,4 @@
-"""The table and the picture of demo.py."""
+"""Make the table and the picture of demo.py."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ COLORS = {"plain": "tab:gray", "plain, twice the epochs": "tab:orange", "penalis
 
 
 def accuracies(runs: Runs, method: str) -> dict[str, np.ndarray]:
-    """Test accuracy in %, by seed: of the best epoch on the validation images, and of the last."""
+    """Return the test accuracy in % of each seed, at the best validation epoch and at the last epoch."""
     of_method = sorted((run for run in runs if run["method"] == method), key=lambda run: run["seed"])
     best = [run["test"][int(np.argmax(run["validation"]))] for run in of_method]
     return {"best epoch": 100 * np.array(best), "last epoch": 100 * np.array([run["test"][-1] for run in of_method])}
 
 
 def table(runs: Runs) -> str:
-    """Mean ± standard error over seeds; p of Student's paired test of each plain method against the penalised one."""
+    """Return a table with mean ± standard error, and p of Student's paired test against the penalised runs."""
     penalised = accuracies(runs, "penalised")
     count = len(penalised["best epoch"])
     lines = [
@@ -40,7 +40,7 @@ def table(runs: Runs) -> str:
 
 
 def draw(runs: Runs, surfaces: dict[str, Any], path: Path) -> None:
-    """Accuracy over the passes, and the loss around the ends of runs."""
+    """Draw the accuracy over the passes, and the loss around the final weights of runs."""
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     curves, *maps = figure.subplots(1, 1 + len(surfaces["slices"]))
     draw_curves(curves, runs)
@@ -61,7 +61,7 @@ def draw(runs: Runs, surfaces: dict[str, Any], path: Path) -> None:
 
 
 def draw_curves(axes: Axes, runs: Runs) -> None:
-    """Accuracy on test images over the passes: means and bands of a standard error."""
+    """Draw the test accuracy over the passes: means, with bands of one standard error."""
     for method, color in COLORS.items():
         of_method = [run for run in runs if run["method"] == method]
         values = 100 * np.array([run["test"] for run in of_method])

@@ -1,4 +1,4 @@
-"""The runs of demo.py: a small vision transformer, trained by `GNPTrainer` plainly or with the penalty."""
+"""Train the small vision transformer of demo.py by `GNPTrainer`, plainly or with the penalty."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ TRAIN, VALIDATION, WRONG = 600, 297, 0.4
 
 
 def load_data(seed: int) -> dict[str, list[dict[str, Any]]]:
-    """The splits train, with wrong labels, validation and test: others for each seed."""
+    """Return the splits train (with wrong labels), validation and test. Each seed has other splits."""
     generator = np.random.default_rng(seed)
     pixels, labels = load_digits(return_X_y=True)
     order = generator.permutation(len(labels))
@@ -30,7 +30,7 @@ def load_data(seed: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def make_model() -> ViTForImageClassification:
-    """70,000 parameters, for images of 8x8 pixels in 16 patches."""
+    """Return a ViT of 70,000 parameters for images of 8x8 pixels in 16 patches."""
     config = ViTConfig(
         image_size=8,
         patch_size=2,
@@ -43,12 +43,12 @@ def make_model() -> ViTForImageClassification:
         initializer_range=0.125,  # 1 / sqrt(64): the default suits a width of 768
     )
     model = ViTForImageClassification(config)
-    model.accepts_loss_kwargs = False  # its loss is a mean over the batch: `Trainer` divides by the accumulation steps
+    model.accepts_loss_kwargs = False  # its loss is a batch mean, so `Trainer` must divide by the accumulation steps
     return model
 
 
 def make_trainer(seed: int, folder: Path, **arguments: Any) -> GNPTrainer:
-    # One thread a run, as the demo makes several beside each other; and no bar but the demo's own.
+    # The demo runs several processes at the same time, and has its own progress bar.
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     set_seed(seed)
@@ -82,12 +82,12 @@ def make_trainer(seed: int, folder: Path, **arguments: Any) -> GNPTrainer:
 
 
 def train(method: str, seed: int, folder: Path, **arguments: Any) -> dict[str, Any]:
-    """One run: after each epoch the accuracy on validation and test images; and the passes over the training data."""
+    """Train one run. Return the validation and test accuracy of each epoch, and the passes over the training data."""
     trainer = make_trainer(seed, folder, **arguments)
     trainer.train()
     trainer.save_model(str(folder / f"seed_{seed}" / method))
     history = trainer.state.log_history
-    # gnp_on is the share of an epoch's steps that had a second pass: those of the warm-up have none.
+    # gnp_on is the share of an epoch's steps with a second pass. Steps of the warm-up have none.
     second_passes = sum(log["gnp_on"] for log in history if "gnp_on" in log)
     return {
         "method": method,
@@ -99,7 +99,7 @@ def train(method: str, seed: int, folder: Path, **arguments: Any) -> dict[str, A
 
 
 def surfaces(seed: int, methods: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The loss on test images around the ends of a seed's runs, along the two most curved directions of each."""
+    """Return the loss on test images around the final weights, along the two most curved directions of each run."""
     trainer = make_trainer(seed, folder)
     ends = [folder / f"seed_{seed}" / method for method in methods]
     options = {"directions": "eigenvectors", "dimensions": 2, "points": 13, "dataset": load_data(seed)["test"]}

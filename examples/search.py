@@ -1,13 +1,13 @@
 """
-Searches for r, α and the scope of the penalty with optuna, by `Trainer.hyperparameter_search`, and draws the trials.
+Search r, α and the scope of the penalty with optuna, by `Trainer.hyperparameter_search`, and draw the trials.
 
     python examples/search.py --trials 12
-        On the small BERT and the docstrings of text_classification.py: four minutes on two CPU cores, no network.
+        Search on the small BERT of text_classification.py. It takes five minutes on two CPU cores, without a network.
     python examples/search.py --model_name_or_path bert-base-uncased --dataset_name stanfordnlp/sst2 --eval_steps 500
-        On your own, with the flags of text_classification.py.
+        Search on your own model and data, with the flags of text_classification.py.
 
-The trials are in search.db in the output directory, and a second call adds to them; search.png there is the picture.
-Choose on other data than those you report on.
+The output directory has the trials in search.db and the picture search.png. A second call adds trials.
+Do not report results on the data of the search.
 """
 
 import copy
@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator
 from text_classification import EMBEDDED_DEFAULTS, TextDataArguments, build_trainer
 
 
-# Four micro-batches a step: with one, a scope of "micro_batch" is that of the step.
+# A step has four micro-batches. With one, the scopes "micro_batch" and "step" are equal.
 SEARCH_DEFAULTS = EMBEDDED_DEFAULTS | {
     "num_train_epochs": 2,
     "per_device_train_batch_size": 8,
@@ -34,13 +34,13 @@ SCOPES = {"step": "o", "micro_batch": "s"}
 
 @dataclass
 class SearchArguments:
-    """How long to search."""
+    """Set the length of the search."""
 
-    trials: int = field(default=12, metadata={"help": "Train that many times."})
+    trials: int = field(default=12, metadata={"help": "The number of training runs."})
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
-    """r over two orders of magnitude, as its right size depends on the model; every α from plain training to SAM."""
+    """Suggest r over two orders of magnitude, α from plain training (0) to SAM (1), and a scope."""
     return {
         "gnp_r": trial.suggest_float("gnp_r", 0.005, 0.5, log=True),
         "gnp_alpha": trial.suggest_float("gnp_alpha", 0.0, 1.0, step=0.1),
@@ -49,7 +49,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def draw(trials: list[optuna.trial.FrozenTrial], path: Path) -> None:
-    """The accuracy of each trial over r, with α as the colour and the scope as the shape."""
+    """Draw the accuracy of each trial over r. The colour is α, and the shape is the scope."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for scope, marker in SCOPES.items():
@@ -77,7 +77,7 @@ def main() -> None:
     setup_logging(args)
     trainer = build_trainer(model_args, data_args, args)
     start = copy.deepcopy(trainer.model)
-    trainer.model_init = lambda: copy.deepcopy(start)  # each trial from the same weights
+    trainer.model_init = lambda: copy.deepcopy(start)  # each trial starts from the same weights
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     study = {"study_name": "gnp", "storage": f"sqlite:///{folder / 'search.db'}", "load_if_exists": True}

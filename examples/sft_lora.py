@@ -1,14 +1,15 @@
 """
-Fine-tunes a causal language model with LoRA and the gradient-norm penalty, by TRL's `SFTTrainer`.
+Fine-tune a causal language model with LoRA and the gradient-norm penalty, by TRL's `SFTTrainer`.
 
     python examples/sft_lora.py
-        A tiny Llama learns the docstrings of Python's standard library: about a minute on two CPU cores, no network.
+        Train a tiny Llama on the docstrings of Python's standard library. It takes about two minutes on two CPU cores.
     python examples/sft_lora.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara
-        Any causal language model on your own texts, prompts with completions, or conversations.
+        Train any causal language model on your own texts, prompts with completions, or conversations.
     accelerate launch --config_file configs/accelerate/zero3.yaml examples/sft_lora.py --model_name_or_path ...
+        Train on several GPUs.
 
-The flags are those of TRL's own script, `trl sft`, and the `gnp_*` arguments; `--config run.yaml` reads them from a
-file. The adapter is saved in the output directory, and the model with the adapter merged into it in merged/ there.
+The flags are those of TRL's own script, `trl sft`, and the `gnp_*` arguments. `--config run.yaml` reads them from a
+file. The output directory gets the adapter, and its folder merged/ gets the model with the merged adapter.
 """
 
 import sys
@@ -31,15 +32,15 @@ DEFAULTS = {
     "use_peft": True,
     "lora_target_modules": "all-linear",
     "packing": True,
-    # Texts are cut where a block is full: the other strategies need an attention that keeps packed texts apart.
+    # This strategy cuts texts at the end of a block. The others need an attention that separates packed texts.
     "packing_strategy": "wrapped",
     "learning_rate": 2e-4,
     "warmup_steps": 0.03,
     "logging_steps": 10,
     "dataloader_pin_memory": torch.accelerator.is_available(),
-    "use_cpu": not torch.accelerator.is_available(),  # else bf16, TRL's default, is refused on one
+    "use_cpu": not torch.accelerator.is_available(),  # TRL's default, bf16, needs a GPU or `use_cpu`
 }
-# For the small model: nobody trained its embeddings, which an adapter would leave as they are.
+# The small model has untrained embeddings, so they are trained together with the adapter.
 EMBEDDED_DEFAULTS = {
     "lora_modules_to_save": ["embed_tokens", "lm_head"],
     "learning_rate": 3e-3,
@@ -49,7 +50,7 @@ EMBEDDED_DEFAULTS = {
 
 
 def save_small_model(folder: Path, texts: list[str]) -> None:
-    """A tiny Llama with random weights, and a tokenizer that is trained on `texts`."""
+    """Save a tiny Llama with random weights, and a tokenizer that is trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,9 +76,9 @@ def save_small_model(folder: Path, texts: list[str]) -> None:
 
 
 def save_merged(trainer: GNPSFTTrainer, folder: Path) -> None:
-    """Saves the model with the adapter in its weights, which needs no PEFT to run."""
+    """Save the model with the adapter merged into its weights, so that it runs without PEFT."""
     if trainer.is_world_process_zero():
-        unset_hf_deepspeed_config()  # else loading would wait for the other ranks to take their shards
+        unset_hf_deepspeed_config()  # otherwise loading waits for the other ranks to take their shards
         model = AutoPeftModelForCausalLM.from_pretrained(trainer.args.output_dir, dtype="auto")
         model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)

@@ -1,15 +1,15 @@
 """
-Fine-tunes a text classifier with the gradient-norm penalty.
+Fine-tune a text classifier with the gradient-norm penalty.
 
     python examples/text_classification.py
-        A small BERT tells from which package of Python's standard library a docstring comes: about a minute on two
-        CPU cores, no network.
+        Train a small BERT to find the package of Python's standard library that a docstring comes from. It takes about
+        a minute on two CPU cores, without a network.
     python examples/text_classification.py --model_name_or_path bert-base-uncased --dataset_name stanfordnlp/sst2
-        Any text classifier on your own data: a hub name, a local folder, or a parquet, csv or json file.
+        Train any text classifier on your own data: a hub name, a local folder, or a parquet, csv or json file.
     python examples/text_classification.py --config run.yaml --gnp_r 0.1
-        Arguments from a file, some of them overridden.
+        Read arguments from a file. Flags override them.
 
-It also runs under `torchrun` and `accelerate launch`; `--gnp_alpha 0` is plain training.
+The script also runs under `torchrun` and `accelerate launch`. `--gnp_alpha 0` is plain training.
 """
 
 import ast
@@ -48,7 +48,7 @@ from transformers import (
 from hf_gnp import GNPTrainer, GNPTrainingArguments
 
 
-# In every CPython from 3.10 to 3.13, each with 140 to 350 docstrings.
+# CPython 3.10 to 3.13 have all of these packages, with 140 to 350 docstrings each.
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 MIN_CHARACTERS = 20
 
@@ -66,16 +66,16 @@ EMBEDDED_DEFAULTS = {
 
 @dataclass
 class TextDataArguments(DataArguments):
-    """Which texts to fine-tune on, and how much of each."""
+    """Name the texts to fine-tune on, and their length."""
 
     text_column_name: str | None = field(
         default=None, metadata={"help": "The column of the texts. Default: text or sentence."}
     )
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to that many tokens."})
+    max_seq_length: int = field(default=128, metadata={"help": "The number of tokens to which longer texts are cut."})
 
 
 def docstrings(package: Path) -> Iterator[str]:
-    """The docstrings of a package's modules, classes and functions, parsed without importing anything."""
+    """Yield the docstrings of a package's modules, classes and functions. Nothing is imported."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -86,10 +86,10 @@ def docstrings(package: Path) -> Iterator[str]:
 
 def load_docstrings() -> DatasetDict:
     """
-    The docstrings of `PACKAGES`, labelled with their package: about 1,900, of which a quarter to test on.
+    Return about 1,900 docstrings of `PACKAGES`, labelled with their package. A quarter is for the test.
 
-    Which texts are for the test depends on their hash only, so all processes and all runs agree on it. Texts that
-    occur in several packages are left out.
+    The hash of a text decides its split, so all processes and all runs agree. Texts that occur in several packages are
+    left out.
     """
     packages_of: dict[str, set[str]] = {}
     for name in PACKAGES:
@@ -106,17 +106,17 @@ def load_docstrings() -> DatasetDict:
 
 
 def load_texts(args: TextDataArguments, seed: int) -> DatasetDict:
-    """Loads the splits "train" and "test" with the columns "text" and "label" (`ClassLabel`)."""
+    """Load the splits "train" and "test" with the columns "text" and "label" (`ClassLabel`)."""
     splits = load_docstrings() if args.dataset_name is None else load_own_data(args, seed, "text", "sentence")
     return limit_samples(splits, args, seed)
 
 
 def train_tokenizer(texts: list[str], max_seq_length: int) -> PreTrainedTokenizerBase:
     """
-    A lower-case byte-level BPE tokenizer, trained on the spot.
+    Train a lower-case byte-level BPE tokenizer.
 
-    BPE and not WordPiece, whose trainer numbers the pieces differently in each process: every rank and every resumed
-    run trains its own and must get the same.
+    Every rank and every resumed run trains its own tokenizer, and all must be equal. WordPiece does not give this,
+    because its trainer numbers the pieces differently in each process.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
@@ -144,7 +144,7 @@ def train_tokenizer(texts: list[str], max_seq_length: int) -> PreTrainedTokenize
 def load_model(
     args: ModelArguments, labels: dict[str, Any], texts: list[str], max_seq_length: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the user's model and its tokenizer, or makes a small BERT and trains a tokenizer on `texts`."""
+    """Load the user's model and tokenizer, or make a small BERT and train a tokenizer on `texts`."""
     if args.model_name_or_path is None:
         tokenizer = train_tokenizer(texts, max_seq_length)
         vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **labels}
@@ -173,14 +173,14 @@ def load_model(
 def build_trainer(
     model_args: ModelArguments, data_args: TextDataArguments, training_args: GNPTrainingArguments
 ) -> GNPTrainer:
-    """Puts data, model and arguments together. The same arguments give the same weights to start from."""
+    """Build a trainer from data, model and arguments. The same arguments give the same initial weights."""
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="loading the data"):
         splits = load_texts(data_args, training_args.seed)
     model, tokenizer = load_model(model_args, label_kwargs(splits), splits["train"]["text"], data_args.max_seq_length)
 
-    # The loss is a mean over the batch. `Trainer` takes a forward with **kwargs, such as BERT's, for one that divides
-    # by the items of the whole step, and the loss would grow with the processes and the accumulation steps.
+    # BERT's loss is a mean over the batch. `Trainer` assumes that a forward with **kwargs divides by the items of the
+    # whole step. Then the loss would grow with the processes and the accumulation steps.
     model.accepts_loss_kwargs = False
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:

@@ -1,14 +1,14 @@
 """
-Fine-tunes a vision model with the gradient-norm penalty.
+Fine-tune a vision model with the gradient-norm penalty.
 
     python examples/vit_finetune.py
-        A small ViT on scikit-learn's digits: about a minute on two CPU cores, no network.
+        Train a small ViT on scikit-learn's digits. It takes about two minutes on two CPU cores, without a network.
     python examples/vit_finetune.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name cifar10
-        Any image classifier on your own data: a hub name, a local folder, or a parquet file.
+        Train any image classifier on your own data: a hub name, a local folder, or a parquet file.
     python examples/vit_finetune.py --config run.yaml --gnp_r 0.1
-        Arguments from a file, some of them overridden.
+        Read arguments from a file. Flags override them.
 
-It also runs under `torchrun` and `accelerate launch`; `--gnp_alpha 0` is plain training.
+The script also runs under `torchrun` and `accelerate launch`. `--gnp_alpha 0` is plain training.
 """
 
 import logging
@@ -61,14 +61,14 @@ EMBEDDED_DEFAULTS = {
 
 @dataclass
 class ImageDataArguments(DataArguments):
-    """Which images to fine-tune on, and how they are varied."""
+    """Name the images to fine-tune on, and their augmentation."""
 
     image_column_name: str | None = field(
         default=None, metadata={"help": "The column of the images. Default: image or img."}
     )
     crop_padding: float = field(
         default=0.125,
-        metadata={"help": "Training images are moved at random, by at most this share of their width and height."},
+        metadata={"help": "The largest random shift of training images, as a share of width and height."},
     )
     horizontal_flip: bool | None = field(
         default=None,
@@ -77,8 +77,8 @@ class ImageDataArguments(DataArguments):
 
 
 def load_digits() -> DatasetDict:
-    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged to 32x32: 80% to train on, 20% to test on."""
-    # Here, because only the embedded data needs scikit-learn.
+    """Return scikit-learn's 1,797 digits, enlarged from 8x8 to 32x32 pixels: 80% for training, 20% for the test."""
+    # Only the embedded data needs scikit-learn.
     from sklearn.datasets import load_digits as load_arrays
     from sklearn.model_selection import train_test_split
 
@@ -97,7 +97,7 @@ def load_digits() -> DatasetDict:
 
 
 def load_images(args: ImageDataArguments, seed: int) -> DatasetDict:
-    """Loads the splits "train" and "test" with the columns "image" (PIL, RGB) and "label" (`ClassLabel`)."""
+    """Load the splits "train" and "test" with the columns "image" (PIL, RGB) and "label" (`ClassLabel`)."""
     if args.dataset_name is None:
         return limit_samples(load_digits(), args, seed)
     splits = load_own_data(args, seed, "image", "img").cast_column("image", Image(mode="RGB"))
@@ -106,10 +106,10 @@ def load_images(args: ImageDataArguments, seed: int) -> DatasetDict:
 
 def load_model(args: ModelArguments, labels: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     """
-    Loads the user's model, or makes a small ViT for 32x32 images.
+    Load the user's model, or make a small ViT for 32x32 images.
 
     Returns:
-        The model and its image processor, the one that works on PIL images and needs no torchvision.
+        The model, and its image processor for PIL images, which needs no torchvision.
     """
     if args.model_name_or_path is None:
         if args.config_name is not None:
@@ -122,7 +122,7 @@ def load_model(args: ModelArguments, labels: dict[str, Any]) -> tuple[PreTrained
                 intermediate_size=192,
                 num_hidden_layers=4,
                 num_attention_heads=4,
-                # 1 / sqrt(96): with the default, which suits a width of 768, so narrow layers hardly pass a signal on.
+                # 1 / sqrt(96). The default suits a width of 768, and passes little signal through narrow layers.
                 initializer_range=0.1,
                 **labels,
             )
@@ -144,22 +144,22 @@ def load_model(args: ModelArguments, labels: dict[str, Any]) -> tuple[PreTrained
 
 
 def default_processor(config: PreTrainedConfig) -> ViTImageProcessorPil:
-    """ViT's image processor at the image size of `config`."""
+    """Return ViT's image processor at the image size of `config`."""
     return ViTImageProcessorPil(size={"height": config.image_size, "width": config.image_size})
 
 
 def random_crop_and_flip(image: PILImage.Image, padding: float, flip: bool) -> PILImage.Image:
     """
-    Crops an image of the same size out of `image` with a black border, and mirrors half of them.
+    Crop an image of the same size from `image` with a black border, and mirror half of the images.
 
-    It draws from torch's global generator, which `Trainer` seeds, saves in checkpoints and restores: a run resumed at
-    the end of an epoch sees the crops of one that never stopped. Within an epoch `Trainer` has fetched a batch ahead
-    when it saves, and crops after a resume are others.
+    The random numbers come from torch's global generator. `Trainer` seeds it, saves it in checkpoints and restores it.
+    So a run that resumes at the end of an epoch sees the same crops. Within an epoch it does not, because `Trainer`
+    fetches a batch ahead before it saves.
     """
     x, y = (int(side * padding) for side in image.size)
     left = int(torch.randint(-x, x + 1, ()))
     top = int(torch.randint(-y, y + 1, ()))
-    # Outside of the image PIL's crop is black: no border has to be added first.
+    # PIL's crop is black outside of the image, so no border is needed.
     image = image.crop((left, top, left + image.width, top + image.height))
     return ImageOps.mirror(image) if flip and torch.rand(()) < 0.5 else image
 
@@ -167,7 +167,7 @@ def random_crop_and_flip(image: PILImage.Image, padding: float, flip: bool) -> P
 def make_transform(
     processor: Any, augment: Callable[[PILImage.Image], PILImage.Image] | None = None
 ) -> Callable[[dict[str, list]], dict[str, list]]:
-    """What turns a batch of images and labels into pixel values and labels, on the fly, augmented if asked for."""
+    """Return a function that turns a batch of images and labels into pixel values and labels."""
 
     def transform(batch: dict[str, list]) -> dict[str, list]:
         images = [augment(image) for image in batch["image"]] if augment else batch["image"]
@@ -177,7 +177,7 @@ def make_transform(
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks images of one size, and their labels."""
+    """Stack images of one size, and their labels."""
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples]),
@@ -187,15 +187,15 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def build_trainer(
     model_args: ModelArguments, data_args: ImageDataArguments, training_args: GNPTrainingArguments
 ) -> GNPTrainer:
-    """Puts data, model and arguments together. The same arguments give the same weights to start from."""
+    """Build a trainer from data, model and arguments. The same arguments give the same initial weights."""
     set_seed(training_args.seed)
-    # No column of the data is an argument of the model before the transform has made it one.
+    # `Trainer` would drop the columns, because only the transform makes the model's arguments from them.
     training_args.remove_unused_columns = False
     with training_args.main_process_first(desc="loading the data"):
         splits = load_images(data_args, training_args.seed)
     model, processor = load_model(model_args, label_kwargs(splits))
-    # The loss is a mean over the batch. `Trainer` takes a forward with **kwargs, such as ViT's, for one that divides
-    # by the items of the whole step, and the loss would grow with the processes and the accumulation steps.
+    # ViT's loss is a mean over the batch. `Trainer` assumes that a forward with **kwargs divides by the items of the
+    # whole step. Then the loss would grow with the processes and the accumulation steps.
     model.accepts_loss_kwargs = False
     is_own = data_args.dataset_name is not None
     flip = is_own if data_args.horizontal_flip is None else data_args.horizontal_flip

@@ -9,26 +9,23 @@ import json
 import os
 import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from runs import is_perturbed
-from worker import full_weights, make_trainer, save_and_end
+from worker import RANK_TIMEOUT, full_weights, make_trainer, save_and_end
 
 
 KILLED_AT = 2  # the step, of which a checkpoint was just written
-# For the rank that is left behind, where its launcher does not end it first.
-TIMEOUT = timedelta(minutes=10)
 
 
 def main(case_file: str, output: str) -> None:
     # The launcher's store outlives the first start in torch 2.13, and gloo would find the addresses of the dead in it.
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = next(dist.rendezvous("env://", timeout=RANK_TIMEOUT))
     store = dist.PrefixStore(f"attempt{attempt}", store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=RANK_TIMEOUT)
     folder = Path(output)
     trainer = make_trainer(json.loads(Path(case_file).read_text()), folder, "run")
     killed = folder / "killed"

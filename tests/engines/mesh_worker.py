@@ -7,7 +7,6 @@ Trains a small decoder on a device mesh, on every rank of one launch, and saves 
 import inspect
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -29,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.distributed import DistributedConfig
-from worker import FaultyGNPTrainer, run_all, trained
+from worker import RANK_TIMEOUT, FaultyGNPTrainer, run_all, trained
 
 from hf_gnp import GNPTrainer
 
@@ -38,8 +37,6 @@ from hf_gnp import GNPTrainer
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 EXPERTS = {"num_experts_per_tok": 2}
-# A rank that fails leaves the others in a collective.
-TIMEOUT = timedelta(minutes=10)
 
 
 def make_decoder(kind: str, loaded_from: Any = None, **kwargs: Any) -> PreTrainedModel:
@@ -126,7 +123,7 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
 
 
 def main(cases_file: str, output: str) -> None:
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    dist.init_process_group("gloo", timeout=RANK_TIMEOUT)
     allow_meshes_on_cpu()
     run_all(run_case, json.loads(Path(cases_file).read_text()), Path(output))
 

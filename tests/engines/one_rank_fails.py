@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from runs import engine_of
-from worker import make_trainer
+from worker import RANK_TIMEOUT, make_trainer
 
 
 def local_weights(model: torch.nn.Module, engine: str) -> list[torch.Tensor]:
@@ -23,7 +23,7 @@ def local_weights(model: torch.nn.Module, engine: str) -> list[torch.Tensor]:
 
 
 def main(engine: str, output: str) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+    dist.init_process_group("gloo", timeout=RANK_TIMEOUT)
     if engine.startswith(("zero1", "zero2")):
         from hf_gnp.engines.deepspeed import zero12
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig
-from mesh_worker import TIMEOUT, allow_meshes_on_cpu, make_decoder
+from mesh_worker import allow_meshes_on_cpu, make_decoder
 from runs import logs_of, make_args
 from tiny import LENGTH, collate, make_data
-from worker import deepspeed_config, full_weights, run_all
+from worker import RANK_TIMEOUT, deepspeed_config, full_weights, run_all
 
 from hf_gnp import GNPTrainer
 
@@ -48,7 +48,7 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
 
 
 def main(cases_file: str, output: str) -> None:
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    dist.init_process_group("gloo", timeout=RANK_TIMEOUT)
     deepspeed.init_distributed(dist_backend="gloo")
     allow_meshes_on_cpu()
     run_all(run_case, json.loads(Path(cases_file).read_text()), Path(output))

@@ -95,7 +95,9 @@ def results_on_one_rank(results, folder) -> dict[str, Any]:
     for engine in ELASTIC:
         checkpoint = folder / f"{engine}-whole" / "checkpoint-2" / "global_step2"
         module = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        launch([*module, "--input_folder", str(checkpoint), "--output_folder", f"{checkpoint}_universal"], timeout=1200)
+        launch(
+            [*module, "--input_folder", str(checkpoint), "--output_folder", f"{checkpoint}_universal"], timeout=1200
+        )
     return run_cases(ON_ONE_RANK, folder, ranks=1)
 
 

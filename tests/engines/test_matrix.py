@@ -20,7 +20,7 @@ from cases import (
     run_cases,
     untied,
 )
-from runs import LOG_TOLERANCE, WEIGHTS_TOLERANCE, by_scope
+from runs import LOG_TOLERANCE, UNMOVED, WEIGHTS_TOLERANCE, by_scope
 from tiny import flat_weights, make_model, relative_distance
 
 
@@ -147,8 +147,16 @@ IDENTITY = {
     for engine in ENGINES
     for stock in (True, False)
 }
+# Weights that are moved by nothing: a second pass with the same masks has the gradient of plain training.
+DROPOUT = {
+    f"dropout-{engine}-{'stock' if stock else 'unmoved'}": case_of(
+        engine, {"max_steps": 3, **TWO, **({} if stock else UNMOVED)}, stock=stock, dropout=0.5
+    )
+    for engine in ENGINES
+    for stock in (True, False)
+}
 MATRIX = EQUIVALENT | SETTINGS | MODELS | VARIED | SCOPED
-CASES = MATRIX | ALONG_MOMENTUM | MOMENTUM_TARGETS | IDENTITY
+CASES = MATRIX | ALONG_MOMENTUM | MOMENTUM_TARGETS | IDENTITY | DROPOUT
 
 
 def formula_of(args: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +210,15 @@ def test_alpha_zero_is_plain_training(results, engine):
     stock, alpha0 = (result_of(results, f"identity-{engine}-{which}") for which in ("stock", "alpha0"))
     assert torch.equal(stock["weights"], alpha0["weights"])
     assert stock["logs"] == alpha0["logs"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_second_pass_has_the_same_dropout(results, engine):
+    stock, unmoved = (result_of(results, f"dropout-{engine}-{which}") for which in ("stock", "unmoved"))
+    # Norms and sums over ranks may be rounded in another order.
+    distance = relative_distance(unmoved["weights"], stock["weights"], flat_weights(make_model("vit")))
+    assert distance < WEIGHTS_TOLERANCE
+    assert len(set(unmoved["logs"]["gnp_perturbed_loss"])) == 3  # each step had a second pass, of other batches
 
 
 # Apart for `make test-lowest`: transformers 5.17 cannot train what it shards unevenly, without the penalty either.

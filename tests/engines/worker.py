@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from hf_gnp import GNPTrainer, GNPTrainingArguments
 
 
+# The most that a rank waits in a collective for another, which may be dead, or slow on a loaded machine.
+# The limit of a launch is longer.
+RANK_TIMEOUT = timedelta(minutes=10)
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {},
@@ -58,15 +62,15 @@ def deepspeed_config(precision: str, zero: dict[str, Any], **config: Any) -> dic
 
 
 def load_model(case: dict[str, Any], folder: Path) -> torch.nn.Module:
-    kind = case["kind"]
+    kind, dropout = case["kind"], case.get("dropout", 0.0)
     dtype = getattr(torch, case.get("dtype", "float32"))
     if case["engine"] != "fsdp2":
-        return make_model(kind).to(dtype)
+        return make_model(kind, dropout).to(dtype)
     from transformers.distributed import DistributedConfig
 
-    path = folder / kind
+    path = folder / f"{kind}-{dropout}"
     if dist.get_rank() == 0 and not path.exists():
-        make_model(kind, adapter=False).save_pretrained(path)
+        make_model(kind, dropout, adapter=False).save_pretrained(path)
     dist.barrier()
     config = DistributedConfig(**{"fsdp_size": dist.get_world_size()} | case.get("distributed", {}))
     return make_model(kind, loaded_from=path, distributed_config=config, dtype=dtype)
