@@ -93,6 +93,8 @@ CANDIDATES = ("l2", "layer", "layer, late", "layer, ramp")
 SMALL = {"flatness": False, "quantisation": False, "bf16": False}
 SMALL_DIGITS = DIGITS | SMALL
 SMALL_SST2 = SST2 | SMALL | {"train_size": 600, "validation_size": 300, "test_size": 500}
+SMALL_LORA = SMALL_SST2 | {"lora": 8, "learning_rate": 2e-3}
+SMALL_RESNET = RESNET | SMALL | {"train_size": 1000, "width": 16}
 SMALL_PRETRAINED = (
     PRETRAINED
     | SMALL
@@ -122,6 +124,18 @@ STUDIES = {
         (0.05, 0.1, 0.2),
         seeds=3,
         radii_of={"l2": (0.005, 0.02, 0.05, 0.1)},
+    ),
+    "defaults_lora": Study(
+        {f"{wrong}% wrong": SMALL_LORA | {"wrong": wrong} for wrong in (0, 40)},
+        (PLAIN, TWICE, *CANDIDATES),
+        (0.05, 0.1, 0.2),
+        seeds=3,
+    ),
+    "defaults_cnn": Study(
+        {f"{wrong}% wrong": SMALL_RESNET | {"wrong": wrong} for wrong in (0, 40)},
+        (PLAIN, TWICE, *CANDIDATES),
+        (0.05, 0.1, 0.2),
+        seeds=3,
     ),
     # Does the best r stay where it is as the model grows?
     "widths": Study(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -37,14 +38,26 @@ def sentence_task(settings: dict[str, Any], folder: str, model_path: str | None)
         "warmup_steps": 0.1,
         "train_sampling_strategy": "group_by_length",
     }
+
+    def make_model() -> torch.nn.Module:
+        model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2)
+        return with_adapters(model, settings["lora"]) if "lora" in settings else model
+
     return Task(
-        make_model=lambda: AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2),
+        make_model=make_model,
         data=data,
         collate=DataCollatorWithPadding(tokenizer),
         arguments=arguments,
         other_tests={"shift_accuracy": shift},
         second=topics(settings, folder, tokenize) if "second" in settings else None,
     )
+
+
+def with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
+    """The encoder frozen, with LoRA on each of its linear layers; the head is trained whole."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig("SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
 def topics(settings: dict[str, Any], folder: str, tokenize: Callable[[Dataset], Dataset]) -> Data:
