@@ -14,6 +14,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class Case(NamedTuple):
@@ -80,9 +81,9 @@ class ManyModules(nn.Module):
             *(module for _ in range(modules // 2) for module in (nn.Linear(features, features), nn.Tanh()))
         )
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> SequenceClassifierOutput:
         logits = self.layers(x)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 
 def make_case(

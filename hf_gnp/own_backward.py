@@ -107,7 +107,7 @@ class OwnBackward:
         marks = self._engine.gradient_marks()
         if marks is None:
             return not is_known_to_reach
-        return marks != self._marks if self._marks is not None else any(mark != (0, 0) for mark in marks)
+        return marks != (self._marks or [])
 
     def refuse_lone(self) -> None:
         """

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,13 @@ def modules_of(*roots: nn.Module) -> list[nn.Module]:
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Return the parameters of some modules, without those of their children, each once."""
     return list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
+
+
+def parameters_outside(parameters: Iterable[nn.Parameter], optimizer: Any) -> list[nn.Parameter]:
+    """Return the parameters of the optimizer that are none of `parameters`, such as a loss's own."""
+    inside = set(map(id, parameters))
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"] if id(parameter) not in inside]
 
 
 def gradient_of(parameter: nn.Parameter) -> torch.Tensor:

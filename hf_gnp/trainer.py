@@ -187,11 +187,9 @@ class GNPMixin(_Base):
     def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """
         Run a micro-batch at the moved weights, through `Trainer.training_step`: what a subclass does around it
-        happened once. Its inputs are prepared already. `Trainer` counts the FLOPs of one pass itself, and logs of the
-        first alone are kept.
+        happened once. Its inputs are prepared already. Only what the first pass logs is logged.
         """
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
-        self._gnp_second_flos += float(self.floating_point_ops(micro_batch.inputs))
         with (
             replaced(self, _prepare_inputs=lambda original, inputs: inputs, log=not_logged),
             getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
@@ -200,9 +198,11 @@ class GNPMixin(_Base):
 
     @_documented_as(Trainer.floating_point_ops)
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
-        if self._gnp_run is not None:
-            self._gnp_run.inputs = None  # Trainer's loop goes on: a loader may yield the same object again
         flops: int = super().floating_point_ops(inputs)
+        if (run := self._gnp_run) is not None:
+            run.inputs = None  # Trainer's loop goes on: a loader may yield the same object again
+            if run.penalty is not None and not run.engine.perturbation.is_momentum:
+                self._gnp_second_flos += flops
         return flops
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:

@@ -37,6 +37,7 @@ class Engine(ABC):
     has_master = True  # whether 16-bit forward weights have an fp32 master
     accumulates = False  # whether g₂ is added to the g₁ that `keep_gradients` leaves
     gathers_weights = False  # whether a move makes ranks gather whole weights again
+    outside: Sequence[nn.Parameter] = ()  # of the optimizer, and not of the model
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module):
         self.accelerator, self.model = accelerator, model
@@ -50,7 +51,8 @@ class Engine(ABC):
             optimizer: The trainer's, which a callback may have made anew. DeepSpeed has its own.
         """
         self.perturbation = perturbation
-        self.all_parameters = parameters_of(modules_of(self.model))
+        self.modules = modules_of(self.model)
+        self.all_parameters = parameters_of(self.modules)
         self.numbers = {id(parameter): number for number, parameter in enumerate(self.all_parameters)}
 
     # The shards.
@@ -209,10 +211,14 @@ class Engine(ABC):
         interruption = None
         for _ in range(3):
             try:
-                self.restore()
-                self.discard_gradient()
+                self.clean_up()
                 break
             except BaseException as error:
                 interruption = error
         if interruption is not None:
             raise interruption
+
+    def clean_up(self) -> None:
+        """Put θ back and drop the gradient, wherever a step has ended. May be called again."""
+        self.restore()
+        self.discard_gradient()

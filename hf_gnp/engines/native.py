@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 from hf_gnp import penalty
 from hf_gnp.momentum import moment_of, refuse_optimizer, unwrapped
 from hf_gnp.perturbation import Perturbation
-from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, modules_of
+from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, modules_of, parameters_outside
 
 from .averaging import average_gradients
 from .dtensors import as_sharded, coordinates_of, count_copies, part_of
 from .engine import Engine
 from .private import drop_unreduced_gradients, has_unreduced_gradient, next_step_skipped, optimizer_that_skips
-from .shards import Shard, parameters_outside
+from .shards import Shard
 from .wrappers import defer_reduction, has_communication_hook, reducing
 
 
@@ -72,7 +72,7 @@ class NativeEngine(Engine):
         super().begin_window(perturbation)
         self._optimizer = optimizer or self._optimizer  # a callback may have made a new one
         self.publish()  # after an evaluation FSDP2's root stays gathered, and has other parameters
-        self._outside = parameters_outside(self.all_parameters, self._optimizer)
+        self.outside = parameters_outside(self.all_parameters, self._optimizer)
         self.is_sharded = any(isinstance(p, DTensor) for p in self.all_parameters)
 
     # The shards.
@@ -86,7 +86,7 @@ class NativeEngine(Engine):
                 "No parameter has a gradient after backward, so there is nothing to penalise. An optimizer that steps "
                 "inside backward (LOMO, layer-wise GaLore or APOLLO) cannot be used with the gradient-norm penalty."
             )
-        return [self._shard(p, self._gradient(p)) for p in with_gradient]
+        return list(map(self._shard, with_gradient, self._gradients(with_gradient)))
 
     @torch.no_grad()
     def trainable_shards(self) -> list[Shard]:
@@ -104,18 +104,19 @@ class NativeEngine(Engine):
             parameter, number, weight, weight, gradient, coordinates_of(parameter), part, count_copies(parameter)
         )
 
-    def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Return this rank's part of the gradient, sharded as the parameter."""
-        gradient = parameter.grad
-        assert gradient is not None  # of a parameter that has one
-        if gradient.is_sparse:
+    def _gradients(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """Return this rank's parts of gradients, sharded as the parameters."""
+        gradients: list[Any] = [parameter.grad for parameter in parameters]
+        if any(gradient.is_sparse for gradient in gradients):
             raise NotImplementedError(
                 "The gradient-norm penalty needs dense gradients: build the embedding with sparse=False."
             )
-        if not isinstance(gradient, DTensor):
-            return gradient
-        parameter.grad = as_sharded(gradient, parameter)
-        return local_part(parameter.grad)
+        if not self.is_sharded:
+            return gradients
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if isinstance(gradient, DTensor):
+                parameter.grad = as_sharded(gradient, parameter)
+        return [local_part(gradient_of(parameter)) for parameter in parameters]
 
     def first_moment(self, shard: Shard) -> torch.Tensor | None:
         values = self._optimizer.state.get(shard.parameter)
@@ -144,11 +145,9 @@ class NativeEngine(Engine):
 
     @torch.no_grad()
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:
-        self._backup = [shard.weight.clone() for shard in shards]
+        self._backup = penalty.clones([shard.weight for shard in shards])
         self._moved = [shard.weight for shard in shards]  # only now: `restore` needs both
-        return [
-            shard._replace(master=backup, gradient=None) for shard, backup in zip(shards, self._backup, strict=True)
-        ]
+        return [shard.kept(backup) for shard, backup in zip(shards, self._backup, strict=True)]
 
     def publish(self) -> None:
         # Parameters that FSDP2 kept gathered (reshard_after_backward=False) would not notice a changed shard.
@@ -162,12 +161,12 @@ class NativeEngine(Engine):
             self._moved, self._backup = [], []
         self.publish()
 
-    def abandon(self) -> None:
+    def clean_up(self) -> None:
         # A layer whose forward failed counts as running, and `reshard` leaves one as it is that is not resharded after
         # its forward: gathered, and moved.
         self._forget_forward()
         drop_unreduced_gradients(self._fsdp_modules)
-        super().abandon()
+        super().clean_up()
 
     def _forget_forward(self) -> None:
         """Let FSDP2 wait for no backward of the last forward."""
@@ -246,7 +245,8 @@ class NativeEngine(Engine):
         return is_low or has_hook or has_communication_hook(self.model)
 
     def scale_gradient(self, scale: float) -> None:
-        penalty.scale_([self._gradient(p) for p in self._with_any_gradient()], scale)
+        if scale != 1:
+            penalty.scale_(self._gradients(self._with_any_gradient()), scale)
 
     @torch.no_grad()
     def mix(self, alpha: float) -> None:
@@ -259,21 +259,22 @@ class NativeEngine(Engine):
         by_parameter = {id(p): g for p, g in first.pairs}
         with_gradient = self._with_any_gradient()
         both = [p for p in with_gradient if id(p) in by_parameter]
-        second_only = [self._gradient(p) for p in with_gradient if id(p) not in by_parameter]
         firsts = [local_part(by_parameter[id(p)]) for p in both]
-        penalty.lerp_([self._gradient(p) for p in both], firsts, 1 - alpha)
-        penalty.scale_(second_only, alpha)
+        penalty.lerp_(self._gradients(both), firsts, 1 - alpha)
+        penalty.scale_(self._gradients([p for p in with_gradient if id(p) not in by_parameter]), alpha)
         for parameter, gradient in first.pairs:
             if parameter.grad is None:
                 parameter.grad = gradient.mul_(1 - alpha)
 
     def discard_gradient(self) -> None:
         self._first_gradients = None
-        for parameter in (*self.all_parameters, *self._outside):
+        for parameter in (*self.all_parameters, *self.outside):
             parameter.grad = None
 
     def gradients_of(self, shards: Sequence[Shard]) -> list[torch.Tensor | None]:
-        return [None if shard.parameter.grad is None else self._gradient(shard.parameter) for shard in shards]
+        reached = [shard.parameter for shard in shards if shard.parameter.grad is not None]
+        gradients = dict(zip(map(id, reached), self._gradients(reached), strict=True))
+        return [gradients.get(id(shard.parameter)) for shard in shards]
 
     def take_gradient(self) -> TakenGradient | None:
         # A view into a bucket of DDP is written over by the next backward.
@@ -316,14 +317,14 @@ class NativeEngine(Engine):
         return bool(self._fsdp_modules) and has_unreduced_gradient(self._fsdp_modules)
 
     def hidden_gradient(self) -> AbstractContextManager[None]:
-        return gradients_hidden((*self.all_parameters, *self._outside))
+        return gradients_hidden((*self.all_parameters, *self.outside))
 
     def gradient_marks(self) -> list[tuple[int, int]]:
-        gradients = [p.grad for p in (*self.all_parameters, *self._outside)]
-        return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
+        parameters = (*self.all_parameters, *self.outside)
+        return [(id(gradient), gradient._version) for p in parameters if (gradient := p.grad) is not None]
 
     def _with_any_gradient(self) -> list[nn.Parameter]:
-        return [p for p in (*self.all_parameters, *self._outside) if p.grad is not None]
+        return [p for p in (*self.all_parameters, *self.outside) if p.grad is not None]
 
     # The end of the step.
 

@@ -17,6 +17,8 @@ from hf_gnp.tensors import local_part
 
 # Elements: a smaller tensor is copied with the attributes. A larger one is for `RunningTensors`.
 SMALL = 2**14
+# Bytes: the most that is copied, or held, of what may move.
+BUDGET = 2**26
 # A longer container is not looked into.
 LONG = 2**12
 DEEP = 6  # containers within containers
@@ -71,28 +73,14 @@ def is_small(value: torch.Tensor | np.ndarray) -> bool:
     return is_state(value) and value.numel() <= SMALL
 
 
-class Budget:
-    """
-    Says whether a value is held until the window ends, so that a name can be set to it again.
+def any_value(value: Any) -> bool:
+    """Return True: every value is held."""
+    return True
 
-    Large tensors and arrays are held as long as they fit into so many bytes in all. A tensor that has a graph is not.
-    """
 
-    def __init__(self, size: Callable[[], int]):
-        self._size = size
-        self._left: int | None = None
-        self._counted: set[int] = set()
-
-    def holds(self, value: Any) -> bool:
-        if not isinstance(value, torch.Tensor | np.ndarray) or is_small(value) or id(value) in self._counted:
-            return True
-        if self._left is None:
-            self._left = self._size()
-        if value.nbytes > self._left:
-            return False
-        self._left -= value.nbytes
-        self._counted.add(id(value))
-        return True
+def fits(value: Any, most: float) -> bool:
+    """Return whether a value is no tensor or array, or a small one, or one of at most `most` bytes."""
+    return not isinstance(value, torch.Tensor | np.ndarray) or is_small(value) or value.nbytes <= most
 
 
 def restorers(

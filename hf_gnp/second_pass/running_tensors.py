@@ -21,10 +21,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from hf_gnp import penalty
 from hf_gnp.tensors import local_part
 
-from .contents import addresses, is_dense, storage_address
+from .contents import BUDGET, addresses, is_dense, storage_address
 
 
-BUDGET = 2**26  # bytes
 SMALL_BUFFER = 2**16  # bytes: such a one is copied in each window
 LEARNING = 2  # penalised steps: a teacher that starts as a copy of the weights does not move in the first
 SAMPLE = 256  # elements at most
@@ -90,7 +89,7 @@ class RunningTensors:
         self._step, self._trained = step, trained
         # Buffers of TorchScript modules cannot be replaced, and are written into only.
         self._buffers = [(m, dict(m._buffers)) for m in modules if m._buffers and isinstance(m._buffers, dict)]
-        self._left = budget_of(trained) if self._steps <= LEARNING else -1
+        self._left = max(BUDGET, sum(map(_size, trained))) if self._steps <= LEARNING else -1
         self._always, self._watched = [], []
         found, always = self._find(modules, others)
         for tensor in sorted(found, key=_size):
@@ -121,9 +120,11 @@ class RunningTensors:
                         found[id(buffer)] = buffer
                         if is_norm or _size(buffer) <= SMALL_BUFFER:
                             always.add(id(buffer))
-        if not found:
-            return [], always
-        weights = addresses(parameter for parameter in self._trained if id(parameter) in reached)
+        weights = set()
+        if any(
+            tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in found.values()
+        ):  # as weights are
+            weights = addresses(parameter for parameter in self._trained if id(parameter) in reached)
         return [t for t in found.values() if is_dense(t) and storage_address(t) not in weights], always
 
     @torch.no_grad()
@@ -196,11 +197,6 @@ def _put_back(buffers: list[tuple[nn.Module, dict[str, torch.Tensor | None]]], v
             now.clear()
             now.update(before)
     penalty.copy_([tensor for tensor, _ in values], [value for _, value in values])
-
-
-def budget_of(trained: Iterable[torch.Tensor]) -> int:
-    """Return how many bytes may be held of what a pass moves."""
-    return max(BUDGET, sum(_size(parameter) for parameter in trained))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_gnp.tensors import modules_of, parameters_of
+from hf_gnp.tensors import modules_of, parameters_of, parameters_outside
 
 from .contents import (
     CONTAINERS,
@@ -109,14 +109,12 @@ class Found:
         for root in (trainer, trainer.state):
             self._add_owner(root, OBJECTS)
         self._add(getattr(trainer.compute_loss_func, "__self__", None), OBJECTS, DEEP)
-        in_optimizer = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
-        known = {id(p): p for p in parameters_of(self.modules[:of_model]) if p.requires_grad}
-        if not trainer.is_deepspeed_enabled:  # whose groups are flat partitions
-            known |= {id(p): p for p in in_optimizer if p.requires_grad}
-        self.trained = list(known.values())
-        mine = known.keys() | {id(p) for p in in_optimizer}
-        self.others = [p for p in self._parameters + parameters_of(self.modules[of_model:]) if p.requires_grad]
-        self.others = [p for p in self.others if id(p) not in mine]
+        mine = parameters_of(self.modules[:of_model])
+        mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions there
+        self.trained = [parameter for parameter in mine if parameter.requires_grad]
+        others = self._parameters + parameters_of(self.modules[of_model:])
+        known = set(map(id, mine)) if others else set()
+        self.others = [p for p in others if p.requires_grad and id(p) not in known]
 
     def _add_module(self, module: nn.Module) -> None:
         for part in modules_of(module):
@@ -161,8 +159,7 @@ class Attributes:
     The attributes of everything in `found`, as they are when this is made. `put_back` makes them so again.
 
     Args:
-        holds: Which values are held, so that a name can be set to them again: all but large tensors, of which a
-            window would hold those of its every micro-batch.
+        holds: Decides which values are held, so that a name can be set to them again.
     """
 
     def __init__(self, found: Found, holds: Callable[[Any], bool]):

@@ -1,6 +1,7 @@
 """The window of one perturbation: its micro-batches as prepared, to be run again exactly as the first time."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,10 @@ from torch import nn
 from hf_gnp.tensors import gradients_hidden
 
 from .autocast import Autocast
-from .contents import Budget
+from .contents import BUDGET, any_value, fits
 from .inputs import copied
 from .randomness import RandomState, random_devices
-from .running_tensors import RunningTensors, budget_of
+from .running_tensors import RunningTensors
 from .state import Attributes, Found, tensors_on_parameters
 
 
@@ -24,12 +25,12 @@ class StateAtHand:
     def __init__(self, trainer: Any, model: nn.Module):
         self.found = Found(trainer)
         self._random_state = RandomState(random_devices(trainer, model))
-        self._attributes = Attributes(self.found, Budget(lambda: budget_of(self.found.trained)).holds)
+        self._attributes = Attributes(self.found, any_value)
         self._tensors = RunningTensors()
         self._tensors.start(self.found.modules, self.found.trained, self.found.tensors)
 
     def put_back(self) -> None:
-        # All of it, whether it has moved or not.
+        """Put all of it back, whether it has moved or not."""
         self._tensors.rewind()
         self._random_state.restore()
         self._attributes.put_back()
@@ -71,7 +72,6 @@ class Window:
         self._is_first_window &= self._found is None
         self._found = None
         self._on_parameters: dict[tuple[int, str], tuple[int, int]] = {}
-        self._budget = Budget(int)
         self.tensors.forget()
 
     def record(self, inputs: Any, num_items_in_batch: torch.Tensor | int | None) -> MicroBatch:
@@ -82,16 +82,16 @@ class Window:
         found = self._found
         assert found is not None
         if is_first:
-            self._budget = Budget(lambda: budget_of(found.trained))
             self._on_parameters = tensors_on_parameters(found.trained)
             self.tensors.start(found.modules, found.trained, found.tensors, self._trainer.state.global_step)
+        steps = self._trainer.current_gradient_accumulation_steps
         self.micro_batches.append(
             MicroBatch(
                 copied(inputs),
                 num_items_in_batch,
-                self._trainer.current_gradient_accumulation_steps,
+                steps,
                 RandomState(self._devices),
-                Attributes(found, self._budget.holds),
+                Attributes(found, functools.partial(fits, most=BUDGET if is_first else BUDGET / (steps or 1))),
                 Autocast(self._trainer.accelerator.device.type),
             )
         )
@@ -125,7 +125,7 @@ class Window:
     def left_as_found(self) -> Iterator[None]:
         """Put all state back, on leaving, as the first pass left it. `tensors.end` knows what moved in that."""
         assert self._found is not None
-        random_state, attributes = RandomState(self._devices), Attributes(self._found, _always)
+        random_state, attributes = RandomState(self._devices), Attributes(self._found, any_value)
         try:
             with self.tensors.left_as_found(), gradients_hidden(self._found.others):
                 yield
@@ -140,7 +140,3 @@ class Window:
             micro_batch.random_state.restore()
             micro_batch.attributes.put_back(written=number == 0)
             yield micro_batch
-
-
-def _always(value: Any) -> bool:
-    return True
