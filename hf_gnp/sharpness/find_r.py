@@ -76,9 +76,8 @@ def find_r(
         than its standard error, interpolated in log r and within the grid. kept is NaN, and does not count, where
         plain steps on a batch do not lower the loss of the others, as near a minimum.
 
-        A sweep should begin at the suggestion: in our sweeps the best r had a cosine of 0.7 to 0.9. It is not
-        the r of the best accuracy, which depends on noisy labels and on the length of training. It holds for the
-        present weights only. Random weights say little, so measure after some training, in a callback for instance.
+        Begin a sweep at the suggestion. It is not the r of the best accuracy, which depends on noisy labels and on the
+        length of training. It holds for the present weights only, and random weights say little.
 
     Raises:
         ValueError: for an argument out of range, the momentum's direction, fewer than two batches of data, a gradient
