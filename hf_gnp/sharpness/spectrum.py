@@ -20,6 +20,8 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 # Below this share of the largest eigenvalue, what is left of a product is rounding: the space is exhausted.
 EXHAUSTED = 1e-10
+# A random start has a Rayleigh quotient near 0 and a far larger residual. Very noisy products must not accept it.
+LARGEST_TOLERANCE = 0.5
 
 
 class Eigenpairs(NamedTuple):
@@ -49,7 +51,7 @@ def top_eigenpairs(
 
     Args:
         product: Returns H v.
-        tolerance: Stop when the residuals are below this share of the largest |eigenvalue| seen.
+        tolerance: Stop when the residuals are below this share of the largest |eigenvalue| seen, at most half of it.
         max_products: Stop after that many products. The residuals take k more.
         basis: The largest number of vectors in memory, k + 9 by default.
     """
@@ -69,7 +71,7 @@ def top_eigenpairs(
         length, largest = space.norm(rest), np.abs(values).max()
         residuals = length * np.abs(rotation[-1, :k])
         is_exhausted = size == dimension or length <= EXHAUSTED * largest
-        is_converged = size >= k and residuals.max() <= tolerance * largest
+        is_converged = size >= k and residuals.max() <= min(tolerance, LARGEST_TOLERANCE) * largest
         if is_exhausted or is_converged or used == max_products:
             break
         if size == limit:
@@ -95,7 +97,7 @@ def _orthogonalize_(rest: torch.Tensor, vectors: list[torch.Tensor], space: Shar
 def _rotated(vectors: list[torch.Tensor], rotation: np.ndarray) -> list[torch.Tensor]:
     """Return the combinations of `vectors` in the columns of `rotation`. They overwrite the first `vectors`."""
     size, block = vectors[0].numel(), 2**22
-    matrix = torch.from_numpy(np.ascontiguousarray(rotation)).to(vectors[0].device, precise(vectors[0].device))
+    matrix = torch.from_numpy(rotation.copy()).to(vectors[0].device, precise(vectors[0].device))
     result = vectors[: matrix.shape[1]]
     for first in range(0, max(size, 1), block):
         place = slice(first, first + block)
