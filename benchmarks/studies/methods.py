@@ -67,6 +67,7 @@ METHODS = {
     "l2, ramp": default("l2", **RAMP),
     "layer, ramp": default("layer", **RAMP),
     # At an r that is the same in all cases, as a default is.
+    "l2, r = 0.005": default("l2").with_r(0.005),
     "l2, r = 0.05": default("l2").with_r(0.05),
     "layer, r = 0.05": default("layer").with_r(0.05),
     "layer, r = 0.1": default("layer").with_r(0.1),

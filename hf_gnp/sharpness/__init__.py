@@ -1,4 +1,4 @@
-"""How flat the loss is around the weights, and how far a penalised step should move them, on any engine."""
+"""Measure how flat the loss is around the weights, and how far a penalised step should move them, on any engine."""
 
 from .callback import SharpnessCallback
 from .find_r import find_r

@@ -42,7 +42,7 @@ class SharpnessCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def callbacks_know(trainer: Any) -> Iterator[None]:
-    """Give the trainer to the callbacks of this kind: transformers gives them the model alone."""
+    """Give the trainer to the callbacks of this kind. transformers gives them the model alone."""
     known = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SharpnessCallback)]
     for callback in known:
         callback._trainer = trainer

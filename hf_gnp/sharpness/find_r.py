@@ -1,4 +1,4 @@
-"""`find_r`: how far a penalised step should move the weights, measured before it is trained with."""
+"""`find_r`: how far a penalised step should move the weights, measured before training with it."""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from hf_gnp.perturbation import find_targets
 
 from .loss import SampleLoss, sample_loss
 from .measure import check_counts, check_positive
+from .pictures import draw_radii, new_figure
 from .sample import WeightedBatch, choose, micro_batches, weighted
-from .surface import new_figure
 from .vectors import ShardVectors
 
 
 # The default grid of each metric, in powers of ten.
 GRIDS = {"l2": (-3, 0), "layer": (-2, 1), "element": (-2, 1)}
 POINTS = 10
-# The number of batches that are drawn for each one that is measured: the mean gradient of the others is G.
+# The number of batches that are drawn for each one that is measured. G is the mean gradient of the others.
 OTHERS = 8
-# The suggestion is the largest r up to which cosine and kept are not below, and rise_share is not above these.
-COSINE, KEPT, RISE_SHARE = 0.8, 0.9, 1.0
+# The suggestion is the largest r at which cosine and kept are not below, and rise_share is not above these.
+LIMITS = {"cosine": 0.8, "kept": 0.9, "rise": 1.0}
 
 
 def find_r(
@@ -44,14 +44,14 @@ def find_r(
 
     - cosine is that of \\(g_1\\) and \\(g_2\\). It is 1 while the gradient does not turn.
     - rise is \\(L(\theta + e) - L(\theta)\\). rise_share is the mean rise over the mean loss.
-    - kept is \\(\langle g_2, G\rangle / \langle g_1, G\rangle\\), with the mean gradient G of other batches: how fast
-      a step along \\(g_2\\) lowers their loss, compared with a plain step. Below 1 the perturbation costs descent.
+    - kept is \\(\langle g_2, G\rangle / \langle g_1, G\rangle\\), with the mean gradient G of other batches: the part
+      of the descent of a plain step that a step along \\(g_2\\) keeps.
 
-    The loss is that of training: in training mode, with the same dropout mask in all passes over a batch. A batch is
-    what shares one perturbation in training: `per_device_train_batch_size` samples of each rank, and with the scopes
-    "step" and "rank" all micro-batches of a step. The gradient is always that of all ranks. For the two scopes of a
-    rank, call this on one process. Weights, buffers, random generators and gradients are bit for bit as before, also
-    after an interruption. Every rank calls this.
+    The loss is that of training, with the same dropout mask in all passes over a batch. A batch is what shares one
+    perturbation in training: `per_device_train_batch_size` samples of each rank, and with the scopes "step" and "rank"
+    all micro-batches of a step. The gradient is always that of all ranks. For the two scopes of a rank, call this on
+    one process. Weights, buffers, random generators and gradients are afterwards bit for bit as before, also after an
+    interruption. Every rank calls this.
 
     Cost: `batches` times (number of radii + 9) forward and backward passes over a batch, 76 by default. Memory: θ and
     five vectors, in float32, of this rank's trainable shard.
@@ -76,9 +76,8 @@ def find_r(
         than its standard error, interpolated in log r and within the grid. kept is NaN, and does not count, where
         plain steps on a batch do not lower the loss of the others, as near a minimum.
 
-        A sweep should begin at the suggestion: in our sweeps the best r had a cosine of 0.7 to 0.9. It is not
-        the r of the best accuracy, which depends on noisy labels and on the length of training. It holds for the
-        present weights only. Random weights say little, so measure after some training, in a callback for instance.
+        Begin a sweep at the suggestion. It is not the r of the best accuracy, which depends on noisy labels and on the
+        length of training. It holds for the present weights only, and random weights say little.
 
     Raises:
         ValueError: for an argument out of range, the momentum's direction, fewer than two batches of data, a gradient
@@ -93,22 +92,15 @@ def find_r(
     ```
     """
     gnp_args = getattr(trainer, "gnp_args", None)
-    if getattr(gnp_args, "gnp_direction", "gradient") == "momentum":
-        raise ValueError(
-            "find_r moves along the gradient, and gnp_direction=momentum does not: call it on a trainer with "
-            "gnp_direction=gradient. The momentum's r is about four times the one that it suggests."
-        )
-    metric = metric or getattr(gnp_args, "gnp_metric", "l2")
-    if metric not in GRIDS:
-        raise ValueError(f"metric must be one of {tuple(GRIDS)}, but it is {metric!r}.")
+    metric = _checked_metric(gnp_args, metric)
     radii = np.logspace(*GRIDS[metric], POINTS).tolist() if radii is None else sorted(float(r) for r in radii)
     check_positive(radii=radii)
     check_counts(batches=(batches, 1))
     if path is not None:
-        new_figure(1, 1)  # on all ranks, before the work: it needs matplotlib
+        new_figure(1, 1)  # so that a missing matplotlib stops all ranks, and before the work
     targets = find_targets(trainer.model, getattr(gnp_args, "gnp_target_modules", None))
     with sample_loss(trainer, seed, training=True, name="find_r") as loss:
-        steps = draw_steps(trainer, dataset, OTHERS * batches, seed)
+        steps = _draw_steps(trainer, dataset, OTHERS * batches, seed)
         loss.progress.total = len(steps) + len(steps[:batches]) * (1 + len(radii))
         total = loss.vectors.zeros()
         for step in steps:
@@ -119,13 +111,26 @@ def find_r(
     result["suggestion"], result["limited_by"] = suggest(result)
     if trainer.is_world_process_zero():
         if log:
-            print(table(result))
+            print(_table(result))
         if path is not None:
-            draw(result, type(trainer.model).__name__, Path(path).with_suffix(".png"))
+            draw_radii(result, LIMITS, type(trainer.model).__name__, Path(path).with_suffix(".png"))
     return result
 
 
-def draw_steps(trainer: Any, dataset: Any, count: int, seed: int) -> list[list[WeightedBatch]]:
+def _checked_metric(gnp_args: Any, metric: str | None) -> str:
+    """Return the metric of a trainer's arguments, unless one is given."""
+    if getattr(gnp_args, "gnp_direction", "gradient") == "momentum":
+        raise ValueError(
+            "find_r moves along the gradient, and gnp_direction=momentum does not: call it on a trainer with "
+            "gnp_direction=gradient. The momentum's r is about four times the one that it suggests."
+        )
+    metric = metric or getattr(gnp_args, "gnp_metric", "l2")
+    if metric not in GRIDS:
+        raise ValueError(f"metric must be one of {tuple(GRIDS)}, but it is {metric!r}.")
+    return metric
+
+
+def _draw_steps(trainer: Any, dataset: Any, count: int, seed: int) -> list[list[WeightedBatch]]:
     """Draw this rank's micro-batches of at most `count` steps of training, from shuffled data."""
     args, dataset = trainer.args, trainer.train_dataset if dataset is None else dataset
     scope = getattr(getattr(trainer, "gnp_args", None), "gnp_scope", "step")
@@ -147,70 +152,85 @@ def _measure(
     metric: str,
     targets: frozenset[int] | None,
 ) -> list[list[float]]:
-    """Return L, ‖g₂‖, ⟨g₂, g₁⟩ and ⟨g₂, G⟩ at θ, where g₂ is g₁, and at θ + e for each r. `total` is the sum in G."""
-    vectors, result = loss.vectors, []
-    gradient, direction = total, None
+    """
+    Return L, ‖g₂‖, ⟨g₂, g₁⟩ and ⟨g₂, G⟩ at θ, where g₂ is g₁, and at θ + e for each r.
+
+    Args:
+        total: The sum of the gradients of all steps. Without g₁ it is along G.
+    """
+    vectors, first = loss.vectors, loss.vectors.zeros()
     loss.batches = step
-    for r in (0.0, *radii):
-        loss.move(direction, r)
+    loss.move()
+    value = loss.add_gradient_(first)
+    direction = _direction_of(vectors, first, metric, targets)
+    rows = [_row(vectors, value, first, first, total)]
+    for r in radii:
         second = vectors.zeros()
+        loss.move(direction, r)
         value = loss.add_gradient_(second)
-        if direction is None:
-            gradient, direction = second, direction_of(vectors, second, metric, targets)
-        sq_norm, product, with_total = vectors.dots([second, gradient, total], second).tolist()
-        result.append([value, math.sqrt(sq_norm), product, with_total - product])
-    return result
+        rows.append(_row(vectors, value, second, first, total))
+    return rows
 
 
-def direction_of(
-    vectors: ShardVectors, gradient: torch.Tensor, metric: str, targets: frozenset[int] | None = None
+def _row(
+    vectors: ShardVectors, value: float, second: torch.Tensor, first: torch.Tensor, total: torch.Tensor
+) -> list[float]:
+    sq_norm, product, with_total = vectors.dots([second, first, total], second).tolist()
+    return [value, math.sqrt(sq_norm), product, with_total - product]
+
+
+def _direction_of(
+    vectors: ShardVectors, gradient: torch.Tensor, metric: str, targets: frozenset[int] | None
 ) -> torch.Tensor:
     """Return e/r, the perturbation of radius 1 of the targets. Tensors without a gradient or with θ = 0 stay."""
-    theta, direction = vectors.theta() if metric != "l2" else None, gradient.clone()
-    for part, shard in zip(vectors.slices, vectors.held, strict=True):
+    theta, direction = vectors.theta(), gradient.clone()
+    for place, shard in vectors.placed_shards:
         if targets is not None and id(shard.parameter) not in targets:
-            direction[part] = 0.0
-    if theta is not None and metric == "element":
+            direction[place] = 0.0
+    if metric == "element":
         direction.mul_(theta)
-    elif theta is not None:
+    elif metric == "layer":
         lengths, norms = vectors.norms_by_tensor([theta, direction])
         scales = np.divide(lengths, norms, out=np.zeros_like(norms), where=norms > 0)
-        for part, shard in zip(vectors.slices, vectors.held, strict=True):
-            direction[part] *= float(scales[shard.number])
+        for place, shard in vectors.placed_shards:
+            direction[place] *= float(scales[shard.number])
     norm = vectors.norm(direction)
     if not 0 < norm < math.inf:
         raise ValueError(f"find_r has no direction: the norm of a batch's gradient is {norm} in the metric {metric}.")
     direction.div_(norm)
-    return direction.mul_(theta) if theta is not None and metric == "element" else direction
+    return direction.mul_(theta) if metric == "element" else direction
 
 
 def _summary(rows: np.ndarray) -> dict[str, Any]:
-    """Return means over batches with standard errors from rows of shape (batches, 1 + radii, 4)."""
-    values, norms, products, descents = np.moveaxis(rows, 2, 0)
-    with np.errstate(all="ignore"):
-        cosine, rise = products / (norms * norms[:, :1]), values - values[:, :1]
+    """Return means over batches with standard errors, without the column of r = 0, from the rows of `_measure`."""
+    losses, norms, products, descents = np.moveaxis(rows, 2, 0)
+    result: dict[str, Any] = {"loss": float(losses[:, 0].mean()), "grad_norm": float(norms[:, 0].mean())}
+    with np.errstate(all="ignore"):  # at a large r a loss or a gradient may not be finite
+        cosines, rises = products / (norms * norms[:, :1]), losses - losses[:, :1]
         # A ratio of means: of the ratios of batches, one with ⟨g₁, G⟩ near 0 would outweigh the others.
         slope = descents[:, 0].mean()
         kept = descents.mean(axis=0) / slope if slope > 0 else np.full(rows.shape[1], math.nan)
-        deviations = (descents - kept * descents[:, :1]) / slope
-        columns = {"cosine": (cosine, cosine), "rise": (rise, rise), "kept": (kept[None], deviations)}
-        result: dict[str, Any] = {"loss": float(values[:, 0].mean()), "grad_norm": float(norms[:, 0].mean())}
-        for name, (means, spread) in columns.items():
-            result[name] = means.mean(axis=0)[1:].tolist()
-            several = len(rows) > 1
-            error = spread.std(axis=0, ddof=1) / math.sqrt(len(rows)) if several else np.full(rows.shape[1], math.nan)
-            result[f"{name}_standard_error"] = error[1:].tolist()
+        result |= _with_error("cosine", cosines.mean(axis=0), cosines)
+        result |= _with_error("rise", rises.mean(axis=0), rises)
+        result |= _with_error("kept", kept, (descents - kept * descents[:, :1]) / slope)
         result["rise_share"] = (np.array(result["rise"]) / result["loss"]).tolist()
     return result
 
 
+def _with_error(name: str, means: np.ndarray, by_batch: np.ndarray) -> dict[str, list[float]]:
+    batches = len(by_batch)
+    errors = by_batch.std(axis=0, ddof=1) / math.sqrt(batches) if batches > 1 else np.full(len(means), math.nan)
+    return {name: means[1:].tolist(), f"{name}_standard_error": errors[1:].tolist()}
+
+
 def suggest(result: dict[str, Any]) -> tuple[float, str]:
     """Return the suggested r and what limits it."""
-    limits = {"cosine": (result["cosine"], COSINE), "rise": ([-share for share in result["rise_share"]], -RISE_SHARE)}
     kept = np.array(result["kept"])
-    if not np.isnan(kept).all():  # else it is unknown
-        limits["kept"] = ((kept + np.nan_to_num(result["kept_standard_error"])).tolist(), KEPT)
-    found = {name: _largest_radius(result["radii"], *limit) for name, limit in limits.items()}
+    columns = {"cosine": result["cosine"], "rise": [-share for share in result["rise_share"]]}
+    if not np.isnan(kept).all():
+        columns["kept"] = (kept + np.nan_to_num(result["kept_standard_error"])).tolist()
+    limits = LIMITS | {"rise": -LIMITS["rise"]}
+    found = {name: _largest_radius(result["radii"], values, limits[name]) for name, values in columns.items()}
     name = min(found, key=lambda name: found[name])
     return found[name], name if found[name] < result["radii"][-1] else "grid"
 
@@ -226,8 +246,7 @@ def _largest_radius(radii: Sequence[float], values: Sequence[float], limit: floa
     return float(radii[below - 1] * (radii[below] / radii[below - 1]) ** share)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the table that is printed."""
+def _table(result: dict[str, Any]) -> str:
     lines = [f"loss {result['loss']:.4g}, gradient norm {result['grad_norm']:.4g}, {result['batches']} batches"]
     lines.append(f"{'r':>9} {'cosine':>16} {'rise':>20} {'rise/loss':>10} {'kept':>16}")
     for i, r in enumerate(result["radii"]):
@@ -238,26 +257,3 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{r:>9.3g} {cosine:>16} {rise:>20} {result['rise_share'][i]:>10.1%} {kept:>16}")
     lines.append(f"suggestion: gnp_r={result['suggestion']:.2g} (limited by {result['limited_by']})")
     return "\n".join(lines)
-
-
-def draw(result: dict[str, Any], model: str, path: Path) -> None:
-    """Draw cosine, kept and the rise over r, with the suggestion."""
-    radii, figure = np.array(result["radii"]), new_figure(7, 4.5)
-    panel = figure.subplots()
-    for name, color, limit in (("cosine", "tab:blue", COSINE), ("kept", "tab:green", KEPT)):
-        means, errors = np.array(result[name]), np.array(result[f"{name}_standard_error"])
-        panel.plot(radii, means, marker=".", color=color, label=name)
-        panel.fill_between(radii, means - errors, means + errors, color=color, alpha=0.2, linewidth=0)
-        panel.axhline(limit, color=color, linewidth=0.6, linestyle=":")
-    panel.set(xlabel=f"r (metric {result['metric']})", ylabel="cosine, kept", xscale="log", ylim=(-0.5, 2))
-    right = panel.twinx()
-    right.plot(radii, result["rise_share"], marker=".", color="tab:red", label="rise / loss (right)")
-    right.set(ylabel="rise / loss", yscale="log")
-    suggestion = result["suggestion"]
-    panel.axvline(suggestion, color="black", linestyle="--", label=f"suggestion: {suggestion:.2g}")
-    handles = [handle for each in (panel, right) for handle in each.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    loss, norm = result["loss"], result["grad_norm"]
-    figure.suptitle(f"{model}: loss {loss:.3g}, gradient norm {norm:.3g}, {result['batches']} batches", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

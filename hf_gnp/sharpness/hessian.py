@@ -13,10 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .loss import SampleLoss
 
 
-# Steps are tried from the largest on, each a quarter of the one before. The largest is ‖θ‖ times the cube root of the
-# unit round-off: there rounding (∝ 1/h) and truncation (∝ h²) meet for a function of size 1.
+# The factor between a step and the next one that is tried, and how many are tried.
 NEXT_STEP, STEPS = 0.25, 8
-# Errors of steps that are far too large do not fall in order.
+# Below this error a step is near the best one. Errors of steps that are far too large do not fall in order.
 ROUGH = 0.1
 
 
@@ -26,7 +25,7 @@ class ExactHessian:
 
     Attributes:
         error: An estimate of ‖error of H v‖/‖H v‖.
-        products: The number of products made.
+        products: The number of products so far.
     """
 
     error = 0.0
@@ -38,14 +37,15 @@ class ExactHessian:
         """Return H v."""
         self.products += 1
         loss, vectors = self.loss, self.loss.vectors
+        parameters = [shard.parameter for shard in vectors.shards]
         result, parts = vectors.zeros(), vectors.parts(vector)
         for batch in loss.batches:
             with sdpa_kernel(SDPBackend.MATH):
                 value = loss.micro_batch_loss(batch) * batch.share
-                gradients = torch.autograd.grad(value, loss.parameters, create_graph=True, allow_unused=True)
+                gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
                 pairs = [(g, v) for g, v in zip(gradients, parts, strict=True) if g is not None]
                 slope: Any = sum((g * v.to(g.device, g.dtype)).sum() for g, v in pairs)
-                products = torch.autograd.grad(slope, loss.parameters, allow_unused=True)
+                products = torch.autograd.grad(slope, parameters, allow_unused=True)
             vectors.add_(result, products)
         loss.end_pass()
         return result
@@ -55,8 +55,8 @@ class DifferenceHessian(ExactHessian):
     """
     Take two gradients a product through the engine. No kernel needs a second derivative.
 
-    The weights move by h, whatever ‖v‖ is. h is chosen once: two products along the gradient, with the steps h and
-    h/4, differ least. Their difference is the estimate of the error.
+    The weights move by h, whatever ‖v‖ is. The h is chosen once, as the one at which two products along the gradient,
+    with the steps h and h/4, differ least. Their difference is the estimate of the error.
 
     Args:
         gradient: ∇L, along which h is chosen. It lies mostly in the directions of large curvature.
@@ -78,16 +78,19 @@ class DifferenceHessian(ExactHessian):
 
     def _difference(self, vector: torch.Tensor, step: float) -> torch.Tensor:
         norm, result = self.loss.vectors.norm(vector), self.loss.vectors.zeros()
-        for sign in (1.0, -1.0) if norm > 0 else ():
-            self.loss.move(vector, sign * step / norm)
-            self.loss.add_gradient_(result, sign * norm / (2 * step))
+        if norm > 0:
+            for sign in (1.0, -1.0):
+                self.loss.move(vector, sign * step / norm)
+                self.loss.add_gradient_(result, sign * norm / (2 * step))
         return result
 
     def _choose_step(self, direction: torch.Tensor) -> tuple[float, float]:
+        """Return the step whose error is smallest, and that error."""
         dtypes = {parameter.dtype for parameter in self.loss.model.parameters() if parameter.is_floating_point()}
         if self.loss.trainer.accelerator.mixed_precision == "bf16":
             dtypes.add(torch.bfloat16)
         round_off = max(torch.finfo(dtype).eps for dtype in dtypes)
+        # Here rounding (∝ 1/h) and truncation (∝ h²) meet for a function of size 1. A network wants a smaller step.
         step = round_off ** (1 / 3) * max(self.loss.vectors.norm(self.loss.origin()), 1e-3)
         last, best = self._difference(direction, step), (math.inf, step)
         for _ in range(STEPS):
@@ -102,3 +105,16 @@ class DifferenceHessian(ExactHessian):
     def _change(self, last: torch.Tensor, product: torch.Tensor) -> float:
         difference, size = self.loss.vectors.norm(product - last), self.loss.vectors.norm(product)
         return difference / size if size > 0 else (math.inf if difference > 0 else 0.0)
+
+
+def make_hessian(
+    loss: SampleLoss, gradient: torch.Tensor, method: str = "differences", step: float | None = None
+) -> ExactHessian:
+    """Return the Hessian by a method of `measure_sharpness`."""
+    if method == "differences":
+        return DifferenceHessian(loss, gradient, step)
+    if method != "exact":
+        raise ValueError(f"method must be 'differences' or 'exact', but it is {method!r}.")
+    if loss.trainer.accelerator.num_processes > 1 or loss.trainer.is_deepspeed_enabled:
+        raise ValueError("method='exact' is for one process: use method='differences' on this engine.")
+    return ExactHessian(loss)

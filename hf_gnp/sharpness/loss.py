@@ -33,9 +33,8 @@ class SampleLoss:
     """
 
     def __init__(self, trainer: Any, model: nn.Module, engine: Engine, state: StateAtHand, seed: int, progress: Any):
-        self.trainer, self.model, self.progress, self._seed = trainer, model, progress, seed
-        self._engine, self._state = engine, state
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trainer, self.model, self.progress = trainer, model, progress
+        self._engine, self._state, self._seed = engine, state, seed
         self.vectors = ShardVectors(engine.keep_weights(engine.trainable_shards()), engine)
         self.batches: list[WeightedBatch] = []
         self._offset: torch.Tensor | None = None
@@ -53,13 +52,14 @@ class SampleLoss:
     @torch.no_grad()
     def move(self, vector: torch.Tensor | None = None, scale: float = 1.0) -> None:
         """
-        Set the weights to θ + scale v, rounded once to their dtype, on all ranks; to θ without a vector.
+        Set the weights on all ranks to origin + scale v, rounded once to their dtype. Without a vector v is 0.
 
-        They stay there until the next move. Under ZeRO-1 and 2 a move is a collective.
+        The weights stay there until the next move. Under ZeRO-1 and 2 a move is a collective.
         """
         if self._offset is not None:
             vector, scale = self._offset if vector is None else torch.add(self._offset, vector, alpha=scale), 1.0
-        weights, thetas = [s.weight for s in self.vectors.held], [s.master for s in self.vectors.held]
+        weights = [shard.weight for shard in self.vectors.shards]
+        thetas = [shard.master for shard in self.vectors.shards]
         if vector is None:
             penalty.copy_(weights, thetas)
         else:
@@ -83,7 +83,8 @@ class SampleLoss:
                 loss = self.micro_batch_loss(batch)
                 losses.append(loss.detach())
                 accelerator.backward(loss * (batch.share * factor), **kwargs)
-            self.vectors.add_(vector, engine.gradients_of(self.vectors.held), scale / float(engine.loss_scale()))
+            gradients = engine.gradients_of(self.vectors.shards)
+            self.vectors.add_(vector, gradients, scale / float(engine.loss_scale()))
             engine.discard_gradient()
         return self._mean(losses)
 
@@ -101,7 +102,7 @@ class SampleLoss:
         return loss / trainer.accelerator.num_processes if is_scaled else loss
 
     def end_pass(self) -> None:
-        """Restore the state: the next pass finds the same random generators, buffers and attributes."""
+        """Restore the state, so that each pass finds the same random generators, buffers and attributes."""
         self._state.put_back()
         self.progress.update()
 
@@ -115,9 +116,9 @@ class SampleLoss:
 @contextlib.contextmanager
 def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sharpness") -> Iterator[SampleLoss]:
     """
-    Yield a `SampleLoss`, in evaluation or training mode, while weights may be moved.
+    Yield a `SampleLoss` in evaluation or training mode.
 
-    On leaving, the weights are θ bit for bit and all else is as it was, also after an interruption.
+    On leaving, also after an interruption, restore weights, gradients and all other state bit for bit.
     """
     refuse_unsupported(trainer)
     is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()

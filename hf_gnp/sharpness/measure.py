@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .hessian import DifferenceHessian, ExactHessian
+from .hessian import make_hessian
 from .loss import SampleLoss, sample_loss
 from .sample import draw_sample
 from .spectrum import Eigenpairs, top_eigenpairs, trace
@@ -34,8 +34,8 @@ def measure_sharpness(
     Hessian \\(H = \nabla^2 L\\), and the rise of the loss at distances r.
 
     \\(L\\) is the trainer's own loss in evaluation mode, a mean over the labels of a sample. Weights, buffers, random
-    generators and gradients are bit for bit as before, also after an interruption. Every rank calls this. A seed gives
-    the same sample and the same random directions on every engine and number of ranks.
+    generators and gradients are afterwards bit for bit as before, also after an interruption. Every rank calls this.
+    A seed gives the same sample and the same random directions on every engine and number of ranks.
 
     Memory: θ, the gradient and at most `basis` + 4 vectors, in float32, of this rank's trainable shard. A product
     costs two gradients of the sample.
@@ -43,24 +43,24 @@ def measure_sharpness(
     Args:
         trainer: A [`GNPTrainer`], or any [`~transformers.Trainer`].
         dataset: A dataset, or the name of one of several, as in `evaluate`. Default: the `eval_dataset`.
-        k: The number of largest eigenvalues; 0 for none.
+        k: The number of largest eigenvalues, or 0.
         radii: One or several distances r.
         samples: The size of the sample over all ranks. An iterable dataset gives its first elements.
-        probes: The number of random vectors for the trace and for the rise along random directions; 0 for neither.
+        probes: The number of random vectors for the trace and for the rise along random directions, or 0.
         tolerance: The residual ‖Hv - λv‖ at which an eigenvalue is good enough, as a share of the largest one.
         max_products: The largest number of products for the eigenvalues. The residuals tell whether it was enough.
-        basis: The number of vectors held for the eigenvalues, k + 9 by default. Fewer take more products.
+        basis: The number of vectors in memory for the eigenvalues, k + 9 by default. Fewer take more products.
         method: "differences" takes central differences of gradients, on every engine. "exact" differentiates twice,
             on one process.
-        step: The distance of the differences. Default: chosen so that two products agree best.
+        step: The distance of the differences. Default: the one at which two products agree best.
         seed: The seed of the sample and of the random vectors.
-        log: Whether to log the result, each name with `sharpness_` before it.
+        log: Whether to log the result, each name with the prefix `sharpness_`.
 
     Returns:
         loss, grad_norm (‖∇L‖), top_eigenvalues and residuals (largest first), trace and trace_standard_error,
         product_error (the estimated relative error of a product), products, samples, radii. For each r the rise of
-        the loss along the gradient (ascent), along the top eigenvector, up or down, whichever rises more
-        (ascent_top_eigenvector), and its mean over random directions (ascent_random).
+        the loss along the gradient (ascent) and its mean over random directions (ascent_random). For each r the
+        larger one of the rises up and down the top eigenvector (ascent_top_eigenvector).
 
     Raises:
         ValueError: for an argument out of range, missing data, or a model in fp16.
@@ -89,19 +89,14 @@ def measure_sharpness(
         if k > 0 or probes > 0:
             hessian = make_hessian(loss, gradient, method, step)
             if k > 0:
-                pairs = eigenpairs_of(hessian, k, tolerance, max_products, seed, basis)
+                tolerance = max(tolerance, hessian.error)  # no better than the products are
+                pairs = top_eigenpairs(hessian.product, loss.vectors, k, tolerance, max_products, seed, basis)
                 result |= {"top_eigenvalues": pairs.values, "residuals": pairs.residuals}
             if probes > 0:
                 estimate = trace(hessian.product, loss.vectors, probes, seed, pairs)
                 result["trace"], result["trace_standard_error"] = estimate
             result |= {"product_error": hessian.error, "products": hessian.products}
-        result["ascent"] = _rises(loss, start, gradient, radii)
-        if pairs is not None:
-            both = [_rises(loss, start, pairs.vectors[0], [sign * r for r in radii]) for sign in (1, -1)]
-            result["ascent_top_eigenvector"] = np.max(both, axis=0).tolist()
-        if probes > 0:
-            rises = [_rises(loss, start, loss.vectors.random(seed, 2, probe), radii) for probe in range(probes)]
-            result["ascent_random"] = np.mean(rises, axis=0).tolist()
+        result |= _ascents(loss, start, gradient, radii, pairs, probes, seed)
     if log:
         should_log = trainer.control.should_log
         trainer.log(_as_logs(result))
@@ -120,22 +115,24 @@ def check_positive(**values: Sequence[float]) -> None:
         raise ValueError(f"{' and '.join(values)} must be positive: {', '.join(map(str, values.values()))}.")
 
 
-def make_hessian(loss: SampleLoss, gradient: torch.Tensor, method: str, step: float | None) -> ExactHessian:
-    if method == "differences":
-        return DifferenceHessian(loss, gradient, step)
-    if method != "exact":
-        raise ValueError(f"method must be 'differences' or 'exact', but it is {method!r}.")
-    if loss.trainer.accelerator.num_processes > 1 or loss.trainer.is_deepspeed_enabled:
-        raise ValueError("method='exact' is for one process: use method='differences' on this engine.")
-    return ExactHessian(loss)
-
-
-def eigenpairs_of(
-    hessian: ExactHessian, k: int, tolerance: float, max_products: int, seed: int, basis: int | None = None
-) -> Eigenpairs:
-    """Find the top eigenpairs, no better than the products are."""
-    tolerance = max(tolerance, hessian.error)
-    return top_eigenpairs(hessian.product, hessian.loss.vectors, k, tolerance, max_products, seed, basis)
+def _ascents(
+    loss: SampleLoss,
+    start: float,
+    gradient: torch.Tensor,
+    radii: Sequence[float],
+    pairs: Eigenpairs | None,
+    probes: int,
+    seed: int,
+) -> dict[str, list[float]]:
+    """Return the rise of the loss from `start` along the gradient, the top eigenvector and random directions."""
+    result = {"ascent": _rises(loss, start, gradient, radii)}
+    if pairs is not None:
+        both = [_rises(loss, start, pairs.vectors[0], [sign * r for r in radii]) for sign in (1, -1)]
+        result["ascent_top_eigenvector"] = np.max(both, axis=0).tolist()
+    if probes > 0:
+        rises = [_rises(loss, start, loss.vectors.random(seed, 2, probe), radii) for probe in range(probes)]
+        result["ascent_random"] = np.mean(rises, axis=0).tolist()
+    return result
 
 
 def _rises(loss: SampleLoss, start: float, direction: torch.Tensor, radii: Sequence[float]) -> list[float]:

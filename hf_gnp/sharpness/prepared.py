@@ -1,4 +1,4 @@
-"""The model as its engine runs it, and the state that a measurement leaves as it found it."""
+"""The model as its engine runs it, and the state that a measurement leaves as it was."""
 
 import contextlib
 from collections.abc import Iterator
@@ -27,28 +27,22 @@ def refuse_unsupported(trainer: Any) -> None:
     is_fp16 = accelerator.mixed_precision == "fp16" or (config and config.get_value("fp16.enabled") is True)
     if is_fp16 or any(parameter.dtype == torch.float16 for parameter in trainer.model.parameters()):
         raise ValueError(FP16)
-    refuse_engine(accelerator, trainer.model, "Sharpness cannot be measured with {}.")
+    sentence = "Sharpness cannot be measured with {}."
+    refuse_engine(accelerator, trainer.model, sentence)
     if trainer.args.n_gpu > 1:
-        raise NotImplementedError(
-            "Sharpness cannot be measured with DataParallel: start one process a GPU (torchrun)."
-        )
+        raise NotImplementedError(sentence.format("DataParallel: start one process a GPU (torchrun)"))
     if trainer.get_tp_size() > 1:
-        raise NotImplementedError("Sharpness cannot be measured with tensor parallelism: use FSDP2 or DeepSpeed ZeRO.")
+        raise NotImplementedError(sentence.format("tensor parallelism: use FSDP2 or DeepSpeed ZeRO"))
     if trainer.is_in_train and not accelerator.sync_gradients:
         raise RuntimeError("Sharpness is measured between optimizer steps, not between the micro-batches of one.")
 
 
 @contextlib.contextmanager
 def prepared_model(trainer: Any) -> Iterator[nn.Module]:
-    """Yield the wrapped model: as `train` left it, or wrapped for the time of the measurement."""
-    accelerator, model, wrapped = trainer.accelerator, trainer.model, trainer.model_wrapped
-    is_prepared = wrapped is not model
-    if trainer.is_deepspeed_enabled:
-        is_prepared = getattr(wrapped, "optimizer", None) is not None
-    elif accelerator._models:  # FSDP shards the model itself
-        is_prepared |= trainer.optimizer is not None if trainer.is_fsdp_enabled else accelerator.num_processes == 1
-    if is_prepared:
-        yield wrapped
+    """Yield the model as `train` prepared it. Before `train`, prepare it for the time of the measurement."""
+    accelerator, model = trainer.accelerator, trainer.model
+    if _is_prepared(trainer):
+        yield trainer.model_wrapped
         return
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise RuntimeError(
@@ -57,18 +51,28 @@ def prepared_model(trainer: Any) -> Iterator[nn.Module]:
             "process."
         )
     attributes, models = dict(vars(model)), list(accelerator._models)
-    # Older releases of transformers have no such attribute.
-    is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
+    kwargs = {}
+    if getattr(model, "is_distributed_loading_by_transformers", False):  # it is sharded, and in its place
+        kwargs = {"device_placement": False, "evaluation_mode": True}
     try:
-        yield accelerator.prepare_model(
-            model, **({"device_placement": False, "evaluation_mode": True} if is_sharded else {})
-        )
+        yield accelerator.prepare_model(model, **kwargs)
     finally:
         accelerator._models[:] = models
         for name in ("forward", "_original_forward"):  # where accelerate puts autocast
             vars(model).pop(name, None)
             if name in attributes:
                 setattr(model, name, attributes[name])
+
+
+def _is_prepared(trainer: Any) -> bool:
+    """Decide whether the model is prepared for a backward pass. `evaluate` prepares it for forward passes alone."""
+    if trainer.is_deepspeed_enabled:
+        return getattr(trainer.model_wrapped, "optimizer", None) is not None
+    if trainer.model_wrapped is not trainer.model:
+        return True
+    if not trainer.accelerator._models:
+        return False
+    return trainer.optimizer is not None if trainer.is_fsdp_enabled else trainer.accelerator.num_processes == 1
 
 
 @contextlib.contextmanager

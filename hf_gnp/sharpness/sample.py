@@ -1,4 +1,4 @@
-"""The data that is measured on: which samples, in which micro-batches, and the weight of each in the mean."""
+"""The data that is measured on: the samples, their micro-batches, and the weight of each micro-batch in the mean."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ from transformers import set_seed
 
 class WeightedBatch(NamedTuple):
     """
-    A collated micro-batch of this rank. Its loss is a mean over `items` labels and counts `share` in the whole mean.
+    Hold a collated micro-batch of this rank, which is the micro-batch `number` of all ranks.
 
-    `number` is its place among the micro-batches of all ranks.
+    Its loss is a mean over `items` labels and has the weight `share` in the mean over all micro-batches.
     """
 
     inputs: Any
@@ -27,12 +27,11 @@ def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> tuple[list[
     Draw a sample of the evaluation data.
 
     Args:
-        dataset: The dataset, as `Trainer.evaluate` takes it: a dataset, the name of one of several, or None for
-            `eval_dataset`.
+        dataset: A dataset or the name of one of several, as in `Trainer.evaluate`. None is the `eval_dataset`.
         size: The largest number of samples over all ranks.
 
     Returns:
-        This rank's micro-batches and the number of samples. All ranks get the same number of micro-batches.
+        This rank's micro-batches, as many as on each other rank, and the number of samples.
     """
     available = trainer.eval_dataset
     named = available if isinstance(available, dict) else {None: available}
@@ -46,7 +45,7 @@ def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> tuple[list[
 
 
 def choose(dataset: Any, size: int, seed: int, shuffle: bool = False) -> Any:
-    """Choose samples by the seed, in the order of the dataset or shuffled; the first ones of an iterable dataset."""
+    """Choose samples by the seed, in the dataset's order or shuffled. An iterable dataset gives its first ones."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return list(itertools.islice(dataset, size))
     rows = np.random.default_rng(seed).permutation(len(dataset))[:size]
@@ -58,7 +57,7 @@ def micro_batches(trainer: Any, chosen: Any, per_batch: int, seed: int) -> list[
     """
     Collate this rank's micro-batches, in turn with the other ranks. Random transforms draw by the seed.
 
-    Each micro-batch costs a collective, so the last ones may have no share: ranks have the same number.
+    Each micro-batch costs a collective, so all ranks have the same number. Surplus ones have a share of 0.
     """
     # Not the data loader of `evaluate`, which is kept for later. This one has the trainer's collator and columns.
     loader = trainer.get_test_dataloader(chosen)
@@ -84,7 +83,7 @@ def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:
     total = trainer.accelerator.reduce(local, reduction="sum").item()
     if total == 0:
         raise ValueError("No sample has a label that counts (other than -100): there is no loss to measure.")
-    # The mean over no labels is NaN: the inputs of another micro-batch replace such inputs, with a share of 0.
+    # A mean over no labels is NaN, and 0 times NaN too, so such a micro-batch gets the inputs of another one.
     filled = next((batch for batch in batches if batch.items > 0), batches[0])
     return [
         (batch if batch.items > 0 else filled)._replace(share=count / total, number=batch.number)

@@ -20,12 +20,15 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 # Below this share of the largest eigenvalue, what is left of a product is rounding: the space is exhausted.
 EXHAUSTED = 1e-10
+# A random start has a Rayleigh quotient near 0 and a far larger residual. Very noisy products must not accept it.
+LARGEST_TOLERANCE = 0.5
 
 
 class Eigenpairs(NamedTuple):
     """
-    The largest eigenvalues, largest first, and ‖Hv - λv‖ from one more product with each. `vectors` are orthonormal:
-    those of these eigenvalues, and the others of the basis that they were found in. `trace` is that of H within it.
+    Hold the largest eigenvalues, largest first, and ‖Hv - λv‖ from one more product with each eigenvector.
+
+    The `vectors` are orthonormal: the eigenvectors, then the rest of the basis. `trace` is that of H within the basis.
     """
 
     values: list[float]
@@ -35,16 +38,22 @@ class Eigenpairs(NamedTuple):
 
 
 def top_eigenpairs(
-    product: Product, space: ShardVectors, k: int, tolerance: float, max_products: int, seed: int, basis: int | None
+    product: Product,
+    space: ShardVectors,
+    k: int,
+    tolerance: float,
+    max_products: int,
+    seed: int,
+    basis: int | None = None,
 ) -> Eigenpairs:
     """
-    The k largest eigenvalues by Lanczos with full reorthogonalisation, restarted when `basis` vectors are held.
+    Find the k largest eigenvalues by Lanczos with full reorthogonalisation, restarted when the basis is full.
 
     Args:
-        product: H v, of local parts.
-        tolerance: Stop when the residuals are below this share of the largest |eigenvalue| seen.
-        max_products: Stop after that many products, and k more for the residuals.
-        basis: How many vectors are held at most; k + 9 by default.
+        product: Returns H v.
+        tolerance: Stop when the residuals are below this share of the largest |eigenvalue| seen, at most half of it.
+        max_products: Stop after that many products. The residuals take k more.
+        basis: The largest number of vectors in memory, k + 9 by default.
     """
     ones = torch.ones_like(space.zeros())
     dimension = round(space.dot(ones, ones))
@@ -55,17 +64,17 @@ def top_eigenpairs(
     for used in range(1, max_products + 1):
         rest = product(vectors[-1])
         coefficients = _orthogonalize_(rest, vectors, space)
-        last = len(vectors) - 1
-        matrix[: last + 1, last] = matrix[last, : last + 1] = coefficients
-        values, rotation = np.linalg.eigh(matrix[: last + 1, : last + 1])
+        size = len(vectors)
+        matrix[:size, size - 1] = matrix[size - 1, :size] = coefficients
+        values, rotation = np.linalg.eigh(matrix[:size, :size])
         values, rotation = values[::-1], rotation[:, ::-1]
-        length = space.norm(rest)
-        largest = np.abs(values).max()
-        is_exhausted = len(vectors) == dimension or length <= EXHAUSTED * largest
+        length, largest = space.norm(rest), np.abs(values).max()
         residuals = length * np.abs(rotation[-1, :k])
-        if is_exhausted or (len(vectors) >= k and residuals.max() <= tolerance * largest) or used == max_products:
+        is_exhausted = size == dimension or length <= EXHAUSTED * largest
+        is_converged = size >= k and residuals.max() <= min(tolerance, LARGEST_TOLERANCE) * largest
+        if is_exhausted or is_converged or used == max_products:
             break
-        if len(vectors) == limit:
+        if size == limit:
             kept = k + (limit - k) // 2
             vectors = _rotated(vectors, rotation[:, :kept])
             matrix[:] = 0
@@ -75,9 +84,9 @@ def top_eigenpairs(
 
 
 def _orthogonalize_(rest: torch.Tensor, vectors: list[torch.Tensor], space: ShardVectors) -> np.ndarray:
-    """Take the components along orthonormal `vectors` out of `rest`, twice, and return them."""
+    """Subtract from `rest` its components along orthonormal `vectors`, and return them."""
     total = np.zeros(len(vectors))
-    for _ in range(2):
+    for _ in range(2):  # rounding leaves a part of them the first time
         components = space.dots(vectors, rest)
         for component, vector in zip(components, vectors, strict=True):
             rest.sub_(vector, alpha=float(component))
@@ -86,9 +95,9 @@ def _orthogonalize_(rest: torch.Tensor, vectors: list[torch.Tensor], space: Shar
 
 
 def _rotated(vectors: list[torch.Tensor], rotation: np.ndarray) -> list[torch.Tensor]:
-    """The combinations of `vectors` in the columns of `rotation`, one at a time: no copy of all of them at once."""
+    """Return the combinations of `vectors` in the columns of `rotation`. They overwrite the first `vectors`."""
     size, block = vectors[0].numel(), 2**22
-    matrix = torch.from_numpy(np.ascontiguousarray(rotation)).to(vectors[0].device, precise(vectors[0].device))
+    matrix = torch.from_numpy(rotation.copy()).to(vectors[0].device, precise(vectors[0].device))
     result = vectors[: matrix.shape[1]]
     for first in range(0, max(size, 1), block):
         place = slice(first, first + block)
@@ -115,18 +124,17 @@ def trace(
     product: Product, space: ShardVectors, probes: int, seed: int, known: Eigenpairs | None = None
 ) -> tuple[float, float]:
     """
-    tr H by Hutchinson's estimator with random signs, and its standard error.
+    Return tr H by Hutchinson's estimator with random signs, and its standard error.
 
-    Within the basis of known eigenpairs the trace is known, and only the rest is estimated, as Hutch++ does: without
-    the largest eigenvalues, which make up most of the variance, far fewer probes are needed.
+    The trace within the basis of known eigenpairs is known. As in Hutch++, only the rest is estimated. The largest
+    eigenvalues make up most of the variance, so far fewer probes are needed.
     """
-    vectors = known.vectors if known is not None else []
+    vectors, exact = (known.vectors, known.trace) if known is not None else ([], 0.0)
     estimates = []
     for probe in range(probes):
         z = space.random(seed, 1, probe, signs=True)
         if vectors:
             _orthogonalize_(z, vectors, space)
         estimates.append(space.dot(z, product(z)))
-    exact = known.trace if known is not None else 0.0
     error = float(np.std(estimates, ddof=1)) / math.sqrt(probes) if probes > 1 else math.nan
     return exact + float(np.mean(estimates)), error

@@ -1,6 +1,7 @@
-"""Pictures of the loss around trained weights."""
+"""Slices of the loss around trained weights, along a line or in a plane."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from .hessian import make_hessian
 from .loss import SampleLoss, sample_loss
-from .measure import eigenpairs_of, make_hessian
+from .pictures import draw_slices
 from .sample import draw_sample
+from .spectrum import top_eigenpairs
 from .vectors import precise
 
 
-AXES = {
+# The unit of each axis, for each kind of directions.
+UNITS = {
     "filters": ("filter norms along a random direction", "filter norms along another"),
     "eigenvectors": ("‖Δθ‖ along eigenvector 1", "‖Δθ‖ along eigenvector 2"),
     "line": ("share of the way",),
@@ -73,42 +77,35 @@ def plot_loss_surface(
     ```
     """
     _check(trainer, checkpoints, directions, dimensions, points, distance)
+    origins: list[Any] = list(checkpoints) or [None]  # None stands for the trainer's own weights
     axes = [np.linspace(-distance, distance, points)] * dimensions
     if directions == "line":
+        origins = [None, *checkpoints][-2:-1]
         axes = [np.linspace(-distance / 4, 1 + distance / 4, points)]
-    all_weights: list[Any] = [None, *checkpoints]  # None stands for the trainer's own
     slices = []
     with sample_loss(trainer, seed) as loss:
         loss.batches, size = draw_sample(trainer, dataset, samples, seed)
-        for start in all_weights[-2:-1] if directions == "line" else checkpoints or all_weights:
-            item: dict[str, Any] = {"checkpoint": _name(start)}
-            offset = _way_to(loss, start)
+        for origin in origins:
+            offset = _way_to(origin, loss)
             loss.set_origin(offset)
+            item: dict[str, Any] = {"checkpoint": _name(origin)}
             if directions == "line":
-                vectors = [_way_to(loss, checkpoints[-1]).sub_(offset)]
-                name = f"{_name(start)} (0) to {_name(checkpoints[-1])} (1)"
-                item = {"checkpoint": name, "distance": loss.vectors.norm(vectors[0])}
-            elif directions == "filters":
-                vectors = [filter_normalized_(loss.vectors.random(seed, 3, i), loss) for i in range(dimensions)]
+                found, vectors = _line(origin, offset, checkpoints[-1], loss)
+            elif directions == "eigenvectors":
+                found, vectors = _eigenvectors(loss, dimensions, tolerance, max_products, seed)
             else:
-                gradient = loss.vectors.zeros()
-                loss.add_gradient_(gradient)
-                hessian = make_hessian(loss, gradient, "differences", None)
-                pairs = eigenpairs_of(hessian, dimensions, tolerance, max_products, seed)
-                item["eigenvalues"] = pairs.values
-                # An eigenvector has no sign: let the loss rise to the right, so that two pictures show the same.
-                ups = loss.vectors.dots(pairs.vectors[:dimensions], gradient)
-                vectors = [-v if up < 0 else v for v, up in zip(pairs.vectors, ups, strict=False)]
-            slices.append(item | {"losses": _losses_along(loss, vectors, axes)})
-    what = {
+                randoms = [loss.vectors.random(seed, 3, number) for number in range(dimensions)]
+                found, vectors = {}, [filter_normalized_(random, loss) for random in randoms]
+            slices.append(item | found | {"losses": _losses_along(loss, vectors, axes)})
+    along = {
         "filters": f"filter-normalised random directions (seed {seed})",
         "eigenvectors": "eigenvectors of the largest eigenvalues of the Hessian",
         "line": f"the line between two checkpoints, ‖Δθ‖ = {slices[0].get('distance', 0):.3g} apart",
     }[directions]
     result = {
-        "caption": f"Loss of {type(trainer.model).__name__}, mean over {size} samples, along {what}",
+        "caption": f"Loss of {type(trainer.model).__name__}, mean over {size} samples, along {along}",
         "directions": directions,
-        "units": list(AXES[directions][:dimensions]),
+        "units": list(UNITS[directions][:dimensions]),
         "axes": [axis.tolist() for axis in axes],
         "slices": slices,
     }
@@ -116,15 +113,15 @@ def plot_loss_surface(
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps(result), encoding="utf-8")
-        draw(result, path.with_suffix(".png"))
+        draw_slices(result, path.with_suffix(".png"))
     return result
 
 
 def _check(
     trainer: Any, checkpoints: Sequence[Any], directions: str, dimensions: int, points: int, distance: float
 ) -> None:
-    if directions not in AXES:
-        raise ValueError(f"directions must be one of {tuple(AXES)}, but it is {directions!r}.")
+    if directions not in UNITS:
+        raise ValueError(f"directions must be one of {tuple(UNITS)}, but it is {directions!r}.")
     if dimensions not in (1, 2) or points < 2 or not distance > 0:
         raise ValueError(
             f"dimensions must be 1 or 2, points at least 2 and distance positive: {dimensions}, {points}, {distance}."
@@ -133,6 +130,55 @@ def _check(
         raise ValueError("A line has one dimension and two ends: give one or two checkpoints.")
     if checkpoints and trainer.is_deepspeed_enabled:
         raise NotImplementedError("Checkpoints are read whole, not into ZeRO's shards: use one process, DDP or FSDP2.")
+
+
+def _line(start: Any, offset: torch.Tensor, end: Any, loss: SampleLoss) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Return the name and length of the line between the weights of two checkpoints, and the vector between them."""
+    way = _way_to(end, loss).sub_(offset)
+    return {"checkpoint": f"{_name(start)} (0) to {_name(end)} (1)", "distance": loss.vectors.norm(way)}, [way]
+
+
+def _eigenvectors(
+    loss: SampleLoss, count: int, tolerance: float, max_products: int, seed: int
+) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    gradient = loss.vectors.zeros()
+    loss.add_gradient_(gradient)
+    hessian = make_hessian(loss, gradient)
+    tolerance = max(tolerance, hessian.error)
+    pairs = top_eigenpairs(hessian.product, loss.vectors, count, tolerance, max_products, seed)
+    vectors = pairs.vectors[:count]
+    # An eigenvector has no sign: let the loss rise to the right, so that two pictures show the same.
+    ups = loss.vectors.dots(vectors, gradient)
+    return {"eigenvalues": pairs.values}, [-v if up < 0 else v for v, up in zip(vectors, ups, strict=True)]
+
+
+def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
+    """
+    Scale each filter of a direction to the norm of the same filter of the weights (Li et al. 2018).
+
+    A filter is a row of a parameter with two or more dimensions. Other parameters become 0.
+    """
+    vectors, places = loss.vectors, []
+    # ZeRO-3 leaves an empty parameter, and its shape beside it.
+    shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in loss.model.parameters()]
+    first_rows = np.cumsum([0, *(shape[0] if len(shape) > 1 else 0 for shape in shapes)]).tolist()
+    sq_norms = torch.zeros(2, first_rows[-1], dtype=precise(vectors.device), device=vectors.device)
+    origin = loss.origin()
+    for place, shard in vectors.placed_shards:
+        shape, first = shard.whole_shape, first_rows[shard.number]
+        if len(shape) < 2:
+            direction[place] = 0.0
+            continue
+        rows_of_whole = torch.arange(first, first + shape[0]).repeat_interleave(math.prod(shape[1:])).view(shape)
+        rows = shard.part_of(rows_of_whole).reshape(-1).to(vectors.device)
+        places.append((place, rows))
+        filters = torch.stack([origin[place], direction[place]]).to(sq_norms.dtype)
+        sq_norms.index_add_(1, rows, filters.square() / shard.copies)
+    wanted, given = vectors.sum_over_ranks(sq_norms).sqrt().to(vectors.device)
+    scales = torch.where(given > 0, wanted / given, 0.0).to(direction.dtype)
+    for place, rows in places:
+        direction[place] *= scales[rows]
+    return direction
 
 
 def _losses_along(loss: SampleLoss, directions: Sequence[torch.Tensor], axes: Sequence[np.ndarray]) -> Any:
@@ -145,37 +191,8 @@ def _losses_along(loss: SampleLoss, directions: Sequence[torch.Tensor], axes: Se
     return grid.tolist()
 
 
-def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
-    """
-    Scale each filter of a direction to the norm of the same filter of the weights (Li et al. 2018).
-
-    A filter is a row of a parameter with two or more dimensions. Other parameters become 0.
-    """
-    vectors, places = loss.vectors, []
-    # ZeRO-3 leaves an empty parameter, and its shape beside it.
-    shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in loss.model.parameters()]
-    first_row = np.cumsum([0, *(shape[0] if len(shape) > 1 else 0 for shape in shapes)]).tolist()
-    sq_norms = torch.zeros(2, first_row[-1], dtype=precise(vectors.device), device=vectors.device)
-    origin = loss.origin()
-    for part, shard in zip(vectors.slices, vectors.held, strict=True):
-        shape, first = shard.whole_shape, first_row[shard.number]
-        if len(shape) < 2:
-            direction[part] = 0.0
-            continue
-        rows_of_whole = torch.arange(first, first + shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
-        rows = shard.part_of(rows_of_whole.contiguous()).reshape(-1).to(vectors.device)
-        places.append((part, rows))
-        filters = torch.stack([origin[part], direction[part]]).to(sq_norms.dtype)
-        sq_norms.index_add_(1, rows, filters.square() / shard.copies)
-    wanted, given = vectors.sum_over_ranks(sq_norms).sqrt().to(vectors.device)
-    scales = torch.where(given > 0, wanted / given, 0.0).to(direction.dtype)
-    for part, rows in places:
-        direction[part] *= scales[rows]
-    return direction
-
-
-def _way_to(loss: SampleLoss, folder: str | Path | None) -> torch.Tensor:
-    """Return the way from θ to the trainable weights that are saved in `folder`, or 0 for None."""
+def _way_to(folder: str | Path | None, loss: SampleLoss) -> torch.Tensor:
+    """Return the vector from θ to the trainable weights that are saved in a folder, or 0 without a folder."""
     model, vectors = loss.trainer.model, loss.vectors
     if folder is None:
         return vectors.zeros()
@@ -187,51 +204,10 @@ def _way_to(loss: SampleLoss, folder: str | Path | None) -> torch.Tensor:
     else:
         raise ValueError(f"{folder} has no model.safetensors: give folders that save_model or a checkpoint wrote.")
     way = vectors.theta().neg_()
-    vectors.add_(way, [shard.part_of(saved[shard.number]) for shard in vectors.held])
+    vectors.add_(way, [shard.part_of(saved[shard.number]) for shard in vectors.shards])
     return way
 
 
 def _name(checkpoint: Any) -> str:
     path = Path(checkpoint or "the trainer's weights")
     return f"{path.parent.name}/{path.name}" if path.name.startswith("checkpoint-") else path.name
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Return a figure of matplotlib, which is an optional dependency."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("Pictures need matplotlib: pip install 'hf_gnp[sharpness]'.") from None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the curves in one picture, or a map for each checkpoint with one colour bar."""
-    slices, axes, units = result["slices"], result["axes"], result["units"]
-    maps = len(slices) if len(axes) == 2 else 1
-    figure = new_figure(*((1 + 5 * maps, 4.8) if len(axes) == 2 else (7, 4.5)))
-    panels = figure.subplots(1, maps, squeeze=False)[0]
-    if len(axes) == 1:
-        for item in slices:
-            panels[0].plot(axes[0], item["losses"], marker=".", label=_label(item))
-        panels[0].set(xlabel=f"x, {units[0]}", ylabel="loss")
-        panels[0].legend()
-    else:
-        losses = np.array([item["losses"] for item in slices])
-        finite = losses[np.isfinite(losses)]
-        low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-        levels = np.linspace(low, high if high > low else low + 1e-12, 25)
-        for panel, item, grid in zip(panels, slices, losses, strict=True):
-            filled = panel.contourf(*axes, grid.T, levels=levels, cmap="viridis")  # it wants the first axis last
-            panel.contour(*axes, grid.T, levels=levels[::2], colors="white", linewidths=0.4)
-            panel.plot(0, 0, marker="+", color="red", markersize=10)
-            panel.set(xlabel=f"x, {units[0]}", ylabel=f"y, {units[1]}", title=_label(item), aspect="equal")
-            panel.locator_params(nbins=5)
-        figure.colorbar(filled, ax=list(panels), label="loss", format="%.3g")
-    figure.suptitle(result["caption"], fontsize=9, wrap=True)
-    figure.savefig(path, dpi=120)
-
-
-def _label(item: dict[str, Any]) -> str:
-    eigenvalues = ", ".join(f"{value:.3g}" for value in item.get("eigenvalues", []))
-    return item["checkpoint"] + (f" (λ = {eigenvalues})" if eigenvalues else "")

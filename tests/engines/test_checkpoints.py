@@ -22,8 +22,10 @@ RESUMABLE = tuple(engine for engine in ENGINES if engine != "fsdp2")
 ADAMW = {"optim": "adamw_torch", "lr_scheduler_type": "linear", **TWO}
 SAVING = gnp(**ADAMW, save_strategy="steps", save_steps=1)
 MOMENTUM = SAVING | {"gnp_direction": "momentum", "gnp_alpha": 1.0}
+METRICS = {"layer": 0.05, "element": 0.5}
 RUNS = {engine: (engine, SAVING) for engine in RESUMABLE}
 RUNS |= {f"momentum-{engine}": (engine, MOMENTUM) for engine in ("ddp", "zero2", "zero3-offload")}
+RUNS |= {f"{metric}-zero3": ("zero3", SAVING | {"gnp_metric": metric, "gnp_r": r}) for metric, r in METRICS.items()}
 RESUME = {
     f"{name}-{run}": case_of(engine, args, **more)
     for name, (engine, args) in RUNS.items()

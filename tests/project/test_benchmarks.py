@@ -147,7 +147,7 @@ def test_cost_counts_bytes_of_ranks(tmp_path):
 @pytest.mark.parametrize("name", catalogue.STUDIES)
 def test_study_runs_once_and_reports(tmp_path, data, encoder, vision_model, loud_libraries, capsys, name):
     pytest.importorskip("matplotlib", reason="the benchmarks draw with it")
-    is_text = name in ("sst2", "defaults_sst2", "forgetting")
+    is_text = next(iter(catalogue.STUDIES[name].cases.values()))["task"] == "sentences"
     flags = [name, "--quick", "--quiet", "--data", str(data), "--output_dir", str(tmp_path)]
     flags += ["--model_path", str(encoder if is_text else vision_model), "--report", *report.REPORTS]
     study.main(flags)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import random
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import Trainer
 
 from hf_gnp import GNPTrainer, SharpnessCallback
 from hf_gnp.sharpness import measure_sharpness
+from hf_gnp.sharpness.hessian import ExactHessian
 from hf_gnp.sharpness.loss import SampleLoss
 
 
@@ -144,6 +146,21 @@ def test_batch_norm_uses_its_statistics_and_does_not_move_them(tmp_path):
     assert_identical(snapshot(model), before)
     assert model.training
     assert_matches(result, Exact(model, make_data("net", size=SAMPLES)), 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_very_noisy_products_do_not_accept_the_random_start(tmp_path, monkeypatch, seed):
+    """A small model's products are exact here. They only claim an error that any residual is below."""
+    model, data = make_model("vit"), make_data("vit", size=SAMPLES)
+    monkeypatch.setattr(ExactHessian, "error", math.inf)
+    result = trainer_of(tmp_path, model, "vit").measure_sharpness(method="exact", probes=0, seed=seed, log=False)
+    # An eigenvalue lies within the residual, which is at most half of the result: the result is at least 2/3 of it.
+    assert result["top_eigenvalues"][0] == pytest.approx(Exact(model, data).top(1)[0], rel=1 / 3)
+
+
+def test_one_product_is_enough_for_a_result(tmp_path):
+    result = trainer_of(tmp_path, Net(nn.Tanh)).measure_sharpness(max_products=1, probes=0, log=False)
+    assert np.isfinite(result["top_eigenvalues"][0]) and result["residuals"][0] > 0
 
 
 @pytest.mark.parametrize("basis", [3, 8])

@@ -27,6 +27,11 @@ SETTINGS = {
     "save_steps": 1,
 }
 STEPS_PER_EPOCH, STEPS = 3, 6
+# Kind of model and arguments of runs that are resumed.
+RUNS = {kind: (kind, {}) for kind in KINDS}
+RUNS |= {
+    f"bert-{metric}": ("bert", {"gnp_metric": metric, "gnp_r": r}) for metric, r in (("layer", 0.05), ("element", 0.5))
+}
 TAG = "gradient-norm-penalty"
 PAPER = "https://arxiv.org/abs/2202.03599"
 
@@ -36,11 +41,12 @@ def make_resumable(output_dir, kind: str, cls=GNPTrainer, model=None, **kwargs) 
     return make_trainer(output_dir, kind, cls, model=model, data=make_data(kind, 24), **{**SETTINGS, **kwargs})
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=RUNS)
 def uninterrupted(request, tmp_path_factory):
-    """A whole run of each kind of model, with a checkpoint at each step."""
+    """A whole run of each of `RUNS`, with a checkpoint at each step."""
     output_dir = tmp_path_factory.mktemp(request.param)
-    end = run(make_resumable(output_dir, request.param))
+    kind, args = RUNS[request.param]
+    end = run(make_resumable(output_dir, kind, **args))
     assert len(end["logs"]) == STEPS
     return request.param, output_dir, end
 
@@ -48,8 +54,10 @@ def uninterrupted(request, tmp_path_factory):
 @pytest.mark.parametrize("step", [STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])
 def test_resumed_run_is_the_whole_run(tmp_path, uninterrupted, step):
     """Stopped within the first epoch, at its end, and within the second."""
-    kind, output_dir, expected = uninterrupted
-    trainer = make_resumable(tmp_path, kind, model=randomized(make_model(kind, dropout=0.1)), save_strategy="no")
+    name, output_dir, expected = uninterrupted
+    kind, args = RUNS[name]
+    model = randomized(make_model(kind, dropout=0.1))
+    trainer = make_resumable(tmp_path, kind, model=model, save_strategy="no", **args)
     result = run(trainer, resume_from_checkpoint=str(output_dir / f"checkpoint-{step}"))
     assert_identical(result, expected)
 

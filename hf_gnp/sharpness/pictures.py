@@ -1,0 +1,79 @@
+"""Pictures of slices of the loss, and of what `find_r` measured. They need matplotlib, an optional dependency."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def new_figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("Pictures need matplotlib: pip install 'hf_gnp[sharpness]'.") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_slices(result: dict[str, Any], path: Path) -> None:
+    """Draw the curves of `plot_loss_surface` in one picture, or a map for each checkpoint."""
+    if len(result["axes"]) == 1:
+        figure = new_figure(7, 4.5)
+        _draw_curves(figure, result)
+    else:
+        figure = new_figure(1 + 5 * len(result["slices"]), 4.8)
+        _draw_maps(figure, result)
+    figure.suptitle(result["caption"], fontsize=9, wrap=True)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_curves(figure: Any, result: dict[str, Any]) -> None:
+    panel = figure.subplots()
+    for item in result["slices"]:
+        panel.plot(result["axes"][0], item["losses"], marker=".", label=_label(item))
+    panel.set(xlabel=f"x, {result['units'][0]}", ylabel="loss")
+    panel.legend()
+
+
+def _draw_maps(figure: Any, result: dict[str, Any]) -> None:
+    """Draw the maps with one colour bar, so that their colours can be compared."""
+    slices, (x_unit, y_unit) = result["slices"], result["units"]
+    losses = np.array([item["losses"] for item in slices])
+    finite = losses[np.isfinite(losses)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    levels = np.linspace(low, high if high > low else low + 1e-12, 25)
+    panels = figure.subplots(1, len(slices), squeeze=False)[0]
+    for panel, item, grid in zip(panels, slices, losses, strict=True):
+        filled = panel.contourf(*result["axes"], grid.T, levels=levels, cmap="viridis")  # it wants the first axis last
+        panel.contour(*result["axes"], grid.T, levels=levels[::2], colors="white", linewidths=0.4)
+        panel.plot(0, 0, marker="+", color="red", markersize=10)
+        panel.set(xlabel=f"x, {x_unit}", ylabel=f"y, {y_unit}", title=_label(item), aspect="equal")
+        panel.locator_params(nbins=5)
+    figure.colorbar(filled, ax=list(panels), label="loss", format="%.3g")
+
+
+def _label(item: dict[str, Any]) -> str:
+    eigenvalues = ", ".join(f"{value:.3g}" for value in item.get("eigenvalues", []))
+    return item["checkpoint"] + (f" (λ = {eigenvalues})" if eigenvalues else "")
+
+
+def draw_radii(result: dict[str, Any], limits: dict[str, float], model: str, path: Path) -> None:
+    """Draw cosine, kept and the rise of `find_r` over r, with the limits of the first two and the suggestion."""
+    radii, figure = np.array(result["radii"]), new_figure(7, 4.5)
+    panel = figure.subplots()
+    for name, color in (("cosine", "tab:blue"), ("kept", "tab:green")):
+        means, errors = np.array(result[name]), np.array(result[f"{name}_standard_error"])
+        panel.plot(radii, means, marker=".", color=color, label=name)
+        panel.fill_between(radii, means - errors, means + errors, color=color, alpha=0.2, linewidth=0)
+        panel.axhline(limits[name], color=color, linewidth=0.6, linestyle=":")
+    panel.set(xlabel=f"r (metric {result['metric']})", ylabel="cosine, kept", xscale="log", ylim=(-0.5, 2))
+    right = panel.twinx()
+    right.plot(radii, result["rise_share"], marker=".", color="tab:red", label="rise / loss (right)")
+    right.set(ylabel="rise / loss", yscale="log")
+    suggestion = result["suggestion"]
+    panel.axvline(suggestion, color="black", linestyle="--", label=f"suggestion: {suggestion:.2g}")
+    handles = [handle for each in (panel, right) for handle in each.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    loss, norm = result["loss"], result["grad_norm"]
+    figure.suptitle(f"{model}: loss {loss:.3g}, gradient norm {norm:.3g}, {result['batches']} batches", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
