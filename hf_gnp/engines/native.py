@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_gnp import penalty
@@ -22,7 +21,8 @@ from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, modules_of
 from .averaging import average_gradients
 from .dtensors import as_sharded, coordinates_of, count_copies, part_of
 from .engine import Engine
-from .private import drop_unreduced_gradients, has_unreduced_gradient, next_step_skipped, optimizer_that_skips
+from .fsdp import ShardedModules
+from .private import next_step_skipped, optimizer_that_skips
 from .shards import Shard
 from .wrappers import defer_reduction, has_communication_hook, reducing
 
@@ -54,11 +54,7 @@ class NativeEngine(Engine):
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module, optimizer: Any = None):
         self._optimizer = optimizer
-        modules = modules_of(model)
-        self._fsdp_modules = [m for m in modules if isinstance(m, FSDPModule)]
-        within = {id(child) for module in self._fsdp_modules for child in module.modules() if child is not module}
-        self._fsdp_roots = [module for module in self._fsdp_modules if id(module) not in within]
-        has_unreduced_gradient(self._fsdp_modules)  # refuses a release of torch whose names are others
+        self._fsdp = ShardedModules(modules_of(model))
         self._uses_cuda_graphs = accelerator.state.dynamo_plugin.mode in CUDA_GRAPHS
         self._moved: list[torch.Tensor] = []
         self._backup: list[torch.Tensor] = []
@@ -150,9 +146,7 @@ class NativeEngine(Engine):
         return [shard.kept(backup) for shard, backup in zip(shards, self._backup, strict=True)]
 
     def publish(self) -> None:
-        # Parameters that FSDP2 kept gathered (reshard_after_backward=False) would not notice a changed shard.
-        for module in self._fsdp_modules:
-            module.reshard()
+        self._fsdp.reshard()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -162,17 +156,9 @@ class NativeEngine(Engine):
         self.publish()
 
     def clean_up(self) -> None:
-        # A layer whose forward failed counts as running, and `reshard` leaves one as it is that is not resharded after
-        # its forward: gathered, and moved.
-        self._forget_forward()
-        drop_unreduced_gradients(self._fsdp_modules)
+        self._fsdp.forget_forward()
+        self._fsdp.drop_gradients()
         super().clean_up()
-
-    def _forget_forward(self) -> None:
-        """Let FSDP2 wait for no backward of the last forward."""
-        for module in self._fsdp_roots:
-            if hasattr(module, "reset_iter_state"):  # older releases of torch have none
-                module.reset_iter_state()
 
     # The passes.
 
@@ -180,18 +166,18 @@ class NativeEngine(Engine):
         self._is_reducing = not self.perturbation.is_per_rank and self.perturbation.is_per_micro_batch
         if self.perturbation.is_per_rank:
             return self.accelerator.no_sync(self.model)
-        return reducing(self.model, self._fsdp_modules) if self._is_reducing else contextlib.nullcontext()
+        return reducing(self.model, self._fsdp.modules) if self._is_reducing else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def replay(self, is_last: bool) -> Iterator[None]:
         is_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         self._is_reducing = not self.perturbation.is_per_rank and (is_last or is_each)
-        reduced = reducing(self.model, self._fsdp_modules) if self._is_reducing else self._no_sync()
+        reduced = reducing(self.model, self._fsdp.modules) if self._is_reducing else self._no_sync()
         with self.sync_gradients_set(is_last), reduced:
             yield
 
     def _no_sync(self) -> AbstractContextManager[None]:
-        if self._fsdp_modules and not self.accelerator.is_fsdp2:
+        if self._fsdp and not self.accelerator.is_fsdp2:
             return defer_reduction(self.model)
         return self.accelerator.no_sync(self.model)
 
@@ -222,7 +208,7 @@ class NativeEngine(Engine):
                 yield
         finally:
             penalty.copy_(weights, kept)
-        self._forget_forward()
+        self._fsdp.forget_forward()
         self.publish()
 
     # The gradients.
@@ -311,10 +297,10 @@ class NativeEngine(Engine):
 
     def sets_gradients_aside(self) -> bool:
         # Until the window's last backward FSDP2 keeps gradients to itself.
-        return not self._fsdp_modules or (self.accelerator.sync_gradients and not self.hides_gradient())
+        return not self._fsdp or (self.accelerator.sync_gradients and not self.hides_gradient())
 
     def hides_gradient(self) -> bool:
-        return bool(self._fsdp_modules) and has_unreduced_gradient(self._fsdp_modules)
+        return self._fsdp.has_gradient()
 
     def hidden_gradient(self) -> AbstractContextManager[None]:
         return gradients_hidden((*self.all_parameters, *self.outside))

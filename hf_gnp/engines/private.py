@@ -1,7 +1,7 @@
 """Private names of torch. Those that are assigned are checked: without them an assignment would be silent."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -30,34 +30,6 @@ def forget_casts() -> None:
     """Clear the caches of autocast and of `torch.nn.utils.parametrize.cached`, as the weights have changed."""
     torch.clear_autocast_cache()
     parametrize._cache.clear()
-
-
-def has_unreduced_gradient(fsdp_modules: Iterable[Any]) -> bool:
-    """Return whether FSDP2 has a gradient that no backward has reduced yet. No `grad` shows it."""
-    parameters = list(_fsdp_parameters(fsdp_modules))
-    waiting = (p.unsharded_accumulated_grad for p in parameters)
-    whole = (p._unsharded_param.grad for p in parameters if hasattr(p, "_unsharded_param"))
-    return any(gradient is not None for gradient in (*waiting, *whole))
-
-
-def drop_unreduced_gradients(fsdp_modules: Iterable[Any]) -> None:
-    """Drop the gradients that FSDP2 has not reduced. `reset_iter_state` of torch 2.13 leaves them."""
-    for parameter in _fsdp_parameters(fsdp_modules):
-        parameter.unsharded_accumulated_grad = None
-        if hasattr(parameter, "_unsharded_param"):  # since its first forward
-            parameter._unsharded_param.grad = None
-
-
-def _fsdp_parameters(modules: Iterable[Any]) -> Iterator[Any]:
-    """Yield FSDP2's own record of each parameter that it has sharded."""
-    for module in modules:
-        state = module._get_fsdp_state()
-        # Older releases of torch have one group a module.
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in filter(None, groups):
-            for parameter in group.fsdp_params:
-                require("torch", parameter, "unsharded_accumulated_grad")
-                yield parameter
 
 
 def optimizer_that_skips(optimizer: Any, device: torch.device) -> torch.optim.Optimizer | None:

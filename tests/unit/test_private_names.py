@@ -14,6 +14,7 @@ from hf_gnp import engines
 from hf_gnp.engines import private
 from hf_gnp.engines.deepspeed import make_deepspeed_engine
 from hf_gnp.engines.deepspeed.zero3 import Zero3Engine
+from hf_gnp.engines.fsdp import ShardedModules
 from hf_gnp.perturbation import Perturbation
 
 
@@ -60,14 +61,16 @@ def test_gradient_that_fsdp2_has_not_reduced(missing):
     parameters[1]._unsharded_param = unsharded  # the first has had no forward
     group = SimpleNamespace(fsdp_params=parameters)
     module = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_fsdp_param_group=group))
+    sharded = ShardedModules([])
+    sharded.modules = [module]
     if missing is not None:
         delattr(parameters[0], missing)
         with pytest.raises(RuntimeError, match=sentence("torch", f"FSDPParam.{missing}")):
-            private.drop_unreduced_gradients([module])
+            sharded.drop_gradients()
         return
-    assert private.has_unreduced_gradient([module])
-    private.drop_unreduced_gradients([module])
-    assert not private.has_unreduced_gradient([module])
+    assert sharded.has_gradient()
+    sharded.drop_gradients()
+    assert not sharded.has_gradient()
 
 
 # --- What a CPU can show of DeepSpeed's other private state ---
