@@ -16,8 +16,13 @@ class Zero3Engine(ShardedEngine):
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
         super().__init__(accelerator, perturbation)
         self.offloads = self.optimizer.offload_optimizer
-        # DeepSpeed would share the two in fp32, but for its comparison of a device with a string.
-        assert all(weight.data_ptr() != master.data_ptr() for weight, master in self.partitions() if weight.numel())
+        # DeepSpeed 0.19 means to share the two in fp32, and does not: it compares a device with a string.
+        if any(weight.data_ptr() == master.data_ptr() for weight, master in self.partitions() if weight.numel()):
+            raise NotImplementedError(
+                "The gradient-norm penalty does not run with ZeRO-3 where DeepSpeed shares fp32 weights with the "
+                "optimizer, as then nothing keeps them while they are moved: use bf16=True, ZeRO-2 or FSDP2, or set "
+                "gnp_alpha=0."
+            )
 
     def partitions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         weights, masters = self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat
