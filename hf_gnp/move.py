@@ -43,7 +43,7 @@ class Move:
 
     @property
     def has_direction(self) -> bool:
-        """Whether the direction is finite and not 0."""
+        """Return whether the direction is finite and not 0."""
         return 0 < self._direction_norm < math.inf
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class Move:
         self._direction_norm = math.sqrt(self.sq_norm) if math.isfinite(total) else math.inf
 
     def _scales(self, r: float) -> float | list[float]:
-        """Return the factor of the directions, one or one a shard. The factor θ² of "element" is not in it."""
+        """Return e/d, one number or one a shard. With "element" the factor θ² is not in it."""
         r = -r if self.engine.perturbation.is_momentum else r
         if self.engine.perturbation.metric == "layer":
             return [r * self._factors.get(shard.number, 0.0) for shard in self._to_move]
@@ -228,7 +228,7 @@ class PerturbedPass:
 
     @torch.no_grad()
     def moved_weights(self) -> bool:
-        """Whether ‖θ̃-θ‖ on this rank is more than a forward rounds away. Read from the device."""
+        """Return whether ‖θ̃-θ‖ on this rank is larger than `VISIBLE` ‖θ‖. Read from the device."""
         theta = [shard.master for shard in self.shards]
         moves = [shard.weight.to(shard.master) - shard.master for shard in self.shards]
         sq_norms = torch.stack([penalty.local_sq_norms(moves).sum(), penalty.local_sq_norms(theta).sum()])
@@ -245,9 +245,9 @@ class PerturbedPass:
         """
         move, engine = self._move, self._move.engine
         share = 0.0
-        if engine.accumulates and self._penalty.alpha < 1:  # the gradient is share g₁ + g₂
+        if engine.accumulates and self._penalty.alpha < 1:  # the gradient is share · g₁ + g₂
             share = self.first_scale * (1 - self._penalty.alpha) / self._penalty.alpha
-        # In 16 bit θ̃-θ is mostly rounding noise in each element: there share g₁ is subtracted from the sums instead.
+        # In 16 bit θ̃-θ is mostly rounding noise in each element. There share · g₁ is subtracted from the sums.
         is_low = any(shard.weight.dtype.itemsize == 2 for shard in self.shards)
         device = engine.accelerator.device
         sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

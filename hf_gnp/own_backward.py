@@ -95,7 +95,7 @@ class OwnBackward:
 
     def sees_other_gradient(self, is_known_to_reach: bool) -> bool:
         """
-        Whether there is a gradient besides the window's own and those that were set aside.
+        Return whether there is a gradient besides the window's own and those that were set aside.
 
         Args:
             is_known_to_reach: Whether a micro-batch of this run has reached `Trainer.training_step`. If so, assume

@@ -78,7 +78,7 @@ def in_groups(items: Iterable[Item], size_of: Callable[[Item], int], limit: int)
 
 
 class _Part(NamedTuple):
-    """The rows of one tensor that are moved at once."""
+    """Hold the rows of one tensor that move at once."""
 
     weight: torch.Tensor
     direction: torch.Tensor

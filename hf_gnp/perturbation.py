@@ -51,12 +51,12 @@ class Perturbation:
 
     @property
     def is_per_rank(self) -> bool:
-        """Whether each rank moves along its own gradient."""
+        """Return whether each rank moves along its own gradient."""
         return self.scope in ("rank", "rank_micro_batch")
 
     @property
     def is_per_micro_batch(self) -> bool:
-        """Whether each micro-batch has its own direction and its own second pass."""
+        """Return whether each micro-batch has its own direction and its own second pass."""
         return self.scope in ("micro_batch", "rank_micro_batch")
 
     def of_plain_step(self) -> "Perturbation":

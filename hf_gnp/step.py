@@ -130,7 +130,7 @@ class PenalisedSteps:
 
     @property
     def is_window_complete(self) -> bool:
-        """Whether a second pass follows now: after the last micro-batch of a step, or after each."""
+        """Return whether a second pass follows now: after the last micro-batch of a step, or after each."""
         return self.trainer.accelerator.sync_gradients or self.engine.perturbation.is_per_micro_batch
 
     def second_pass(self, run_again: RunAgain) -> None:
@@ -138,7 +138,7 @@ class PenalisedSteps:
         engine, is_end_of_step = self.engine, self.trainer.accelerator.sync_gradients
         with DeferredSignals():
             self.own_backward.end_window()
-            if self.penalty is not None and self.window.micro_batches:  # momentum: no micro-batches
+            if self.penalty is not None and self.window.micro_batches:  # momentum records no micro-batch
                 self._penalise(self.penalty, run_again)
             self.own_backward.add()
             if is_end_of_step:
@@ -163,7 +163,7 @@ class PenalisedSteps:
             if 0 < norm < math.inf:
                 engine.scale_gradient((1 - penalty.alpha) * share / norm + penalty.alpha)
             return
-        if not (move.has_direction or engine.perturbation.is_per_rank):  # the norms of ranks may differ there
+        if not (move.has_direction or engine.perturbation.is_per_rank):  # another rank may have a direction
             return
         is_first, self._is_probed = not self._is_probed, True
         with self._state_left_as_found():

@@ -88,7 +88,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def is_perturbed(self) -> bool:
-        """Whether weights on this rank are not θ."""
+        """Return whether weights on this rank are not θ."""
 
     @abstractmethod
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:
@@ -131,7 +131,7 @@ class Engine(ABC):
         return torch.no_grad()
 
     def computes_in_16_bit(self) -> bool:
-        """Whether a forward computes in 16 bit, whatever the weights' dtype."""
+        """Return whether a forward computes in 16 bit, whatever the weights' dtype."""
         return self.accelerator.mixed_precision != "no"
 
     # The gradients.
@@ -170,11 +170,11 @@ class Engine(ABC):
         return [gradients.get(id(shard.parameter)) for shard in shards]
 
     def sets_gradients_aside(self) -> bool:
-        """Whether `take_gradient` can return the gradient of a backward now, also within a window."""
+        """Return whether `take_gradient` can return the gradient of a backward now, also within a window."""
         return False
 
     def hides_gradient(self) -> bool:
-        """Whether there is a gradient that `take_gradient` does not return."""
+        """Return whether there is a gradient that `take_gradient` does not return."""
         return False
 
     def hidden_gradient(self) -> AbstractContextManager[None]:

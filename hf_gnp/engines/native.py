@@ -280,7 +280,7 @@ class NativeEngine(Engine):
             parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
 
     def _is_unreduced(self) -> bool:
-        """Whether the present gradient is this rank's own, and no backward reduces it once it is taken."""
+        """Return whether the present gradient is this rank's own, and no backward reduces it once it is taken."""
         if self.is_sharded or not dist.is_initialized() or dist.get_world_size() == 1:
             return False
         is_of_step = not (self.perturbation.is_per_rank or self.perturbation.is_per_micro_batch)

@@ -37,7 +37,7 @@ def items(container: Any) -> Iterable[Any]:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements can be copied, compared as bytes and written in place. Not if sparse or quantised."""
+    """Return whether the elements can be copied, compared as bytes and written in place: not sparse, not quantised."""
     local = local_part(tensor)
     if type(local) not in TENSORS or local.layout != torch.strided:
         return False
@@ -58,12 +58,12 @@ def addresses(tensors: Iterable[torch.Tensor | None]) -> set[int]:
 
 
 def is_state(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is neither part of a graph, nor a parameter that ZeRO-3 gathers and releases."""
+    """Return whether the tensor is neither part of a graph, nor a parameter that ZeRO-3 gathers and releases."""
     return type(tensor) in TENSORS and tensor.grad_fn is None and not hasattr(tensor, "ds_id")
 
 
 def is_small(value: torch.Tensor | np.ndarray) -> bool:
-    """Whether the elements are copied with the attributes."""
+    """Return whether the elements are copied with the attributes."""
     if isinstance(value, np.ndarray):
         return value.size <= SMALL
     return is_state(value) and value.numel() <= SMALL
@@ -75,7 +75,7 @@ def any_value(value: Any) -> bool:
 
 
 def fits(value: Any, most: float) -> bool:
-    """Return whether a value is small or has at most `most` bytes. Only tensors and arrays have a size."""
+    """Return whether a tensor or array is small or has at most `most` bytes. True for all other values."""
     return not isinstance(value, torch.Tensor | np.ndarray) or is_small(value) or value.nbytes <= most
 
 

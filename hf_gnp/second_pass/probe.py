@@ -43,7 +43,7 @@ def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
 
 
 def is_called_by_training_step() -> bool:
-    """Whether `Trainer.training_step` itself, not a subclass's override, called the function that calls this one."""
+    """Return whether `Trainer.training_step` itself, not a subclass's override, called the caller of this function."""
     return sys._getframe(2).f_code in (TRAINING_STEP, inspect.unwrap(Trainer.training_step).__code__)
 
 
@@ -92,7 +92,7 @@ def _tolerance(model: nn.Module, device_type: str, is_low: bool) -> float:
 
 
 def is_same_pass(micro_batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]) -> bool:
-    """Whether both passes have the same losses, bit for bit. Read from the device."""
+    """Return whether both passes have the same losses, bit for bit. Read from the device."""
     pairs = zip(micro_batches, losses, strict=True)
     return all(torch.equal(second, first.loss) for first, second in pairs if first.loss is not None)
 

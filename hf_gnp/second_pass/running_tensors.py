@@ -58,7 +58,7 @@ class RunningTensors:
         self._unreached: set[int] = set()  # ids of parameters that had no gradient in the last window
         self._step: int | None = None
         self._steps = 0  # penalised steps so far
-        self._left = 0  # bytes of the budget
+        self._left = 0  # bytes left of the budget
         self.forget()
 
     def forget(self) -> None:
@@ -170,7 +170,7 @@ class RunningTensors:
 
     @contextlib.contextmanager
     def left_as_found(self) -> Iterator[None]:
-        """Restore, on leaving, the present state: that after the first pass."""
+        """Restore the present state, that after the first pass, on leaving."""
         buffers = [(module, dict(module._buffers)) for module, _ in self._buffers]
         tensors = [tensor for tensor, _ in self._always] + [local_part(w.tensor) for w in self._watched]
         old = {id(buffer) for _, before in self._buffers for buffer in before.values()}

@@ -59,7 +59,7 @@ OBJECTS = 3  # objects within objects
 
 
 def is_users(value: Any) -> bool:
-    """Whether the value's class has a base outside of `LIBRARIES`."""
+    """Return whether the value's class has a base outside of `LIBRARIES`."""
     cls: Any = type(value)
     return _is_users(cls)  # not `__class__`, which some objects compute
 
@@ -110,7 +110,7 @@ class Found:
             self._add_owner(root, OBJECTS)
         self._add(getattr(trainer.compute_loss_func, "__self__", None), OBJECTS, DEEP)
         mine = parameters_of(self.modules[:of_model])
-        mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions there
+        mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions
         self.trained = [parameter for parameter in mine if parameter.requires_grad]
         others = self._parameters + parameters_of(self.modules[of_model:])
         known = set(map(id, mine)) if others else set()
@@ -190,7 +190,7 @@ class Attributes:
 
         Args:
             written: Whether to set an attribute again to a large tensor that was written in place since the record,
-                and so has lost its elements. False after the first micro-batch, as the replay has made its own tensor.
+                and so has lost its elements. False after the first micro-batch, as the replay may have made its own.
         """
         for owner, names, held in self._attributes:
             attributes = vars(owner)
@@ -208,20 +208,20 @@ class Attributes:
 
 
 def _is_same(value: Any, held: Any) -> bool:
-    """Whether `held` is `value` without its graph."""
+    """Return whether `held` is `value` without its graph."""
     are_tensors = isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor)
     return are_tensors and value.grad_fn is not None and value.data_ptr() == held.data_ptr()
 
 
 def _is_made_anew(value: Any) -> bool:
-    """Whether a pass creates the attribute again if it is missing. No for modules and objects of libraries."""
+    """Return whether a pass creates a missing attribute again. False for modules and objects of libraries."""
     if isinstance(value, nn.Module):
         return False
     return isinstance(value, (*VALUES, *CONTAINERS, *GENERATORS)) or is_users(value)
 
 
 def tensors_on_parameters(parameters: Sequence[nn.Parameter]) -> dict[tuple[int, str], tuple[int, int]]:
-    """Return a mark of each tensor and each list that is an attribute of a parameter. Writing into it changes it."""
+    """Return a mark of each tensor and each list that is an attribute of a parameter. A write changes the mark."""
     return {
         (id(parameter), name): (id(value), value._version if isinstance(value, torch.Tensor) else len(value))
         for parameter in parameters

@@ -115,7 +115,7 @@ class Window:
 
     @contextlib.contextmanager
     def left_as_found(self) -> Iterator[None]:
-        """Restore, on leaving, the state after the first pass. Call `tensors.end` before, which finds what changed."""
+        """Restore the state after the first pass on leaving. Call `tensors.end` before it."""
         assert self._found is not None
         random_state, attributes = RandomState(self._devices), Attributes(self._found, any_value)
         try:
