@@ -58,8 +58,8 @@ class GNPArguments:
             process or DDP.
         gnp_direction (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"` moves along g₁. `"momentum"` moves by -r m/‖m‖ along the optimizer's first moment and steps
-            with the gradient there, in one pass (MSAM, arXiv 2401.12033). Its r is far larger: 3 for a ViT with AdamW.
-            The first step has no moment yet, and is plain.
+            with the gradient there, in one pass (MSAM, arXiv 2401.12033). Start at two to four times
+            the r of the gradient. The first step has no moment yet, and is plain.
         gnp_normalize_gradient (`bool`, *optional*, defaults to `False`):
             Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default.
         gnp_metric (`str`, *optional*, defaults to `"l2"`):

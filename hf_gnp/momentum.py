@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 
-# The names in the state of Adam's family, and in that of SGD and Muon.
+# The names of the first moment in the state of Adam's family, and of SGD and Muon.
 NAMES = ("exp_avg", "momentum_buffer")
-# In the class names of optimizers that divide by a running estimate of the gradient's size.
+# Parts of the class names of adaptive optimizers.
 ADAPTIVE = "ada|lamb|rmsprop|prodigy|apollo|sophia"
 
 
@@ -28,7 +28,7 @@ def is_adaptive(optimizer: Any) -> bool:
 
 
 def moment_of(state: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
-    """Return the first moment in a parameter's optimizer state. None: it has none, or a quantised or factored one."""
+    """Return the first moment in a parameter's optimizer state. None if it is missing, quantised or factored."""
     for name in NAMES:
         moment: Any = state.get(name)
         is_plain = type(moment) in (torch.Tensor, nn.Parameter) or hasattr(moment, "device_mesh")
@@ -38,7 +38,7 @@ def moment_of(state: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | Non
 
 
 def refuse_optimizer(name: str) -> NoReturn:
-    """Raise a ValueError for an optimizer called `name`, which keeps no first moment."""
+    """Raise a ValueError for an optimizer without a usable first moment."""
     raise ValueError(
         f"gnp_direction=momentum moves along the optimizer's first moment (momentum_buffer or exp_avg), and {name} "
         "keeps none that can be used, or a quantised one: use AdamW or SGD with momentum, or leave out "
@@ -47,7 +47,7 @@ def refuse_optimizer(name: str) -> NoReturn:
 
 
 def check_optimizer_of(trainer: Any) -> None:
-    """Refuse a trainer's optimizer without a first moment. One that DeepSpeed makes is checked in the run."""
+    """Refuse a trainer's optimizer without a first moment. One that DeepSpeed makes is checked at a step."""
     optimizer, plugin = unwrapped(trainer.optimizer), trainer.accelerator.state.deepspeed_plugin
     if isinstance(optimizer, torch.optim.Optimizer):
         cls, group = type(optimizer), optimizer.param_groups[0]
@@ -68,7 +68,7 @@ def _check_optimizer(cls: type, kwargs: Mapping[str, Any], name: str) -> None:
         optimizer = cls([parameter], **kwargs)
         optimizer.step()
         state = optimizer.state[parameter]
-    except Exception:  # it needs groups of its own, or an accelerator, and is checked in the run
+    except Exception:  # it needs its own groups or an accelerator, and is checked later, at a step
         return
     if moment_of(state, parameter.shape) is None:
         refuse_optimizer(name)

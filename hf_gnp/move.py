@@ -1,4 +1,4 @@
-"""How far each tensor moves, the move itself, and what it did to the gradient."""
+"""The move of the weights to θ + e, and its measures: cosine and fidelity."""
 
 import contextlib
 import math
@@ -14,49 +14,45 @@ from .rounding import noise_generator
 from .schedule import Penalty
 
 
-# A move by less than this share of ‖θ‖ may be rounded away in a forward.
+# A forward may round away a move that is smaller than this share of ‖θ‖.
 VISIBLE = 1e-6
 
 
 class Move:
     """
-    The move of an engine's weights to θ + e, in the metric of its `Perturbation`.
+    Move an engine's weights to θ + e, in the metric of its `Perturbation`.
 
         move.gradient_norm()            # or move.momentum_norm()
         with move.perturbed(penalty, noise_seed):
             ...
 
-    Norms are global, the same on all ranks, and carry the loss scale unless it says otherwise.
+    Norms are global and carry the loss scale, except where a docstring says otherwise.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._shards: list[Shard] = []  # all that have a gradient
+        self._shards: list[Shard] = []  # those with a gradient
         self._to_move: list[Shard] = []
         self._directions: list[torch.Tensor] = []
         self._loss_scale = 1.0
-        self._direction_norm = 0.0  # which e is normalised by
-        self.sq_norm = 0.0  # ‖d‖² of those that move, or ‖θ ⊙ d‖²
+        self._direction_norm = 0.0  # the denominator of e
+        self.sq_norm = 0.0  # ‖d‖² over the tensors that move, or ‖θ ⊙ d‖² with "element"
         self._local_sq_norm = torch.zeros(())  # ‖g₁‖² on this rank
-        self._factors: dict[int, float] = {}  # "layer": what d_l is multiplied by to be e_l/r, by the tensor's number
+        self._factors: dict[int, float] = {}  # "layer": e_l/(r d_l) by the number of the tensor
         self.gradient_norm_ = 0.0
 
     @property
     def has_direction(self) -> bool:
-        """Whether there is one to move along."""
+        """Return whether the direction is finite and not 0."""
         return 0 < self._direction_norm < math.inf
 
     @torch.no_grad()
     def gradient_norm(self, flags: torch.Tensor | None = None) -> tuple[float, list[bool]]:
         """
-        Return ‖g₁‖ without the loss scale, at the window's end. One all-reduce, and one read from the device.
+        Return ‖g₁‖ without the loss scale, and `flags` on the host. One all-reduce, and one read from the device.
 
         Args:
-            flags: Of this rank alone, one-dimensional: they are read from the device with the norm, as each reading
-                waits for all that the device has yet to compute.
-
-        Returns:
-            The norm, and the flags on the host.
+            flags: A vector of this rank's flags. It is read together with the norm, as each read waits for the device.
         """
         engine = self.engine
         self._shards = engine.shards()
@@ -77,7 +73,7 @@ class Move:
 
     @torch.no_grad()
     def momentum_norm(self) -> None:
-        """Take minus the optimizer's first moment as the direction. There is none before its first step."""
+        """Set the optimizer's first moment as the direction. Before its first step there is none."""
         engine = self.engine
         shards = self._targets_of(engine.trainable_shards())
         found = [(shard, engine.first_moment(shard)) for shard in shards]
@@ -94,13 +90,13 @@ class Move:
     def _sum_of_squares(
         self, shards: Sequence[Shard], tensors: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this rank's share of the global sum, on the accelerator, and the sum on this rank."""
+        """Return this rank's summand of the global sum, on the accelerator, and the local sum."""
         sq_norms = penalty.local_sq_norms(tensors)
         once = self.engine.each_once(shards, sq_norms)
         return once.sum().view(1).to(self.engine.accelerator.device), sq_norms.sum()
 
     def _sums_of_metric(self) -> list[torch.Tensor]:
-        """Return what the metric needs summed over ranks, besides the sum of squares of all gradients."""
+        """Return the local sums that the metric needs besides ‖g₁‖²."""
         perturbation, device = self.engine.perturbation, self.engine.accelerator.device
         if perturbation.metric == "layer":
             numbers = torch.tensor([shard.number for shard in self._to_move], dtype=torch.long, device=device)
@@ -110,7 +106,7 @@ class Move:
                 vectors.append(sq_norms.new_zeros(len(self.engine.numbers)).index_add_(0, numbers, sq_norms))
             return vectors
         if perturbation.metric == "element":
-            # A shard at a time: all products together would be a copy of the gradient.
+            # One shard at a time: all products together would take the memory of a gradient.
             pairs = zip(self._to_move, self._directions, strict=True)
             each = [penalty.local_sq_norms([s.master * d.to(s.master.device)]).to(device) for s, d in pairs]
             values = torch.cat(each) if each else torch.zeros(0, device=device)
@@ -118,7 +114,7 @@ class Move:
         return [] if perturbation.targets is None else [self._sum_of_squares(self._to_move, self._directions)[0]]
 
     def _normalise(self, total: float, values: list[float]) -> None:
-        """Decide how long the direction is: from the sum of all squares, and from what `_sums_of_metric` returned."""
+        """Set the norm of the direction from the global ‖g₁‖² and the global sums of `_sums_of_metric`."""
         metric = self.engine.perturbation.metric
         if metric == "layer":
             weights, directions = values[: len(values) // 2], values[len(values) // 2 :]
@@ -132,7 +128,7 @@ class Move:
         self._direction_norm = math.sqrt(self.sq_norm) if math.isfinite(total) else math.inf
 
     def _scales(self, r: float) -> float | list[float]:
-        """Return what the directions are multiplied by, besides θ² with "element"."""
+        """Return e/d, one number or one a shard. With "element" the factor θ² is not in it."""
         r = -r if self.engine.perturbation.is_momentum else r
         if self.engine.perturbation.metric == "layer":
             return [r * self._factors.get(shard.number, 0.0) for shard in self._to_move]
@@ -143,14 +139,15 @@ class Move:
         self, penalty_: Penalty, noise_seed: Callable[[], int], measure: bool = False, share: float = 1.0
     ) -> Iterator["PerturbedPass"]:
         """
-        Move the weights to θ + e on all ranks, and make the gradient ready for g₂. Afterwards, at the latest when the
-        engine's `finish` steps, the weights are θ bit for bit. Whoever catches what is raised inside calls `abandon`.
-        Where there is no direction, nothing moves. Weights that an engine left moved are not moved again.
+        Move the weights to θ + e on all ranks, and prepare the gradient for g₂. On leaving, restore θ bit for bit.
+
+        An engine may restore θ later: when the last micro-batch ends, or in `finish`. After an exception inside, the
+        caller must call `abandon`. Without a direction nothing moves. Perturbed weights do not move again.
 
         Args:
-            noise_seed: Returns the seed for stochastic rounding, equal on all ranks.
-            measure: Whether to measure what the move did, for the logs.
-            share: The share of the step's micro-batches that this direction is for, with which a normalised g₁ counts.
+            noise_seed: Returns the seed of stochastic rounding, equal on all ranks.
+            measure: Whether to measure fidelity and cosine for the logs.
+            share: The share of this direction's micro-batches in the step. A normalised g₁ is multiplied by it.
         """
         engine = self.engine
         passes = PerturbedPass(self, penalty_)
@@ -162,26 +159,26 @@ class Move:
                     if engine.perturbation.normalize_gradient and 0 < norm < math.inf:
                         passes.first_scale = share / norm
                     engine.keep_gradients(self._shards, penalty_.alpha, passes.first_scale)
-                    self.forget()  # g₁ is not held, but as the engine does
+                    self.forget()  # the engine keeps what it needs of g₁
                 engine.publish()
             forget_casts()
         yield passes
         if measure and not engine.perturbation.is_momentum:
-            # 0 on a rank without a direction, with gnp_scope="rank": all ranks log the same names.
+            # With gnp_scope="rank" one rank may have no direction. It logs 0, as all ranks must log the same names.
             passes.cosine = passes.measure_cosine() if self.has_direction else torch.zeros(())
         passes.shards = []
-        # Along the momentum all micro-batches of a step are moved alike, and gathering twice is enough.
+        # The momentum perturbs all micro-batches of a step alike: restoring once a step saves gathering the weights.
         is_needed_again = engine.perturbation.is_momentum and not engine.accelerator.sync_gradients
         if not (engine.gathers_weights and is_needed_again):
             engine.end_perturbation()
             forget_casts()
 
     def forget(self) -> None:
-        """Hold no tensor."""
+        """Release all tensors."""
         self._shards, self._to_move, self._directions = [], [], []
 
     def local_norms_after_mix(self, alpha: float, first_scale: float) -> tuple[float, float]:
-        """Return this rank's norm of the mixed gradient as it would be with g₂ = g₁, and as it is. Reads both."""
+        """Return this rank's norm of the mixed gradient if g₂ were g₁, and its present norm. Read from the device."""
         now = penalty.local_sq_norms([shard.gradient for shard in self.engine.shards()]).sum()
         return ((1 - alpha) * first_scale + alpha) * math.sqrt(self._local_sq_norm), math.sqrt(now)
 
@@ -189,9 +186,9 @@ class Move:
         engine = self.engine
         if not self.has_direction:
             engine.keep_weights([])
-            passes.fidelity = torch.zeros(2) if measure else None  # all ranks log the same
+            passes.fidelity = torch.zeros(2) if measure else None  # all ranks log the same names
             return
-        masters = [shard.master for shard in self._to_move]  # the weights themselves, where there are no others
+        masters = [shard.master for shard in self._to_move]
         moved = engine.keep_weights(self._to_move)
         scales = self._scales(r)
         passes.shards = moved
@@ -213,16 +210,17 @@ class Move:
 
 class PerturbedPass:
     """
-    What `Move.perturbed` hands out.
+    Measure one pass at perturbed weights. `Move.perturbed` yields it.
 
     Attributes:
-        fidelity: This rank's (⟨θ̃-θ, e⟩, ‖e‖²) of the move e and what rounding left of it, if measured.
-        cosine: Of g₁ and g₂ over the tensors that move, a scalar on the device, if measured. None before the end.
+        fidelity: This rank's (⟨θ̃-θ, e⟩, ‖e‖²), where θ̃ is θ + e after rounding. None if not measured.
+        cosine: The global cosine of g₁ and g₂ over the tensors that move, a scalar on the device. None if not
+            measured, and before `Move.perturbed` ends.
     """
 
     def __init__(self, move: Move, penalty_: Penalty):
         self._move, self._penalty = move, penalty_
-        self.shards: list[Shard] = []  # those that were moved, with θ as their master
+        self.shards: list[Shard] = []  # the perturbed ones, with θ as master
         self.scales: list[float] = []
         self.first_scale = 1.0
         self.fidelity: torch.Tensor | None = None
@@ -230,7 +228,7 @@ class PerturbedPass:
 
     @torch.no_grad()
     def moved_weights(self) -> bool:
-        """Whether the weights on this rank differ from θ, by more than a forward rounds. Reads from the device."""
+        """Return whether ‖θ̃-θ‖ on this rank is larger than `VISIBLE` ‖θ‖. Read from the device."""
         theta = [shard.master for shard in self.shards]
         moves = [shard.weight.to(shard.master) - shard.master for shard in self.shards]
         sq_norms = torch.stack([penalty.local_sq_norms(moves).sum(), penalty.local_sq_norms(theta).sum()])
@@ -240,17 +238,16 @@ class PerturbedPass:
     @torch.no_grad()
     def measure_cosine(self) -> torch.Tensor:
         """
-        Return the cosine of g₁ and g₂ over the tensors that move, before the weights are put back, as a scalar on the
-        device. With "element" it is that of θ ⊙ g₁ and θ ⊙ g₂.
+        Return the cosine of g₁ and g₂ over the tensors that move, a scalar on the device. Needs perturbed weights.
 
-        g₁ is read from the move, which is along it, so nothing is held for it. One all-reduce of four numbers where
-        gradients are sharded.
+        With "element" it is the cosine of θ ⊙ g₁ and θ ⊙ g₂. g₁ is computed from θ̃-θ, so no copy of g₁ is needed.
+        One all-reduce of four numbers where gradients are sharded.
         """
         move, engine = self._move, self._move.engine
         share = 0.0
-        if engine.accumulates and self._penalty.alpha < 1:  # the gradient is c g₁ + g₂
+        if engine.accumulates and self._penalty.alpha < 1:  # the gradient is share · g₁ + g₂
             share = self.first_scale * (1 - self._penalty.alpha) / self._penalty.alpha
-        # c g₁ is subtracted from each element, but where that of the move is mostly the noise of rounding.
+        # In 16 bit θ̃-θ is mostly rounding noise in each element. There share · g₁ is subtracted from the sums.
         is_low = any(shard.weight.dtype.itemsize == 2 for shard in self.shards)
         device = engine.accelerator.device
         sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -261,21 +258,21 @@ class PerturbedPass:
                     second = second if is_low or share == 0 else second.sub(first, alpha=share)
                     pair = (first * second).sum(dtype=sums.dtype), second.square().sum(dtype=sums.dtype)
                     sums += torch.stack(pair).to(device) / shard.copies
-        assert self.fidelity is not None  # as it is measured with the cosine
+        assert self.fidelity is not None
         dot, sq_norm, kept, moved = engine.sum_over_ranks(torch.cat([sums, self.fidelity.to(sums)]))
-        dot = dot * moved / kept  # rounding left this part of the move
+        dot = dot * moved / kept  # rounding left kept/moved of the move
         if is_low and share != 0:
             dot = dot - share * move.sq_norm
             sq_norm = sq_norm - 2 * share * dot - share * share * move.sq_norm
         length = math.sqrt(move.sq_norm) * sq_norm.clamp(min=0).sqrt()
         cosine = torch.where(length > 0, dot / length, 0.0).clamp(-1, 1)
-        return torch.where(kept != 0, cosine, 1.0).float()  # all was rounded away: g₂ is g₁
+        return torch.where(kept != 0, cosine, 1.0).float()  # 0: all was rounded away, g₂ = g₁
 
 
 def _both_gradients(
     shard: Shard, scale: float, gradient: torch.Tensor, metric: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield g₁, read from the move, and `gradient`, in float32 or more, some elements at a time, or θ times both."""
+    """Yield parts of g₁ = (θ̃-θ)/scale and of `gradient`, in float32 or float64. With "element" both times θ."""
     tensors = [tensor.reshape(-1) for tensor in (shard.weight, shard.master, gradient)]
     dtype = torch.promote_types(shard.master.dtype, torch.float32)
     for start in range(0, gradient.numel(), penalty.PART):

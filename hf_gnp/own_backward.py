@@ -13,11 +13,11 @@ from .second_pass import is_called_by_training_step, replaced
 
 class OwnBackward:
     """
-    Watches `accelerator.backward`. What a user's own call leaves is set aside before the window's next backward, and
-    added to the step's gradient when its second pass is over. One process and DDP. Elsewhere it is refused.
+    Watch `accelerator.backward`. Set the gradient of a user's own call aside before the next backward of the window,
+    and add it to the gradient of the step after the second pass. Engines without `sets_gradients_aside` refuse it.
 
     Attributes:
-        losses: How many backward passes of `Trainer.training_step` have ended in this window.
+        losses: The number of backward passes by `Trainer.training_step` in this window.
     """
 
     def __init__(self, engine: Engine, accelerator: Any, trainer_name: str):
@@ -26,30 +26,29 @@ class OwnBackward:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all that belongs to a window."""
         self._watching.close()
         self._aside: list[Any] = []
-        self._is_within = False  # whether a gradient came within compute_loss
-        self._marks: Any = None  # of the gradient after the window's last backward
+        self._is_within = False  # whether a backward inside compute_loss made a gradient
+        self._marks: Any = None  # the gradient's marks after the window's last backward
         self.losses = 0
 
     def begin_window(self) -> None:
-        """Set aside what is there before the window's first backward, and watch from now on."""
+        """Start watching, and set aside the gradient that exists before the window."""
         self._watching.close()
         self._watching.enter_context(replaced(self._accelerator, backward=self._backward))
         self._set_aside()
 
     def end_window(self) -> None:
-        """Watch no more: the second pass begins."""
+        """Stop watching before the second pass."""
         self._watching.close()
 
     def after_window(self) -> None:
-        """Watch on in the middle of a step, where the next window would not see what comes between."""
+        """Keep watching within a step, to refuse a backward whose gradient the next window cannot set aside."""
         if not self._accelerator.sync_gradients and not self._engine.sets_gradients_aside():
             self._watching.enter_context(replaced(self._accelerator, backward=self._backward))
 
     def _set_aside(self) -> bool:
-        """Set aside what is there, and return whether there is anything."""
+        """Set the present gradient aside, and return whether there was one."""
         if self._engine.hides_gradient():
             raise NotImplementedError(self._refusal())
         gradient = self._engine.take_gradient()
@@ -75,7 +74,7 @@ class OwnBackward:
         if not self._engine.sets_gradients_aside():
             raise NotImplementedError(self._refusal())
         if self._marks is None:
-            call()  # it is set aside before the first backward of the window
+            call()  # the window's first backward sets the gradient aside
             return
         ours = self._engine.take_gradient()
         call()
@@ -84,10 +83,7 @@ class OwnBackward:
         self._marks = self._engine.gradient_marks()
 
     def refuse_changes(self) -> None:
-        """
-        Raises:
-            RuntimeError: where somebody has changed the gradient since the window's last backward.
-        """
+        """Raise a RuntimeError if the gradient has changed since the window's last backward."""
         if self._marks is not None and self._marks != self._engine.gradient_marks():
             raise RuntimeError(
                 "The gradient was changed between the micro-batches of a step, or before its second pass, by "
@@ -99,10 +95,11 @@ class OwnBackward:
 
     def sees_other_gradient(self, is_known_to_reach: bool) -> bool:
         """
-        Whether there is a gradient that is neither set aside nor the window's own.
+        Return whether there is a gradient besides the window's own and those that were set aside.
 
         Args:
-            is_known_to_reach: What is assumed where it cannot be seen, as under DeepSpeed: that there is none.
+            is_known_to_reach: Whether a micro-batch of this run has reached `Trainer.training_step`. If so, assume
+                that there is none where an engine has no marks (DeepSpeed).
         """
         marks = self._engine.gradient_marks()
         if marks is None:
@@ -110,10 +107,7 @@ class OwnBackward:
         return marks != (self._marks or [])
 
     def refuse_lone(self) -> None:
-        """
-        Raises:
-            NotImplementedError: where the loss gave no gradient, and all there is comes from the user's backward.
-        """
+        """Raise a NotImplementedError if only a backward inside compute_loss gave a gradient, and the loss none."""
         if self._is_within:
             raise NotImplementedError(
                 f"The loss that {self._trainer_name}.compute_loss returned has no gradient: all gradients come from a "
@@ -122,7 +116,7 @@ class OwnBackward:
             )
 
     def add(self) -> None:
-        """Add what was set aside. A collective where ranks have each their own: all of them have called backward."""
+        """Add the gradients that were set aside. A collective where they are not reduced yet."""
         for gradient in self._aside:
             self._engine.add_gradient(gradient)
         self._aside = []

@@ -5,8 +5,8 @@ The math of the penalised step, on lists of local tensors: no collective, no eng
     g₂ = ∇L(θ + e)              e = r g₁/‖g₁‖, or in another metric (perturbation.py)
     g  = (1-α) g₁ + α g₂        = ∇L(θ) + λ H(θ) g₁/‖g₁‖ + O(λ r)        λ = α r
 
-`g` is made without a second gradient buffer: g₁ is scaled by (1-α)/α, the second pass accumulates g₂ into it, and
-the sum is scaled by α.
+g needs no second gradient buffer: the engine scales g₁ by (1-α)/α, the second pass adds g₂, and the engine scales
+the sum by α.
 
 Reference: Zhao, Zhang and Hu, ICML 2022, arXiv 2202.03599, equations (6) to (9).
 """
@@ -20,10 +20,9 @@ import torch
 from .rounding import round_stochastically
 
 
-# The most elements that are moved together, where moving them takes memory.
+# The most elements that `move_` and the cosine copy at once.
 PART = 2**22
 
-# What torch._foreach_* take.
 Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 Item = TypeVar("Item")
@@ -65,7 +64,7 @@ def local_dots(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) 
 
 
 def in_groups(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Yield the items in order, as many together as have at most `limit` in all. A larger one stands by itself."""
+    """Yield the items in order, in groups of total size `limit` or less. A larger item is a group by itself."""
     group: list[Item] = []
     size = 0
     for item in items:
@@ -79,7 +78,7 @@ def in_groups(items: Iterable[Item], size_of: Callable[[Item], int], limit: int)
 
 
 class _Part(NamedTuple):
-    """A few rows of one tensor, or all: as much of it as is moved at once."""
+    """Hold the rows of one tensor that move at once."""
 
     weight: torch.Tensor
     direction: torch.Tensor
@@ -104,12 +103,12 @@ def move_(
         weights, directions, masters: Local tensors, of the same shapes pairwise, each list with its own dtype and
             device. `masters` may be the weights themselves. The result is rounded once to the weights' dtype.
         scale: One number, or one for each tensor.
-        elementwise: Whether the directions are multiplied by `masters²`.
-        generators: One for each tensor, with which 16-bit weights are rounded stochastically. None: to nearest.
-        measure: Whether to compare the move with what rounding left of it.
+        elementwise: Whether e has the factor `masters²`.
+        generators: One for each tensor, to round 16-bit weights stochastically. None: round to nearest.
+        measure: Whether to compare e with the change after rounding.
 
     Returns:
-        If measured, the local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32; else None.
+        The local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32. None if not measured.
     """
     is_in_place = all(weight is master for weight, master in zip(weights, masters, strict=True))
     if all(weight.dtype.itemsize > 2 for weight in weights):
@@ -123,7 +122,7 @@ def move_(
     sums = torch.zeros(2, device=weights[0].device if weights else "cpu")
     tensors = [_Part(*parts) for parts in zip(weights, directions, masters, scales, noise, strict=True)]
     common = scale if isinstance(scale, float) and not elementwise else None
-    # A group at a time: the moved tensors of all would be a second copy of the masters.
+    # One group at a time: all moved tensors together would take the memory of the masters.
     for parts in in_groups((part for tensor in tensors for part in _by_rows(tensor)), _numel, PART):
         measured = _move_parts(parts, common, elementwise, measure)
         if measured is not None:
@@ -136,7 +135,7 @@ def _numel(part: _Part) -> int:
 
 
 def _by_rows(tensor: _Part) -> Iterator[_Part]:
-    """Yield a tensor of more than `PART` elements a few rows at a time."""
+    """Yield parts of a tensor, of at most `PART` elements or one row each."""
     if tensor.weight.numel() <= PART:
         yield tensor
         return
@@ -150,11 +149,11 @@ def _by_rows(tensor: _Part) -> Iterator[_Part]:
 def _move_parts(
     parts: Sequence[_Part], common_scale: float | None, elementwise: bool, measure: bool
 ) -> torch.Tensor | None:
-    """`move_`, for tensors of which a few copies fit into memory."""
+    """Do what `move_` does, with a few copies of these parts in memory."""
     weights = [part.weight for part in parts]
     starts = [p.master.to(torch.promote_types(p.master.dtype, torch.float32)) for p in parts]
     moves = [p.direction.to(start.device, start.dtype) for p, start in zip(parts, starts, strict=True)]
-    if common_scale is not None:  # rounded as in `move_`: a step that is logged is the step that it would be
+    if common_scale is not None:  # rounded as in `move_`: logging must not change a step
         moved = list(torch._foreach_add(starts, moves, alpha=common_scale))
     if common_scale is None or measure:
         moves = list(torch._foreach_mul(moves, [part.scale for part in parts]))
@@ -176,31 +175,31 @@ def _move_parts(
 
 
 def clones(tensors: Tensors) -> list[torch.Tensor]:
-    """Return copies, bit for bit."""
-    if tensors and hasattr(torch, "_foreach_clone"):  # from torch 2.13 on: half the time on a CPU
+    """Return bit-for-bit copies."""
+    if tensors and hasattr(torch, "_foreach_clone"):  # from torch 2.13 on, half the time on a CPU
         return list(torch._foreach_clone(tensors))
     return [tensor.clone() for tensor in tensors]
 
 
 def scale_(tensors: Tensors, scale: float) -> None:
-    """`tensors *= scale`, in place."""
+    """Compute `tensors *= scale` in place."""
     if tensors and scale != 1:
         torch._foreach_mul_(tensors, scale)
 
 
 def copy_(tensors: Tensors, sources: Tensors) -> None:
-    """`tensors = sources`, bit for bit and into the same storage, which shards and views share."""
+    """Copy sources bit for bit into the storage of `tensors`, which shards and views share."""
     if tensors:
         torch._foreach_copy_(tensors, sources)
 
 
 def add_(tensors: Tensors, others: Tensors) -> None:
-    """`tensors += others`, in place."""
+    """Compute `tensors += others` in place."""
     if tensors:
         torch._foreach_add_(tensors, others)
 
 
 def lerp_(tensors: Tensors, others: Tensors, weight: float) -> None:
-    """`tensors = (1 - weight) * tensors + weight * others`, in place, rounded once."""
+    """Compute `tensors = (1 - weight) * tensors + weight * others` in place, rounded once."""
     if tensors:
         torch._foreach_lerp_(tensors, others, weight)

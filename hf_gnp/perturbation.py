@@ -1,4 +1,4 @@
-"""What the second pass moves and in which metric: what stays the same at every step of a run."""
+"""The parameters that move, and the metric of the move. Both are the same at every step of a run."""
 
 import re
 from collections.abc import Sequence
@@ -12,21 +12,20 @@ from torch.nn.modules.batchnorm import _NormBase
 @dataclass(frozen=True)
 class Perturbation:
     r"""
-    The move e of the weights θ along a direction d, which is g₁ or minus the optimizer's first moment:
+    Define the move e of the weights θ along a direction d, which is g₁ or minus the optimizer's first moment:
 
         "l2"         e = r d/‖d‖
         "layer"      e_l = r (‖θ_l‖/‖θ‖) d_l/‖d_l‖      for each tensor l, with ‖θ‖² = Σ ‖θ_l‖²
         "element"    e = r θ²d/‖θ ⊙ d‖
 
     Args:
-        targets: The ids of the parameters that are moved. None: all.
-        metric: Of `METRICS` in argument_checks.py. With "layer" a tensor with θ_l = 0 or d_l = 0 is not moved, and
-            does not count in ‖θ‖.
+        targets: The ids of the parameters that move. None: all.
+        metric: One of `METRICS` in argument_checks.py. With "layer" a tensor with θ_l = 0 or d_l = 0 does not move,
+            and does not count in ‖θ‖.
         normalize_gradient: Whether the step uses (1-α) g₁/‖g₁‖ + α g₂.
-        scope: The examples that share one direction, of `SCOPES` there.
+        scope: The examples that share one direction: one of `SCOPES` in argument_checks.py.
         is_momentum: Whether to move against the optimizer's first moment.
-        stochastic_rounding: Whether a move of 16-bit weights is rounded stochastically. "auto": where they have no
-            fp32 master.
+        stochastic_rounding: Whether to round 16-bit weights stochastically. "auto": if they have no fp32 master.
 
     Reference:
         "layer": as in LARS, and layer-wise ASAM of arXiv 2306.04226. "element": ASAM, arXiv 2102.11600.
@@ -52,23 +51,20 @@ class Perturbation:
 
     @property
     def is_per_rank(self) -> bool:
-        """Whether each rank moves along its own gradient."""
+        """Return whether each rank moves along its own gradient."""
         return self.scope in ("rank", "rank_micro_batch")
 
     @property
     def is_per_micro_batch(self) -> bool:
-        """Whether each micro-batch has a direction, and a second pass, of its own."""
+        """Return whether each micro-batch has its own direction and its own second pass."""
         return self.scope in ("micro_batch", "rank_micro_batch")
 
     def of_plain_step(self) -> "Perturbation":
-        """Return that of a step without penalty, which communicates as a plain one."""
+        """Return the perturbation for a step without penalty, which communicates as in plain training."""
         return replace(self, scope="step", is_momentum=False)
 
     def check_rounding(self, model: nn.Module) -> None:
-        """
-        Raises:
-            ValueError: where stochastic rounding is asked for, and no weight is rounded.
-        """
+        """Raise a ValueError if `stochastic_rounding` is True and no trainable weight has 16 bits."""
         if self.stochastic_rounding is not True:
             return
         if all(parameter.dtype.itemsize > 2 for parameter in model.parameters() if parameter.requires_grad):
@@ -80,8 +76,8 @@ def find_targets(model: nn.Module, spec: str | Sequence[str] | None) -> frozense
     Return the ids of the trainable parameters that `gnp_target_modules` names. None: all.
 
     Args:
-        spec: "norm" for those of normalisation layers; else a regular expression that matches a whole name, or name
-            endings, as PEFT has it. Names are those of modules or of parameters.
+        spec: "norm" for normalisation layers, or as in PEFT: a regular expression that matches a whole name, or a list
+            of name endings. A name is that of a module or of a parameter.
 
     Raises:
         ValueError: if nothing is matched, or the expression is malformed.
@@ -109,7 +105,7 @@ def _matches(pattern: str, module_name: str, module: nn.Module, parameter_name: 
             re.search("norm", type(module).__name__, re.IGNORECASE)
         )
     names = [parameter_name]
-    while "." in names[-1]:  # a module's name matches for all that is in it
+    while "." in names[-1]:  # a module's name matches all its parameters
         names.append(names[-1].rpartition(".")[0])
     try:
         return any(name == pattern or name.endswith(f".{pattern}") or re.fullmatch(pattern, name) for name in names)

@@ -9,9 +9,9 @@ from typing import Any
 @dataclass(frozen=True)
 class Penalty:
     """
-    Holds the radius r and the share α of the second gradient for one optimizer step.
+    Hold the radius r and the share α of the second gradient for one optimizer step.
 
-    Both are above 0, and α is at most 1. Only a warm-up with `gnp_normalize_gradient` begins with a 0, where g₂ is g₁.
+    Both are above 0, and α is at most 1. Only in the first step of a warm-up with `gnp_normalize_gradient` one is 0.
     """
 
     r: float
@@ -21,12 +21,13 @@ class Penalty:
 @dataclass(frozen=True)
 class Schedule:
     """
-    Decides the penalty of each optimizer step, by the step alone: all ranks agree, and resuming changes nothing.
+    Decide the penalty of each optimizer step from its number alone: ranks agree, and resuming changes nothing.
 
     Args:
-        total_steps: The optimizer steps of the whole run, of which `start` and `end` are fractions.
-        warmup_steps: The steps in which r or α rises from 0 linearly, or in which there is no penalty.
-        is_normalized: Whether g₁ is normalised in the mix, also in the first step of a warm-up: (1-α) g₁/‖g₁‖ + α g₁.
+        total_steps: The number of optimizer steps of the whole run. `start` and `end` are fractions of it.
+        warmup_steps: The number of steps in which r or α rises linearly from 0, or in which there is no penalty.
+        is_normalized: Whether g₁ is normalised in the mix. If so, the first step of a warm-up is not a plain one. Its
+            gradient is (1-α) g₁/‖g₁‖ + α g₁.
     """
 
     r: float
@@ -43,7 +44,7 @@ class Schedule:
 
     @classmethod
     def from_args(cls, args: Any, total_steps: int, training_args: Any, is_adaptive: bool) -> "Schedule":
-        """Return the schedule of a run. `training_args` have the learning-rate warm-up and the seed."""
+        """Return the schedule of a run. `training_args` gives the learning-rate warm-up and the seed."""
         warmup = args.gnp_warmup_steps
         if warmup is None:
             warmup_steps = training_args.get_warmup_steps(total_steps)
@@ -82,5 +83,5 @@ class Schedule:
         return None if is_plain else Penalty(r, alpha)
 
     def noise_seed(self, step: int) -> int:
-        """Return the seed for the noise of a step, equal on all ranks."""
+        """Return the seed of a step's stochastic rounding, equal on all ranks."""
         return random.Random(f"noise:{self.seed}:{step}").getrandbits(62)

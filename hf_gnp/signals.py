@@ -1,4 +1,4 @@
-"""Signals wait while weights are moved."""
+"""Deferral of signals while weights are perturbed."""
 
 import contextlib
 import signal
@@ -6,16 +6,16 @@ import threading
 from typing import Any
 
 
-# People stop a run or save it with these. Other signals do not wait.
+# The signals that stop a run or save it. Others are not deferred.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class DeferredSignals:
     """
-    Delays Python's signal handlers until the context ends: they find clean weights, and interrupt nothing half way.
+    Defer Python's signal handlers until the context ends, so that they see unperturbed weights.
 
-    Ctrl-C has such a handler. A second Ctrl-C does not wait.
+    Ctrl-C has such a handler. A second Ctrl-C is not deferred.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""One penalised step: first pass, norm, move, second pass, mix."""
+"""One penalised step: first pass, norm, perturbation, second pass, mix."""
 
 import contextlib
 import functools
@@ -31,13 +31,7 @@ RunAgain = Callable[[MicroBatch], torch.Tensor]
 
 
 class PenalisedSteps:
-    """
-    The steps of one run of the training loop, which begins with a new state and perhaps a new wrapping of the model.
-
-    Args:
-        trainer: Its accelerator, its state and what `Window` records are used.
-        schedule: The penalty of each step.
-    """
+    """Run the steps of one call of `train`, which makes a new trainer state and may wrap the model anew."""
 
     def __init__(self, trainer: Any, model: nn.Module, schedule: Schedule):
         self.trainer, self.model, self.state, self.schedule = trainer, model, trainer.state, schedule
@@ -52,9 +46,9 @@ class PenalisedSteps:
         self.penalty: Penalty | None = None
         self._is_open = False  # whether a window has begun
         self._is_probed = False
-        self._has_reached = False  # `Trainer.training_step`, in any micro-batch
-        self._calls = self._calls_before = 0  # of compute_loss by `Trainer.training_step`, in this window
-        self.inputs: Any = None  # of the micro-batch that runs, as the data loader gave them
+        self._has_reached = False  # whether any micro-batch has reached `Trainer.training_step`
+        self._calls = self._calls_before = 0  # calls of compute_loss by `Trainer.training_step` in this window
+        self.inputs: Any = None  # the current micro-batch, as the data loader gave it
 
     @property
     def is_perturbed(self) -> bool:
@@ -63,12 +57,7 @@ class PenalisedSteps:
     # The first pass.
 
     def first_pass(self, training_step: Callable[..., Any], inputs: Any, num_items_in_batch: Any) -> Any:
-        """
-        Run one micro-batch through the subclass's `training_step`, and record what `Trainer.training_step` computes.
-
-        Args:
-            inputs: As the data loader gave them.
-        """
+        """Run one micro-batch through the subclass's `training_step`, and record what the second pass needs."""
         self._begin_micro_batch(inputs)
         self._calls_before = self._calls
         recorded = replaced(self.trainer, compute_loss=self._compute_loss)
@@ -77,11 +66,11 @@ class PenalisedSteps:
         has_reached = self._calls > self._calls_before
         self._has_reached |= has_reached
         if not has_reached and self.own_backward.sees_other_gradient(self._has_reached):
-            raise NotImplementedError(never_reached(self.trainer))  # else a batch was skipped
+            raise NotImplementedError(never_reached(self.trainer))  # without a gradient the subclass skipped the batch
         if isinstance(loss, torch.Tensor):
-            loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") write the next pass's over it
+            loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") overwrite it in the next pass
         if len(self.window.micro_batches) > self.own_backward.losses:
-            del self.window.micro_batches[-1]  # a subclass has caught what its forward or backward raised
+            del self.window.micro_batches[-1]  # a subclass caught an exception of this forward or backward
         elif has_reached and self.window.micro_batches:
             self.window.micro_batches[-1].loss = loss
         return loss
@@ -101,7 +90,7 @@ class PenalisedSteps:
             perturbation = perturbation if self.penalty else perturbation.of_plain_step()
             self.engine.begin_window(perturbation, self.trainer.optimizer)
             self.close()
-            if self.engine.is_perturbed:  # along the momentum, for micro-batches that no step followed
+            if self.engine.is_perturbed:  # along the momentum, after micro-batches without a step
                 self.engine.restore()
             self._is_open = True
             self.own_backward.begin_window()
@@ -124,12 +113,12 @@ class PenalisedSteps:
 
     @contextlib.contextmanager
     def _moved_along_momentum(self) -> Iterator[None]:
-        """Move the weights for a micro-batch's only pass, with `gnp_direction="momentum"`."""
+        """Perturb the weights for the only pass of a micro-batch, with `gnp_direction="momentum"`."""
         if self.penalty is None or not self.engine.perturbation.is_momentum:
             yield
             return
         with DeferredSignals():
-            if is_first := self._calls == 0:  # the momentum stays as it is until the step
+            if is_first := self._calls == 0:  # the momentum does not change within a window
                 self.move.momentum_norm()
             measure = logs_after(self.trainer.args, self.state)
             with self.move.perturbed(self.penalty, self.noise_seed, measure) as perturbed:
@@ -141,15 +130,15 @@ class PenalisedSteps:
 
     @property
     def is_window_complete(self) -> bool:
-        """Whether a second pass follows now: on the last micro-batch of a step, or on each."""
+        """Return whether a second pass follows now: after the last micro-batch of a step, or after each."""
         return self.trainer.accelerator.sync_gradients or self.engine.perturbation.is_per_micro_batch
 
     def second_pass(self, run_again: RunAgain) -> None:
-        """Run the window's micro-batches again at moved weights, and mix the gradients. An engine may step now."""
+        """Run the window's micro-batches again at perturbed weights, and mix the gradients. DeepSpeed steps here."""
         engine, is_end_of_step = self.engine, self.trainer.accelerator.sync_gradients
         with DeferredSignals():
             self.own_backward.end_window()
-            if self.penalty is not None and self.window.micro_batches:  # none with the momentum, which needs one pass
+            if self.penalty is not None and self.window.micro_batches:  # momentum records no micro-batch
                 self._penalise(self.penalty, run_again)
             self.own_backward.add()
             if is_end_of_step:
@@ -163,7 +152,7 @@ class PenalisedSteps:
         window, engine, move = self.window, self.engine, self.move
         self.own_backward.refuse_changes()
         window.refuse_tensors_on_parameters()
-        # One reading for both: the device computes on while nobody reads.
+        # One read for both: each read waits for the device.
         norm, moved = move.gradient_norm(window.tensors.compare())
         window.tensors.end(moved)
         if norm == 0:
@@ -174,7 +163,7 @@ class PenalisedSteps:
             if 0 < norm < math.inf:
                 engine.scale_gradient((1 - penalty.alpha) * share / norm + penalty.alpha)
             return
-        if not (move.has_direction or engine.perturbation.is_per_rank):  # the norms of ranks may differ there
+        if not (move.has_direction or engine.perturbation.is_per_rank):  # another rank may have a direction
             return
         is_first, self._is_probed = not self._is_probed, True
         with self._state_left_as_found():
@@ -187,7 +176,7 @@ class PenalisedSteps:
         engine.mix(penalty.alpha)
         if is_visible and is_same_pass(window.micro_batches, losses):
             refuse_same_pass(*move.local_norms_after_mix(penalty.alpha, perturbed.first_scale))
-        perturbed_loss = functools.reduce(torch.add, losses)  # in the order and the dtype of the passes
+        perturbed_loss = functools.reduce(torch.add, losses)  # summed as `Trainer` sums them, in order and dtype
         sharpness = perturbed_loss - window.loss()
         self.logs.add(norm, perturbed_loss, sharpness, perturbed.cosine, perturbed.fidelity)
 
@@ -206,33 +195,33 @@ class PenalisedSteps:
             is_last = len(losses) + 1 == len(self.window.micro_batches)
             compute_loss = functools.partial(self._compute_loss_again, micro_batch)
             with self.engine.replay(is_last), replaced(self.trainer, compute_loss=compute_loss):
-                losses.append(run_again(micro_batch).clone())  # CUDA graphs write the next pass's loss over it
+                losses.append(run_again(micro_batch).clone())  # CUDA graphs overwrite the loss in the next pass
                 self.engine.after_backward()
         return losses
 
     def _compute_loss_again(
         self, micro_batch: MicroBatch, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        # A backward of its own, for adversarial inputs or a regulariser, counted in the first pass. It may also end in
-        # `zero_grad`, which would take g₁.
+        # A backward inside compute_loss (adversarial inputs, a regulariser) counted in the first pass. A `zero_grad`
+        # there would delete g₁.
         with self.engine.hidden_gradient(), micro_batch.autocast.set():
             return original(*args, **kwargs)
 
     def _probe(self) -> None:
-        """Check, once a run, that the window's first micro-batch gives the same loss again at θ."""
+        """Check that the window's first micro-batch gives the same loss again at θ."""
         engine, micro_batch = self.engine, next(self.window.replayed())
         with engine.hidden_gradient():
             probe_same_forward(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
 
     def noise_seed(self) -> int:
-        """Return the seed of this step's stochastic rounding."""
+        """Return the seed of this step's stochastic rounding, equal on all ranks."""
         return self.schedule.noise_seed(self.state.global_step)
 
     # The end.
 
     @contextlib.contextmanager
     def clean_after_failure(self) -> Iterator[None]:
-        """Leave clean weights, no gradient and an empty window after any exception."""
+        """Restore θ, drop the gradient and empty the window after any exception."""
         try:
             yield
         except BaseException:
@@ -245,7 +234,7 @@ class PenalisedSteps:
             self.engine.abandon()
 
     def close(self) -> None:
-        """Forget all that belongs to one window, but the gradient."""
+        """Forget everything of this window except its gradient."""
         self.engine.end_step()
         self.move.forget()
         self.window.clear()

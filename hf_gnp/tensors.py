@@ -1,4 +1,4 @@
-"""Tensors, parameters and modules, as the second pass and the engines both look at them."""
+"""Functions on tensors, parameters and modules that both the second pass and the engines use."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor  # noqa: TID251, a type and no coll
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a DTensor; any other tensor as it is."""
+    """Return this rank's part of a DTensor, or any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def modules_of(*roots: nn.Module) -> list[nn.Module]:
-    """Return the modules and all modules in them, each once, in the order of `nn.Module.modules`."""
+    """Return the modules and all their descendants, each once, in the order of `nn.Module.modules`."""
     found: dict[int, nn.Module] = {}
     left = list(roots)[::-1]
     while left:
@@ -28,12 +28,12 @@ def modules_of(*roots: nn.Module) -> list[nn.Module]:
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Return the parameters of some modules, without those of their children, each once."""
+    """Return the parameters of the modules, each once. Those of their children are not included."""
     return list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
 
 
 def parameters_outside(parameters: Iterable[nn.Parameter], optimizer: Any) -> list[nn.Parameter]:
-    """Return the parameters of the optimizer that are none of `parameters`, such as a loss's own."""
+    """Return the optimizer's parameters that are not in `parameters`, such as those of a loss."""
     inside = set(map(id, parameters))
     groups = [] if optimizer is None else optimizer.param_groups
     return [parameter for group in groups for parameter in group["params"] if id(parameter) not in inside]
@@ -47,7 +47,7 @@ def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
 
 @contextlib.contextmanager
 def gradients_hidden(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Hide the gradients of parameters. On leaving, each has its own again. One that was made inside is dropped."""
+    """Hide the gradients of parameters. On leaving, restore them and drop those that were made inside."""
     hidden = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, gradient in hidden:
         if gradient is not None:

@@ -25,18 +25,18 @@ from .step import PenalisedSteps, never_reached
 
 logger = logging.get_logger(__name__)
 
-# The share of the perturbation that must survive rounding, else a warning.
+# Minimum share of the perturbation that must survive rounding before a warning.
 FIDELITY_FLOOR = 0.9
 NOT_FINITE = "the gradient is not finite; the weights stay as they are."
 
 
-# For a type checker: the mixin uses what comes after it, a subclass of Trainer.
+# For type checkers: the methods that the mixin calls are those of a subclass of Trainer.
 _Base: Any = object
 _documented_as: Callable[[Any], Callable[[Any], Any]] = functools.wraps
 
 
 def _take_signature_of_base(cls: Any, mixin: type) -> None:
-    """Scripts ask `inspect.signature` which arguments a trainer takes."""
+    """Copy the signature of the base's `__init__`, which scripts inspect."""
     base: Any = next(base for base in cls.__mro__ if base is not mixin and "__init__" in vars(base))
 
     @functools.wraps(base.__init__)
@@ -48,27 +48,27 @@ def _take_signature_of_base(cls: Any, mixin: type) -> None:
 
 class GNPMixin(_Base):
     r"""
-    Penalises the gradient norm of the loss, in any subclass of [`~transformers.Trainer`]. It comes first:
+    Penalise the gradient norm of the loss in any subclass of [`~transformers.Trainer`]. The mixin comes first:
 
     ```python
     class GNPSeq2SeqTrainer(GNPMixin, Seq2SeqTrainer): ...
     ```
 
-    One optimizer step runs every micro-batch of its accumulation window twice, at \\(\theta\\) and at
-    \\(\theta + r\, g_1/\lVert g_1\rVert\\), with the same dropout masks, and steps with
-    \\((1-\alpha)\, g_1 + \alpha\, g_2\\). \\(g_1\\), its norm and the move are those of the whole global batch.
+    An optimizer step runs every micro-batch of its window twice with the same dropout masks, at \\(\theta\\) and at
+    \\(\theta + r\, g_1/\lVert g_1\rVert\\). It uses the gradient \\((1-\alpha)\, g_1 + \alpha\, g_2\\). \\(g_1\\)
+    and \\(g_2\\) are the gradients of the global batch at these weights.
 
     `Trainer`'s logs gain `gnp_grad_norm` (\\(\lVert g_1\rVert\\)), `gnp_perturbed_loss`, `gnp_sharpness` (perturbed
-    minus clean loss) and, at the steps that are logged, `gnp_cosine` (that of \\(g_1\\) and \\(g_2\\)): means over
-    the penalised steps since the last log, and over ranks. `loss` is the clean loss of the first pass.
+    minus clean loss) and `gnp_cosine` (of \\(g_1\\) and \\(g_2\\), at logged steps only). Each is a mean over ranks
+    and over the penalised steps since the last log. `loss` is the clean loss.
 
     Attributes:
-        in_second_pass: Whether the second pass runs now. What happens once a step, such as logging to a tracker in
-            `compute_loss`, stands behind `if not self.in_second_pass`. Always False outside of training.
+        in_second_pass: Whether the second pass runs now. Put code that must run once a step, such as logging in
+            `compute_loss`, behind `if not self.in_second_pass`.
 
     Raises:
         ValueError: at construction, for an argument out of range or an optimizer that steps inside backward.
-        NotImplementedError: at construction, for an engine on which the penalty would not be right.
+        NotImplementedError: at construction, for an engine on which the penalty would be wrong.
     """
 
     _gnp_run: PenalisedSteps | None = None
@@ -92,7 +92,7 @@ class GNPMixin(_Base):
         self._gnp_check()
 
     def _gnp_check(self) -> None:
-        """Refuse gnp arguments out of range, and what the penalty cannot run with."""
+        """Refuse gnp arguments out of range, and engines and optimizers that the penalty does not support."""
         update_arguments(self.gnp_args, self.args)
         perturbation = Perturbation.from_args(self.gnp_args, self.model)
         if self.gnp_args.gnp_alpha != 0:
@@ -106,13 +106,11 @@ class GNPMixin(_Base):
     def in_second_pass(self) -> bool:
         return self._gnp_run is not None and self._gnp_run.in_second_pass
 
-    # A run.
-
     @_documented_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
         from .sharpness.callback import callbacks_know
 
-        if self._gnp_run is not None:  # the last run ended while weights were moved
+        if self._gnp_run is not None:  # the last run ended at perturbed weights
             self._gnp_run.abandon()
             if self._gnp_run.is_perturbed:
                 raise RuntimeError("Weights are still moved by a second pass that failed: load a checkpoint first.")
@@ -120,14 +118,14 @@ class GNPMixin(_Base):
             with callbacks_know(self):
                 result = super().train(*args, **kwargs)
             self._gnp_tell_dropped()
-            if self._gnp_run is not None and self._gnp_run.is_perturbed:  # for micro-batches that no step followed
+            if self._gnp_run is not None and self._gnp_run.is_perturbed:  # after micro-batches without a step
                 self._gnp_run.abandon()
             return result
         finally:
             self._gnp_end_run()
 
     def _hp_search_setup(self, trial: Any) -> None:
-        # Trainer calls this at the beginning of each run, after which its arguments are settled.
+        # Trainer calls this at the beginning of each run. From here on its arguments are final.
         super()._hp_search_setup(trial)
         if trial is not None and self.gnp_args is not self.args:
             update_arguments(self.gnp_args, dict(getattr(trial, "params", trial)))
@@ -135,7 +133,7 @@ class GNPMixin(_Base):
         self._gnp_check()
 
     def _gnp_current_run(self, model: nn.Module) -> PenalisedSteps:
-        """Return what belongs to this run of `train`: `Trainer` makes a new state, and may wrap the model anew."""
+        """Return the steps of this call of `train`, made at its first step."""
         run = self._gnp_run
         if run is None or run.state is not self.state or run.model is not model:
             adaptive = is_adaptive(self.optimizer)
@@ -155,13 +153,11 @@ class GNPMixin(_Base):
         return run
 
     def _gnp_end_run(self) -> None:
-        """Let nothing of the run hold the model, unless its weights are moved."""
+        """Release the run and with it the model, unless its weights are perturbed."""
         if self._gnp_run is not None:
             self._gnp_run.close()
             if not self._gnp_run.is_perturbed:
                 self._gnp_run = None
-
-    # A step.
 
     def training_step(
         self,
@@ -169,13 +165,8 @@ class GNPMixin(_Base):
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """
-        Run the first pass of one micro-batch and, at the end of its window, the second pass of the window.
-
-        Args and return value are those of [`~transformers.Trainer.training_step`]; the loss is the clean one. Outside
-        of `train` there is no optimizer step to penalise, and this is a plain step.
-        """
-        if self.gnp_args.gnp_alpha == 0 or not self.is_in_train:
+        """Run the first pass of a micro-batch and, at the window's end, the second pass. Return the clean loss."""
+        if self.gnp_args.gnp_alpha == 0 or not self.is_in_train:  # outside of `train` no optimizer step follows
             return super().training_step(model, inputs, num_items_in_batch)
         run = self._gnp_current_run(model)
         with run.clean_after_failure():
@@ -185,10 +176,7 @@ class GNPMixin(_Base):
         return loss
 
     def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """
-        Run a micro-batch at the moved weights, through `Trainer.training_step`: what a subclass does around it
-        happened once. Its inputs are prepared already. Only what the first pass logs is logged.
-        """
+        """Run a prepared micro-batch again without logs, and without a subclass's override of `training_step`."""
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
         with (
             replaced(self, _prepare_inputs=lambda original, inputs: inputs, log=not_logged),
@@ -200,19 +188,19 @@ class GNPMixin(_Base):
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         flops: int = super().floating_point_ops(inputs)
         if (run := self._gnp_run) is not None:
-            run.inputs = None  # Trainer's loop goes on: a loader may yield the same object again
+            run.inputs = None  # the micro-batch has ended, and a loader may yield the same object again
             if run.penalty is not None and not run.engine.perturbation.is_momentum:
                 self._gnp_second_flos += flops
         return flops
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
-        # Trainer calls this between clipping and the optimizer step, on every engine, and the norm is global.
+        # Trainer calls this between clipping and the optimizer step on every engine, with the global norm.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.gnp_args.gnp_alpha == 0:
             return grad_norm
         run = self._gnp_run
         if run is None or run.step != self.state.global_step:
-            # A subclass may skip a whole step, which leaves no gradient. DeepSpeed has made the step by now.
+            # A subclass may skip a whole step, which leaves no gradient. DeepSpeed has stepped already.
             if self.is_deepspeed_enabled or any(p.grad is not None for p in model.parameters()):
                 raise NotImplementedError(never_reached(self))
             return grad_norm
@@ -220,12 +208,10 @@ class GNPMixin(_Base):
         self._gnp_second_flos = 0.0
         dropped = run.engine.drop_nonfinite_gradient(grad_norm)
         if isinstance(dropped, torch.Tensor):
-            run.logs.dropped += dropped  # read, and told, when Trainer logs
+            run.logs.dropped += dropped  # read from the device when Trainer logs
         elif dropped:
             logger.warning(f"Step {self.state.global_step}: {NOT_FINITE}")
         return grad_norm
-
-    # Logs.
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._gnp_is_trainers_log = self.control.should_log
@@ -235,7 +221,7 @@ class GNPMixin(_Base):
             self._gnp_is_trainers_log = False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        # Only in Trainer's own call do all ranks meet: a user's compute_loss may log on the main process alone.
+        # `drain` is a collective. All ranks make Trainer's own call, but a user's compute_loss may log on one rank.
         if self._gnp_is_trainers_log and {"loss", "learning_rate"} <= logs.keys():
             self._gnp_is_trainers_log = False
             if self._gnp_run is not None:
@@ -252,26 +238,24 @@ class GNPMixin(_Base):
         super().log(logs, *args, **kwargs)
 
     def _gnp_tell_dropped(self) -> None:
-        """Warn of the steps since the last log that the optimizer skipped."""
+        """Warn of the steps that the optimizer has skipped since the last log."""
         if self._gnp_run is not None and (dropped := int(self._gnp_run.logs.dropped)):
             logger.warning(f"{dropped} of the last steps, to step {self.state.global_step}: {NOT_FINITE}")
 
     def measure_sharpness(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Measure how flat the loss is at the weights: see `hf_gnp.sharpness.measure_sharpness`."""
+        """Measure the flatness of the loss at the weights: see `hf_gnp.sharpness.measure_sharpness`."""
         from .sharpness import measure_sharpness
 
         return measure_sharpness(self, *args, **kwargs)
 
     def find_r(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Suggest a `gnp_r` from passes at the present weights: see `hf_gnp.sharpness.find_r`."""
+        """Suggest a `gnp_r` for the present weights: see `hf_gnp.sharpness.find_r`."""
         from .sharpness import find_r
 
         return find_r(self, *args, **kwargs)
 
-    # Checkpoints.
-
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save as [`~transformers.Trainer.save_model`] does, but never perturbed weights, as a signal handler may."""
+        """Save as [`~transformers.Trainer.save_model`] does, but refuse perturbed weights (of signal handlers)."""
         if self._gnp_run is not None and self._gnp_run.is_perturbed:
             raise RuntimeError("The weights are perturbed by an unfinished second pass: nothing was saved.")
         super().save_model(*args, **kwargs)
@@ -282,7 +266,7 @@ class GNPMixin(_Base):
             add_to_model_card(os.path.join(self.args.output_dir, "README.md"), self.gnp_args.gnp_values())
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # Passed on as it came: sentence-transformers' trainers take the folder alone.
+        # sentence-transformers' trainers take the folder alone.
         loader = super()._load_from_checkpoint
         if not self._gnp_loads_renamed(*inspect.signature(loader).bind(*args, **kwargs).args):
             loader(*args, **kwargs)
@@ -292,8 +276,8 @@ class GNPMixin(_Base):
             super()._load_best_model()
 
     def _gnp_loads_renamed(self, folder: str, model: nn.Module | None = None) -> bool:
-        """Load a checkpoint that stock `Trainer` would load only in part. False: there is nothing to do."""
-        # DeepSpeed and FSDP keep checkpoints of their own, under the model's names.
+        """Load a checkpoint that stock `Trainer` would load only in part. False: it is no such checkpoint."""
+        # DeepSpeed and FSDP have their own checkpoints, under the model's names.
         if self.gnp_args.gnp_alpha == 0 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return False
         result = load_renamed(self.model if model is None else model, folder)

@@ -1,4 +1,4 @@
-"""The mean of gradients over ranks, where no backward has reduced them."""
+"""The mean over ranks of gradients that no backward has reduced."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +19,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], some_unused: bool) -> 
     Replace each parameter's whole gradient by its mean over ranks. A collective. A missing gradient counts as 0.
 
     Args:
-        some_unused: Whether a parameter that no rank's loss has reached gets no gradient.
+        some_unused: Whether to leave parameters without gradient if no rank's loss has reached them.
     """
     if some_unused:
         flags = [p.grad is not None for p in parameters]

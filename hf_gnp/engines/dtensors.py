@@ -1,4 +1,4 @@
-"""Parameters and gradients that are DTensors: this rank's part, its place, and the number of ranks that hold it."""
+"""This rank's part of a DTensor, its place, and the number of ranks that hold it."""
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ def count_copies(parameter: nn.Parameter) -> int:
 
 
 def coordinates_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Return this rank's place on the mesh, along the dimensions over which the parameter is sharded."""
+    """Return this rank's coordinates in the mesh dimensions over which the parameter is sharded."""
     if not isinstance(parameter, DTensor):
         return ()
     place = parameter.device_mesh.get_coordinate() or ()
@@ -25,16 +25,16 @@ def coordinates_of(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def part_of(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a whole tensor of the parameter's shape. Nothing is communicated."""
+    """Return this rank's part of a whole tensor of the parameter's shape, without communication."""
     if not isinstance(parameter, DTensor):
         return whole
-    # Without a source rank each rank takes its own part.
+    # Without a source rank each rank takes its part of its own tensor.
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
 
 def as_sharded(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """Return a gradient or a moment sharded as its parameter is."""
-    # Under tensor parallelism alone, an embedding's gradient is whole on each rank. No communication shards it.
+    """Return a gradient or moment with the sharding of its parameter."""
+    # With tensor parallelism only, an embedding's gradient is whole on each rank. Sharding it communicates nothing.
     if isinstance(tensor, DTensor) and isinstance(parameter, DTensor) and tensor.placements != parameter.placements:
         return tensor.redistribute(parameter.device_mesh, parameter.placements)
     return tensor

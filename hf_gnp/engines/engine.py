@@ -1,4 +1,4 @@
-"""What an engine is: the shards of one rank, the sums over ranks, and the penalised step in terms of both."""
+"""The interface of engines: a rank's shards, sums over ranks, perturbed weights and mixed gradients."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -19,10 +19,10 @@ from .shards import Shard
 
 class Engine(ABC):
     """
-    One penalised step, with `move = Move(engine)`:
+    Run a penalised step on one kind of sharding. With `move = Move(engine)` a step is:
 
         engine.begin_window(perturbation)
-        with engine.first_pass(): ...               # each micro-batch: backward, and no optimizer step
+        with engine.first_pass(): ...               # each micro-batch: backward without optimizer step
         move.gradient_norm()                        # shards, sum_over_ranks, loss_scale
         with move.perturbed(penalty, noise_seed):   # keep_weights, keep_gradients, publish, end_perturbation
             with engine.replay(is_last): ...        # each micro-batch again
@@ -31,13 +31,13 @@ class Engine(ABC):
         engine.drop_nonfinite_gradient(grad_norm)
 
     Args:
-        model: As `accelerator` has prepared it.
+        model: The model that `accelerator` has prepared.
     """
 
     has_master = True  # whether 16-bit forward weights have an fp32 master
     accumulates = False  # whether g₂ is added to the g₁ that `keep_gradients` leaves
-    gathers_weights = False  # whether a move makes ranks gather whole weights again
-    outside: Sequence[nn.Parameter] = ()  # of the optimizer, and not of the model
+    gathers_weights = False  # whether ranks gather whole weights after each change of a shard
+    outside: Sequence[nn.Parameter] = ()  # parameters of the optimizer that the model does not have
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module):
         self.accelerator, self.model = accelerator, model
@@ -45,10 +45,10 @@ class Engine(ABC):
 
     def begin_window(self, perturbation: Perturbation, optimizer: Any = None) -> None:
         """
-        Begin a window: parameters may have come, gone, or been unfrozen since the last one.
+        Begin a window. Find the model's parameters, which may have changed since the last one.
 
         Args:
-            optimizer: The trainer's, which a callback may have made anew. DeepSpeed has its own.
+            optimizer: The trainer's optimizer, which a callback may have replaced. DeepSpeed has its own.
         """
         self.perturbation = perturbation
         self.modules = modules_of(self.model)
@@ -59,15 +59,15 @@ class Engine(ABC):
 
     @abstractmethod
     def shards(self) -> list[Shard]:
-        """Return this rank's shards that have a gradient, after a pass has ended: those that the step will use."""
+        """Return this rank's shards that have a gradient, after a pass."""
 
     @abstractmethod
     def trainable_shards(self) -> list[Shard]:
-        """Return all trainable shards of this rank, without a look at gradients."""
+        """Return all trainable shards of this rank, with or without gradient."""
 
     @abstractmethod
     def first_moment(self, shard: Shard) -> torch.Tensor | None:
-        """Return the optimizer's first moment of a shard. None: before its first step."""
+        """Return the optimizer's first moment of a shard. None before its first step."""
 
     @abstractmethod
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
@@ -75,10 +75,10 @@ class Engine(ABC):
 
     @abstractmethod
     def loss_scale(self) -> torch.Tensor | float:
-        """Return the factor that the gradients in `shards` carry. A scalar tensor where it is on the device."""
+        """Return the factor of the gradients in `shards`, as a scalar tensor where it is on the device."""
 
     def each_once(self, shards: Sequence[Shard], values: torch.Tensor) -> torch.Tensor:
-        """Return one value a shard, divided by the number of ranks that hold the shard: sums over ranks are global."""
+        """Divide the value of each shard by the number of ranks that hold it, so that sums over ranks are global."""
         if all(shard.copies == 1 for shard in shards):
             return values
         return values / torch.tensor([shard.copies for shard in shards], device=values.device)
@@ -88,36 +88,36 @@ class Engine(ABC):
     @property
     @abstractmethod
     def is_perturbed(self) -> bool:
-        """Whether weights on this rank are not θ."""
+        """Return whether weights on this rank are not θ."""
 
     @abstractmethod
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:
-        """Keep what `restore` needs before shards are moved. Returns them with θ as `master`, and no gradient."""
+        """Save what `restore` needs before shards move. Return the shards with θ as `master`, without gradients."""
 
     @abstractmethod
     def publish(self) -> None:
-        """Make the next forward on all ranks see the shards. A collective where weights are replicated."""
+        """Make changed shards visible to the next forward on all ranks. A collective where weights are replicated."""
 
     @abstractmethod
     def restore(self) -> None:
-        """Put θ back. May be called when a move failed half way, or twice."""
+        """Restore θ. Works after a partial move, and twice."""
 
     def end_perturbation(self) -> None:
-        """Put θ back after passes that went well, or leave it to `finish` where the step will anyway."""
+        """Restore θ after passes without failure, or leave that to `finish`, where the step does so anyway."""
         self.restore()
 
     # The passes.
 
     @abstractmethod
     def first_pass(self) -> AbstractContextManager[None]:
-        """Surround `Trainer.training_step`: nothing steps in it, also where the engine's backward would."""
+        """Surround `Trainer.training_step`, so that no backward steps."""
 
     @abstractmethod
     def replay(self, is_last: bool) -> AbstractContextManager[None]:
-        """Surround a second `Trainer.training_step`: gradients are reduced over ranks as in the first pass."""
+        """Surround a second `Trainer.training_step`, so that ranks reduce gradients as in the first pass."""
 
     def after_backward(self) -> None:
-        """Called after each backward of the loss: its gradient outlives the next forward."""
+        """Make the gradient of a backward of the loss survive the next forward. Called after each backward."""
         return None
 
     def sync_gradients_set(self, is_last: bool) -> AbstractContextManager[None]:
@@ -131,22 +131,22 @@ class Engine(ABC):
         return torch.no_grad()
 
     def computes_in_16_bit(self) -> bool:
-        """Whether a forward does, whatever the weights' dtype."""
+        """Return whether a forward computes in 16 bit, whatever the weights' dtype."""
         return self.accelerator.mixed_precision != "no"
 
     # The gradients.
 
     @abstractmethod
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
-        """Keep what `mix` needs of `scale * g₁`, and make room for g₂."""
+        """Save what `mix` needs of `scale * g₁`, and prepare the gradient for g₂."""
 
     @abstractmethod
     def mix(self, alpha: float) -> None:
-        """Turn the gradient into (1-α) g₁ + α g₂."""
+        """Set the gradient to (1-α) g₁ + α g₂, with the scaled g₁ of `keep_gradients`."""
 
     @abstractmethod
     def scale_gradient(self, scale: float) -> None:
-        """Multiply the gradient of the step."""
+        """Multiply the gradient of the step by `scale`."""
 
     @abstractmethod
     def discard_gradient(self) -> None:
@@ -154,60 +154,58 @@ class Engine(ABC):
 
     @abstractmethod
     def take_gradient(self) -> Any:
-        """Set the gradient that is there aside, and return it for `add_gradient`. None or empty: there is none."""
+        """Remove the present gradient and return it for `add_gradient`. None or empty if there is none."""
 
     @abstractmethod
     def add_gradient(self, gradient: Any) -> None:
-        """Add a gradient that `take_gradient` returned. A collective where each rank has its own."""
+        """Add a gradient of `take_gradient`. A collective where it is not reduced yet."""
 
     @abstractmethod
     def hold_gradient(self) -> None:
-        """Keep the gradient of a micro-batch with a direction of its own, until the step ends. The weights are θ."""
+        """Keep the gradient of a micro-batch with its own direction until the step ends. The weights are θ."""
 
     def gradients_of(self, shards: Sequence[Shard]) -> list[torch.Tensor | None]:
-        """Return the gradients of shards after a pass. None: the loss did not reach the parameter."""
+        """Return the gradients of shards after a pass. None where the loss did not reach the parameter."""
         gradients = {id(shard.parameter): shard.gradient for shard in self.shards()}
         return [gradients.get(id(shard.parameter)) for shard in shards]
 
     def sets_gradients_aside(self) -> bool:
-        """Whether `take_gradient` gives what a backward leaves now, in the middle of a window too."""
+        """Return whether `take_gradient` can return the gradient of a backward now, also within a window."""
         return False
 
     def hides_gradient(self) -> bool:
-        """Whether there is a gradient that `take_gradient` does not give."""
+        """Return whether there is a gradient that `take_gradient` does not return."""
         return False
 
     def hidden_gradient(self) -> AbstractContextManager[None]:
-        """Hide the gradients of parameters where `take_gradient` works. One that is made inside is dropped."""
+        """Hide the gradients of parameters where the engine can. Gradients that are made inside are dropped."""
         return contextlib.nullcontext()
 
     def gradient_marks(self) -> Any:
-        """Return something that changes when anybody adds to the gradient. None: that cannot be seen."""
+        """Return a value that changes when the gradient changes. None if the engine cannot tell."""
         return None
 
     # The end of the step.
 
     @abstractmethod
     def finish(self) -> None:
-        """End `training_step`: an engine steps here whose backward would have stepped."""
+        """End `training_step`. An engine whose backward would step makes its step here."""
 
     @abstractmethod
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor | bool:
         """
         Drop a gradient whose norm is not finite, between clipping and the optimizer step, so that no weight becomes
-        NaN. Returns whether it was dropped, as a flag on the device where it is the optimizer that skips the step
-        there. A loss scaler, where there is one, skips the step by itself.
+        NaN. A loss scaler makes this unnecessary.
+
+        Return whether the step is dropped. This is a flag on the device if the optimizer skips the step itself.
         """
 
     def end_step(self) -> None:
-        """Called after the optimizer's step: what `drop_nonfinite_gradient` has set is gone."""
+        """Undo what `drop_nonfinite_gradient` has set. Called after the optimizer's step."""
         return None
 
     def abandon(self) -> None:
-        """
-        Put θ back and drop the gradient, after a failure anywhere in a step. Putting back is tried again if it was
-        itself interrupted. The interruption is raised when the weights are clean.
-        """
+        """Restore θ and drop the gradient after a failure. Try up to three times, and then raise an interruption."""
         interruption = None
         for _ in range(3):
             try:
@@ -219,6 +217,6 @@ class Engine(ABC):
             raise interruption
 
     def clean_up(self) -> None:
-        """Put θ back and drop the gradient, wherever a step has ended. May be called again."""
+        """Restore θ and drop the gradient at any place in a step. May be called again."""
         self.restore()
         self.discard_gradient()

@@ -1,4 +1,4 @@
-"""The modules that FSDP2 shards: what they keep gathered, and the gradients that they keep to themselves."""
+"""The modules that FSDP2 shards, with their gathered weights and their gradients that are not in `.grad`."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,30 +10,30 @@ from .private import require
 
 
 class ShardedModules:
-    """The modules of a model that FSDP2 shards, in `modules`. Without any, no method does anything."""
+    """Control the FSDP2 modules of a model. Without FSDP2 the methods do nothing."""
 
     def __init__(self, modules: Iterable[nn.Module]):
         self.modules = [module for module in modules if isinstance(module, FSDPModule)]
         within = {id(child) for module in self.modules for child in module.modules() if child is not module}
         self._roots = [module for module in self.modules if id(module) not in within]
-        self.has_gradient()  # refuses a release of torch with other names
+        self.has_gradient()  # refuses torch releases with other private names
 
     def __bool__(self) -> bool:
         return bool(self.modules)
 
     def reshard(self) -> None:
-        """Drop gathered weights, which would not notice a changed shard (reshard_after_backward=False keeps them)."""
+        """Drop gathered weights (reshard_after_backward=False keeps them), which would miss changes of a shard."""
         for module in self.modules:
             module.reshard()
 
     def forget_forward(self) -> None:
-        """Wait for no backward of the last forward. A layer whose forward failed would stay gathered."""
+        """Forget the last forward, of which no backward follows. A layer whose forward failed would stay gathered."""
         for module in self._roots:
-            if hasattr(module, "reset_iter_state"):  # older releases of torch have none
+            if hasattr(module, "reset_iter_state"):  # not in older releases of torch
                 module.reset_iter_state()
 
     def has_gradient(self) -> bool:
-        """Return whether FSDP2 has a gradient that no backward has reduced yet. No `grad` shows it."""
+        """Return whether FSDP2 has a gradient that no backward has reduced yet. It is not in `.grad`."""
         parameters = list(self._parameters())
         waiting = (p.unsharded_accumulated_grad for p in parameters)
         whole = (p._unsharded_param.grad for p in parameters if hasattr(p, "_unsharded_param"))
@@ -47,7 +47,7 @@ class ShardedModules:
                 parameter._unsharded_param.grad = None
 
     def _parameters(self) -> Iterator[Any]:
-        """Yield FSDP2's own record of each parameter. Its names are private."""
+        """Yield the private FSDPParam of each parameter."""
         for module in self.modules:
             state: Any = module._get_fsdp_state()
             # Older releases of torch have one group a module.

@@ -1,4 +1,4 @@
-"""One process, DataParallel, DDP, FSDP2, tensor parallelism: gradients are in `param.grad`, whole or as DTensors."""
+"""The engine of one process, DataParallel, DDP, FSDP2 and tensor parallelism, with gradients in `param.grad`."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
 class TakenGradient(NamedTuple):
-    """A gradient that was set aside. `is_unreduced`: each rank has its own, which no backward reduces any more."""
+    """Hold a gradient that was set aside. `is_unreduced`: it is this rank's own, and no backward will reduce it."""
 
     pairs: list[tuple[nn.Parameter, torch.Tensor]]
     is_unreduced: bool
@@ -39,15 +39,14 @@ class TakenGradient(NamedTuple):
 
 class NativeEngine(Engine):
     """
-    Engine over `param.grad`.
+    Run a step with gradients in `param.grad`.
 
-    The second pass accumulates into the scaled first gradient, so there is no second gradient buffer. What is held is
-    one copy of the weights that are moved (of this rank's shard under FSDP2). These gradients are kept aside instead:
-    those of 16 bit, in which a small α g₂ would drown, those that a communication hook of DDP compresses, and those
-    that a hook changes after each backward.
+    Memory: one copy of the weights that move (of this rank's shard under FSDP2). The second pass adds g₂ to the scaled
+    g₁, so there is no second gradient buffer. There is one for 16-bit gradients, where rounding would lose a small
+    α g₂, and where a communication hook of DDP or a hook of a parameter changes gradients.
 
-    Parameters that the optimizer has and the model has not, those of a loss, get the mixed gradient and are not moved:
-    DDP and FSDP2 do not reduce their gradients, so there is no one direction to move them along.
+    Parameters of the optimizer outside of the model, such as those of a loss, get the mixed gradient but do not move.
+    DDP and FSDP2 do not reduce their gradients, so ranks have no common direction for them.
     """
 
     has_master = False
@@ -62,12 +61,12 @@ class NativeEngine(Engine):
         self._skipping = contextlib.ExitStack()
         self._is_reducing = False  # whether gradients are reduced in this pass
         super().__init__(accelerator, perturbation, model)
-        has_communication_hook(model)  # refuses one
+        has_communication_hook(model)  # refuses PowerSGD
 
     def begin_window(self, perturbation: Perturbation, optimizer: Any = None) -> None:
         super().begin_window(perturbation)
-        self._optimizer = optimizer or self._optimizer  # a callback may have made a new one
-        self.publish()  # after an evaluation FSDP2's root stays gathered, and has other parameters
+        self._optimizer = optimizer or self._optimizer  # a callback may have replaced it
+        self.publish()  # after an evaluation FSDP2's root is still gathered, with other parameter objects
         self.outside = parameters_outside(self.all_parameters, self._optimizer)
         self.is_sharded = any(isinstance(p, DTensor) for p in self.all_parameters)
 
@@ -76,7 +75,7 @@ class NativeEngine(Engine):
     @torch.no_grad()
     def shards(self) -> list[Shard]:
         with_gradient = [p for p in self.all_parameters if p.grad is not None]
-        # A loss may be a constant, of a batch without pairs. But an optimizer that steps in hooks takes the gradients.
+        # A loss may be constant, such as for a batch without pairs. An optimizer in hooks removes the gradients.
         if not with_gradient and any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._trainable()):
             raise RuntimeError(
                 "No parameter has a gradient after backward, so there is nothing to penalise. An optimizer that steps "
@@ -124,7 +123,7 @@ class NativeEngine(Engine):
         return local_part(as_sharded(moment, shard.parameter))
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
-        # Whole gradients are the same on all ranks already, or meant to differ (gnp_scope="rank").
+        # Whole gradients are equal on all ranks, or differ on purpose (gnp_scope="rank").
         if self.is_sharded:
             dist.all_reduce(value)
         return value
@@ -142,7 +141,7 @@ class NativeEngine(Engine):
     @torch.no_grad()
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:
         self._backup = penalty.clones([shard.weight for shard in shards])
-        self._moved = [shard.weight for shard in shards]  # only now: `restore` needs both
+        self._moved = [shard.weight for shard in shards]  # last: `restore` needs both
         return [shard.kept(backup) for shard, backup in zip(shards, self._backup, strict=True)]
 
     def publish(self) -> None:
@@ -184,23 +183,24 @@ class NativeEngine(Engine):
     def after_backward(self) -> None:
         if self._is_reducing and not self.accelerator.sync_gradients and (adapters := self._unsharded()):
             average_gradients(adapters, some_unused=True)
-        # A parameter's first gradient is the very tensor that backward made, here one of a CUDA graph's.
+        # A parameter's first gradient is the tensor that backward made. A CUDA graph would overwrite it.
         if self._uses_cuda_graphs:
             for parameter in self._with_any_gradient():
                 parameter.grad = gradient_of(parameter).clone()
 
     def _unsharded(self) -> list[nn.Parameter]:
         """
-        Return the adapters in a model that transformers sharded at load time: a hook of `Trainer`'s takes the mean
-        over ranks of their gradients in the last backward of a step, and in no other.
+        Return the adapters in a model that transformers sharded at load time.
+
+        A hook of `Trainer` averages their gradients over ranks, but only in the last backward of a step.
         """
         is_sharded_at_load = getattr(self.model, "is_distributed_loading_by_transformers", False)
         return [p for p in self._trainable() if not isinstance(p, DTensor)] if is_sharded_at_load else []
 
     @contextlib.contextmanager
     def probed(self) -> Iterator[None]:
-        # With a graph: the same kernels run as in the first pass, and a loss may differentiate. It may also move
-        # weights, which its trainer puts back after the backward.
+        # With a graph: the kernels are those of the first pass, and a loss may differentiate. A loss may also change
+        # weights that its trainer restores after the backward.
         weights = [local_part(parameter).detach() for parameter in self._trainable()]
         kept = [weight.clone() for weight in weights]
         try:
@@ -226,7 +226,7 @@ class NativeEngine(Engine):
 
     def _keeps_aside(self, shards: Sequence[Shard]) -> bool:
         is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
-        # Such a hook sees all that is in `.grad`: tensor parallelism sums it over ranks, which g₁ already is.
+        # Such a hook changes all of `.grad`: tensor parallelism would sum g₁ over ranks a second time.
         has_hook = any(parameter._post_accumulate_grad_hooks for parameter in self._trainable())
         return is_low or has_hook or has_communication_hook(self.model)
 
@@ -263,7 +263,7 @@ class NativeEngine(Engine):
         return [gradients.get(id(shard.parameter)) for shard in shards]
 
     def take_gradient(self) -> TakenGradient | None:
-        # A view into a bucket of DDP is written over by the next backward.
+        # The next backward overwrites a view into a bucket of DDP.
         is_view = getattr(self.model, "gradient_as_bucket_view", False)
         pairs = [(p, gradient_of(p).clone() if is_view else gradient_of(p)) for p in self._with_any_gradient()]
         for parameter, _ in pairs:
@@ -280,7 +280,7 @@ class NativeEngine(Engine):
             parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
 
     def _is_unreduced(self) -> bool:
-        """Whether the gradient that is there is this rank's own, so that nothing reduces it once it is taken."""
+        """Return whether the present gradient is this rank's own, and no backward reduces it once it is taken."""
         if self.is_sharded or not dist.is_initialized() or dist.get_world_size() == 1:
             return False
         is_of_step = not (self.perturbation.is_per_rank or self.perturbation.is_per_micro_batch)
@@ -296,7 +296,7 @@ class NativeEngine(Engine):
         pass  # in `param.grad`
 
     def sets_gradients_aside(self) -> bool:
-        # Until the window's last backward FSDP2 keeps gradients to itself.
+        # Before the window's last backward FSDP2 does not set `.grad`.
         return not self._fsdp or (self.accelerator.sync_gradients and not self.hides_gradient())
 
     def hides_gradient(self) -> bool:
@@ -316,7 +316,7 @@ class NativeEngine(Engine):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Take the mean over ranks, once, where each rank moves along its own gradient and no pass reduces."""
+        """Average the gradient over ranks if each rank moves along its own, as then no pass reduces it."""
         if not (self.perturbation.is_per_rank and dist.is_initialized() and dist.get_world_size() > 1):
             return
         parameters = [p for p in self.all_parameters if p.requires_grad or p.grad is not None]

@@ -1,4 +1,4 @@
-"""Private names of torch. Those that are assigned are checked: without them an assignment would be silent."""
+"""Private names of torch. `require` checks those that are assigned, as assigning a missing name is silent."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from hf_gnp.momentum import unwrapped
 
 
-# The releases that the tests ran with.
+# The releases of the tests.
 TESTED = {"torch": "2.13.0", "deepspeed": "0.19.8"}
 
 
@@ -27,15 +27,15 @@ def require(package: str, owner: Any, name: str) -> None:
 
 
 def forget_casts() -> None:
-    """Clear the caches of autocast and of `torch.nn.utils.parametrize.cached`, as the weights have changed."""
+    """Clear the caches of autocast and of `torch.nn.utils.parametrize.cached` after a change of weights."""
     torch.clear_autocast_cache()
     parametrize._cache.clear()
 
 
 def optimizer_that_skips(optimizer: Any, device: torch.device) -> torch.optim.Optimizer | None:
-    """Return the optimizer inside accelerate's wrapper if a flag on `device` can make it skip a step, else None."""
+    """Return the optimizer inside accelerate's wrapper, or None if no flag on `device` can make it skip a step."""
     inner = unwrapped(optimizer)
-    # Fused SGD leaves its momentum unwritten in a skipped first step. A CPU does not wait for a flag on a GPU.
+    # In a skipped first step fused SGD leaves its momentum uninitialised. A CPU does not wait for a flag on a GPU.
     if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
         return None
     groups = inner.param_groups
@@ -45,7 +45,7 @@ def optimizer_that_skips(optimizer: Any, device: torch.device) -> torch.optim.Op
 
 @contextlib.contextmanager
 def next_step_skipped(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> Iterator[None]:
-    """Make the next step of a fused optimizer do nothing if the flag is set, as a loss scaler does."""
+    """Make the next step of a fused optimizer do nothing if `flag` is true, as a loss scaler does."""
 
     def forget(*_: Any) -> None:
         vars(optimizer).pop("found_inf", None)
@@ -55,13 +55,13 @@ def next_step_skipped(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> I
     try:
         yield
     finally:
-        handle.remove()  # not in the hook: others of the optimizer's may come after it
+        handle.remove()  # not within the hook, while the optimizer iterates over its hooks
         forget()
 
 
 @contextlib.contextmanager
 def sync_gradients_set(accelerator: Accelerator, is_last: bool) -> Iterator[None]:
-    """Make accelerate take the next backward for the last of a window, or for one of those before."""
+    """Set `accelerator.sync_gradients`: whether the next backward is the last of a window."""
     before = accelerator.sync_gradients
     accelerator.sync_gradients = is_last
     try:

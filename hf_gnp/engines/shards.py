@@ -1,4 +1,4 @@
-"""The shard: this rank's part of one parameter, the same on every engine."""
+"""The shard: this rank's part of one parameter, on every engine."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,29 +9,31 @@ from torch import nn
 
 class Shard(NamedTuple):
     """
-    This rank's part of one parameter, without padding. Its tensors have one shape, and may differ in device and dtype.
+    Hold this rank's part of one parameter, without padding.
+
+    Its tensors have one shape, and may differ in device and dtype.
 
     Args:
-        number: The place of the parameter in the model, the same on all ranks.
-        weight: The tensor that the forward sees, or from which it is gathered.
+        number: The index of the parameter in the model, equal on all ranks.
+        weight: The tensor that the forward uses or gathers.
         master: θ: the fp32 master of `weight` where there is one, the copy of `keep_weights`, or `weight` itself.
         gradient: None where the loss did not reach the parameter.
-        coordinates: The place of the part, equal on ranks that hold the same part.
+        coordinates: The place of the part, equal on ranks with the same part.
         part_of: Returns the same part of any whole tensor of the parameter's shape.
-        copies: The number of ranks that hold the same part, among those that `sum_over_ranks` sums over.
+        copies: The number of ranks with the same part, among those of `sum_over_ranks`.
     """
 
     parameter: nn.Parameter
     number: int
     weight: torch.Tensor
     master: torch.Tensor
-    gradient: Any  # a tensor, or None
+    gradient: Any  # torch.Tensor | None
     coordinates: tuple[int, ...] = ()
     part_of: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole
     copies: int = 1
 
     def kept(self, theta: torch.Tensor) -> "Shard":
-        """Return this shard with θ as its master, and without gradient. `_replace` takes twice as long."""
+        """Return this shard with θ as its master, without gradient. `_replace` takes twice as long."""
         return Shard(
             self.parameter, self.number, self.weight, theta, None, self.coordinates, self.part_of, self.copies
         )
@@ -43,5 +45,5 @@ class Shard(NamedTuple):
 
 
 def run_of(whole: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """Return `size` elements of a flattened tensor, from `start` on: the part that a rank has under ZeRO."""
+    """Return `size` elements of a flattened tensor, from `start` on. Under ZeRO a rank has such a part."""
     return whole.reshape(-1).narrow(0, start, size)

@@ -1,4 +1,4 @@
-"""The wrappers that DDP, FSDP2 and torch.compile put around a model, and when they reduce gradients."""
+"""The wrappers of DDP, FSDP2 and torch.compile around a model, and when they reduce gradients."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def without_compile(model: nn.Module) -> nn.Module:
-    """Return the module that accelerate compiled. It compiles last: this is DDP itself where there is one."""
+    """Return the module that accelerate compiled: the DDP wrapper, where there is one."""
     return model.get_submodule("_orig_mod") if is_compiled_module(model) else model
 
 
@@ -21,7 +21,7 @@ def has_communication_hook(model: nn.Module) -> bool:
     model = without_compile(model)
     if not isinstance(model, DistributedDataParallel):
         return False
-    hooks = model._comm_hooks  # there is no public way to ask
+    hooks = model._comm_hooks  # torch has no public name for it
     if any(isinstance(state, PowerSGDState) for _, state in hooks):
         raise NotImplementedError(
             "The gradient-norm penalty does not run with PowerSGD, which carries an error from one gradient to the "
@@ -32,7 +32,7 @@ def has_communication_hook(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def reducing(model: nn.Module, fsdp_modules: Iterable[FSDPModule]) -> Iterator[None]:
-    """Reduce gradients, also within the `no_sync` that `Trainer` puts around all but the last micro-batch."""
+    """Reduce gradients, even within `no_sync`, which `Trainer` enters for all but the last micro-batch."""
     for module in fsdp_modules:
         module.set_requires_gradient_sync(True, recurse=False)
     ddp = without_compile(model)
@@ -49,7 +49,7 @@ def reducing(model: nn.Module, fsdp_modules: Iterable[FSDPModule]) -> Iterator[N
 
 @contextlib.contextmanager
 def defer_reduction(model: Any) -> Iterator[None]:
-    """Do as `no_sync` for a model that transformers sharded at load time. HSDP defers the sum over replicas alone."""
+    """Do what `no_sync` does, for a model that transformers sharded at load time. HSDP defers only the all-reduce."""
     replicated = model.config.distributed_config.dp_replicate_size > 1
     defer = model.set_requires_all_reduce if replicated else model.set_requires_gradient_sync
     defer(False)

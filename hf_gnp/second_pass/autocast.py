@@ -1,4 +1,4 @@
-"""The autocast that stands around `compute_loss`: a user's own is there in the first pass only."""
+"""Autocast around `compute_loss`. One that a user's `training_step` enters is active in the first pass only."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -8,7 +8,7 @@ import torch
 
 
 class Autocast:
-    """Whether autocast is on for a device type, and to which dtype, as it is when this is made."""
+    """Record at construction whether autocast is enabled for a device type, and its dtype."""
 
     def __init__(self, device_type: str):
         self._device_type = device_type
@@ -19,7 +19,7 @@ class Autocast:
         return is_on, torch.get_autocast_dtype(self._device_type) if is_on else None
 
     def set(self) -> AbstractContextManager[Any]:
-        """Set it again, where it is another now."""
+        """Return a context with the recorded autocast."""
         if self._state == self._now():
             return contextlib.nullcontext()
         is_on, dtype = self._state

@@ -1,4 +1,4 @@
-"""What is in an attribute's value that a pass may change in place, and how to put it back."""
+"""Restoration of attribute values that a pass may change in place: containers, tensors, arrays, generators."""
 
 import functools
 import operator
@@ -15,17 +15,13 @@ from torch import nn
 from hf_gnp.tensors import local_part
 
 
-# Elements: a smaller tensor is copied with the attributes. A larger one is for `RunningTensors`.
-SMALL = 2**14
-# Bytes: the most that is copied, or held, of what may move.
-BUDGET = 2**26
-# A longer container is not looked into.
-LONG = 2**12
+SMALL = 2**14  # elements: tensors up to this size are copied with the attributes, larger ones by `RunningTensors`
+BUDGET = 2**26  # bytes: the most that is copied or held
+LONG = 2**12  # items: longer containers are not inspected
 DEEP = 6  # containers within containers
 TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
-# Most attributes are of these: nothing in them is looked at, and asking their type is enough.
 VALUES = (int, float, complex, str, bytes, type(None), torch.Tensor, np.ndarray)
-OPAQUE = {
+OPAQUE = {  # most attributes have these types, and nothing in them can change
     *(int, float, complex, str, bytes, type(None), bool),
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype, torch.device),
 }
@@ -34,52 +30,52 @@ CONTAINERS = (dict, list, tuple, set, deque)
 
 
 def items(container: Any) -> Iterable[Any]:
-    """Return what a container holds, if it is not long."""
+    """Return the values in a container, or nothing if it is long."""
     if len(container) > LONG:
         return ()
     return list(container.values()) if isinstance(container, dict) else list(container)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements can be copied, compared as bytes and written in place: no sparse or quantised tensor."""
+    """Return whether the elements can be copied, compared as bytes and written in place: not sparse, not quantised."""
     local = local_part(tensor)
     if type(local) not in TENSORS or local.layout != torch.strided:
         return False
     if local.is_quantized or local.is_nested or local.is_inference() or local.device.type == "meta":
         return False
-    # An expanded tensor has one element in several places: nothing can be written to it in place.
+    # An expanded tensor has one element in several places, and cannot be written in place.
     return all(stride > 0 or size == 1 for stride, size in zip(local.stride(), local.shape, strict=True))
 
 
 def storage_address(tensor: torch.Tensor) -> int:
-    """Return where the memory begins that a tensor shares with its views. 0: it is not dense."""
+    """Return the address of a tensor's storage, which its views share. 0 if the tensor is not dense."""
     return local_part(tensor).untyped_storage().data_ptr() if is_dense(tensor) else 0
 
 
 def addresses(tensors: Iterable[torch.Tensor | None]) -> set[int]:
-    """Return the storage addresses of those that are dense."""
+    """Return the storage addresses of the dense tensors."""
     return {storage_address(tensor) for tensor in tensors if tensor is not None} - {0}
 
 
 def is_state(tensor: torch.Tensor) -> bool:
-    """Whether it is neither a part of a graph, nor a parameter that ZeRO-3 gathers and releases."""
+    """Return whether the tensor is neither part of a graph, nor a parameter that ZeRO-3 gathers and releases."""
     return type(tensor) in TENSORS and tensor.grad_fn is None and not hasattr(tensor, "ds_id")
 
 
 def is_small(value: torch.Tensor | np.ndarray) -> bool:
-    """Whether what is in it is copied: it is not large, and not part of a graph."""
+    """Return whether the elements are copied with the attributes."""
     if isinstance(value, np.ndarray):
         return value.size <= SMALL
     return is_state(value) and value.numel() <= SMALL
 
 
 def any_value(value: Any) -> bool:
-    """Return True: every value is held."""
+    """Return True, to hold every value."""
     return True
 
 
 def fits(value: Any, most: float) -> bool:
-    """Return whether a value is no tensor or array, or a small one, or one of at most `most` bytes."""
+    """Return whether a tensor or array is small or has at most `most` bytes. True for all other values."""
     return not isinstance(value, torch.Tensor | np.ndarray) or is_small(value) or value.nbytes <= most
 
 
@@ -87,12 +83,12 @@ def restorers(
     value: Any, aliases: Callable[[], set[int]], holds: Callable[[Any], bool], seen: set[int], depth: int = DEEP
 ) -> Iterator[Callable[[], Any]]:
     """
-    Yield functions that put back, in place, what is in `value` now.
+    Yield functions that restore, in place, the present contents of `value`.
 
     Args:
-        aliases: Returns the storage addresses of weights and gradients: tensors that share them are left alone.
-        holds: Which values of a dictionary are held.
-        seen: Ids of values that are done. Added to.
+        aliases: Returns the storage addresses of weights and gradients. Tensors that share them are not restored.
+        holds: Decides which values of a dictionary to hold.
+        seen: Ids of the values so far. This function adds to it.
     """
     if type(value) in OPAQUE or id(value) in seen or depth == 0:
         return
@@ -132,7 +128,7 @@ def _put_back_dict(value: dict[Any, Any], keys: list[Any], held: dict[Any, Any])
     is_same = len(value) == len(keys) and all(map(operator.is_, value, keys))
     if is_same and all(value[key] is item for key, item in held.items()):
         return
-    # Not by the methods of its own class, which may refuse, as those of a ModelOutput.
+    # The methods of its own class may refuse, such as those of a ModelOutput.
     own: Any = OrderedDict if isinstance(value, OrderedDict) else dict
     now = dict(value)
     own.clear(value)

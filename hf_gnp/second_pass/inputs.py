@@ -1,4 +1,4 @@
-"""Copies of the inputs of a first pass, which may write into them: some stock models clamp theirs in place."""
+"""Copies of the inputs. A first pass may write into its inputs: some stock models clamp them in place."""
 
 import copy
 from collections import UserDict
@@ -13,12 +13,12 @@ from torch import nn
 
 def copied(inputs: Any, copies: dict[int, Any] | None = None) -> Any:
     """
-    Return inputs with their tensors and arrays copied, in new mappings, lists, tuples and dataclasses.
+    Return inputs with copies of their tensors and arrays, in new mappings, lists, tuples and dataclasses.
 
-    Parameters and other objects are passed on as they are.
+    Parameters and other objects are not copied.
 
     Args:
-        copies: What has been copied so far, by id: a tensor in two places is one again.
+        copies: The copies so far, by the id of the original. A tensor in two places is copied once.
 
     Raises:
         NotImplementedError: for a tensor that has a graph.
@@ -28,7 +28,7 @@ def copied(inputs: Any, copies: dict[int, Any] | None = None) -> Any:
         if id(inputs) not in copies:
             copies[id(inputs)] = _copy_of(inputs)
         return copies[id(inputs)]
-    if isinstance(inputs, dict | UserDict):  # whose attributes stay, as those of a BatchEncoding
+    if isinstance(inputs, dict | UserDict):  # keeps attributes, such as those of a BatchEncoding
         result: Any = copy.copy(inputs)
         for key, value in inputs.items():
             result[key] = copied(value, copies)

@@ -1,4 +1,4 @@
-"""The first pass seen from inside, and whether a second pass is the same forward at other weights."""
+"""Replaced methods of a trainer, and the checks that both passes run the same forward at different weights."""
 
 import contextlib
 import functools
@@ -16,19 +16,20 @@ from .inputs import copied
 from .window import MicroBatch
 
 
-TRAINING_STEP = inspect.unwrap(Trainer.training_step).__code__  # that of a profiler's wrapper may hide it later
-# How far a loss may be from itself when the same forward runs again on an accelerator, whose kernels add in any order.
+TRAINING_STEP = inspect.unwrap(Trainer.training_step).__code__  # a profiler's wrapper may hide it later
+# Relative tolerances of the loss between two runs of one forward. Kernels of an accelerator add in any order.
 TOLERANCE = 1e-3
 TOLERANCE_CPU = 2e-6  # a few operations add from several threads
 TOLERANCE_LOW = 5e-2  # in 16 bit
-TOLERANCE_NORM = 1e-6  # ‖g₂‖ = ‖g₁‖, each rounded in float32
+TOLERANCE_NORM = 1e-6  # relative, of ‖g₂‖ = ‖g₁‖, each rounded to float32
 
 
 @contextlib.contextmanager
 def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
     """
-    Let `owner.name(...)` call `methods[name](original, ...)`. It is an attribute of the one instance, so that it is
-    what runs whichever class overrides the method, and nothing else notices.
+    Let `owner.name(...)` call `methods[name](original, ...)`.
+
+    The replacement is an attribute of the instance, so that it precedes the method of any class.
     """
     kept = {name: vars(owner)[name] for name in methods if name in vars(owner)}
     try:
@@ -42,29 +43,29 @@ def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
 
 
 def is_called_by_training_step() -> bool:
-    """Whether the function that asks was called by `Trainer.training_step` itself, not by a subclass's own step."""
+    """Return whether `Trainer.training_step` itself, not a subclass's override, called the caller of this function."""
     return sys._getframe(2).f_code in (TRAINING_STEP, inspect.unwrap(Trainer.training_step).__code__)
 
 
 def not_logged(original: Any, *args: Any, **kwargs: Any) -> None:
-    """Stands for `log` where only the gradient of a pass is to stay."""
+    """Replace `Trainer.log` in a pass that must not log."""
 
 
 def probe_same_forward(
     trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager[Any], is_low: bool
 ) -> None:
     """
-    Run the forward of a micro-batch again at θ, whose state is put back: its loss must be that of the first pass.
+    Run the forward of a micro-batch again at θ, in its restored state, and compare the loss with the first pass.
 
     Args:
-        around: The engine's, for a forward without backward.
+        around: `Engine.probed()`.
         is_low: Whether the engine computes in 16 bit, whatever the weights' dtype.
 
     Raises:
-        RuntimeError: where it is another, with both and with where to look.
+        RuntimeError: if the losses differ.
     """
     inputs = copied(micro_batch.inputs)
-    model.train()  # as `Trainer.training_step` does: a loss may have left it otherwise
+    model.train()  # as `Trainer.training_step` does: a loss may have changed the mode
     with around, replaced(trainer, log=not_logged), trainer.compute_loss_context_manager(), micro_batch.autocast.set():
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
     first: Any = micro_batch.forward_loss
@@ -91,16 +92,13 @@ def _tolerance(model: nn.Module, device_type: str, is_low: bool) -> float:
 
 
 def is_same_pass(micro_batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]) -> bool:
-    """Whether each loss of the second pass is that of the first, bit for bit. Reads from the device."""
+    """Return whether both passes have the same losses, bit for bit. Read from the device."""
     pairs = zip(micro_batches, losses, strict=True)
     return all(torch.equal(second, first.loss) for first, second in pairs if first.loss is not None)
 
 
 def refuse_same_pass(first_norm: float, second_norm: float) -> None:
-    """
-    Raises:
-        RuntimeError: where g₂ is as long as g₁ although the weights had moved, and all losses were the same.
-    """
+    """Raise a RuntimeError if both norms are equal. Call it where the weights moved and the losses did not change."""
     if abs(second_norm - first_norm) <= TOLERANCE_NORM * first_norm:
         raise RuntimeError(
             "The weights were moved for the second pass, and its losses and its gradient are bit for bit those of the "

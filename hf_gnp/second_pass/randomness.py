@@ -9,7 +9,7 @@ from torch import nn
 
 
 class RandomState:
-    """The random generators of Python, NumPy, and torch on the CPU and on `devices`, as they stand when it is made."""
+    """Record the global random generators of Python, NumPy, and torch on the CPU and on `devices`."""
 
     def __init__(self, devices: list[torch.device]):
         self.devices = devices
@@ -31,14 +31,11 @@ def _device_module(device: torch.device) -> Any:
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # the one device type with a single generator
+    return () if device.type == "mps" else (device,)  # MPS has a single generator
 
 
 def random_devices(trainer: Any, model: nn.Module) -> list[torch.device]:
-    """
-    The accelerators that draw random numbers in a forward of `model`: those of its parameters, and the trainer's own,
-    on which it computes where its parameters are offloaded.
-    """
+    """Return the accelerators of the model's parameters, and the trainer's, where offloaded parameters compute."""
     found = {p.device for p in model.parameters()} | {trainer.accelerator.device}
     if trainer.args.n_gpu > 1:  # DataParallel runs replicas on every visible device
         found |= {torch.device("cuda", index) for index in range(trainer.args.n_gpu)}

@@ -1,13 +1,15 @@
 """
-The tensors that a pass moves without a gradient: buffers, parameters that nothing trains, such as a momentum teacher's
-(frozen ones, and those that the last window's loss did not reach), and large tensors in attributes, such as a queue.
+Tensors that a pass changes without a gradient.
 
-Neither names nor version counters tell which: `batch_norm` and `.data` write without a new version. So in the first
-`LEARNING` penalised steps of a run they are copied before the first pass, the smallest first, as many as fit into
-`BUDGET`, or into the size of the trainable weights (which a teacher has) if that is more, and compared after it. From
-then on copies are made of those that were seen to move, of small buffers, and of the statistics of normalisation
-layers. The others, quantised base weights among them, are watched: one that is replaced, gets a new version, or
-changes in a sample of its elements is copied from the next window on.
+Candidates are buffers, parameters that nothing trains (frozen, or not reached by the loss of the last window), and
+large tensors in attributes, such as a queue. A momentum teacher has such parameters. Names and version counters do not
+tell which change: `batch_norm` and `.data` write without a new version.
+
+- In the first `LEARNING` penalised steps of a run, candidates are copied before the first pass and compared after it.
+  The smallest come first, up to `BUDGET` or the size of the trainable weights (that of a teacher) if it is larger.
+- From then on, copies are made of those that changed, of small buffers, and of statistics of normalisation layers.
+- The others, such as quantised base weights, are watched. One that is replaced, gets a new version, or changes in a
+  sample of its elements is copied from the next window on.
 """
 
 import contextlib
@@ -24,15 +26,15 @@ from hf_gnp.tensors import local_part
 from .contents import BUDGET, addresses, is_dense, storage_address
 
 
-SMALL_BUFFER = 2**16  # bytes: such a one is copied in each window
-LEARNING = 2  # penalised steps: a teacher that starts as a copy of the weights does not move in the first
+SMALL_BUFFER = 2**16  # bytes: buffers up to this size are copied in each window
+LEARNING = 2  # penalised steps: a teacher that starts as a copy of the weights does not change in the first
 SAMPLE = 256  # elements at most
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor, and the values that it had
+Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor, and a copy
 
 
 class _Watched(NamedTuple):
-    """A tensor as it was when the window began: a `copy` of all of it, or a `sample` of its elements."""
+    """Hold a tensor, and its state before the window: a `copy` of all of it, or a `sample` of its elements."""
 
     tensor: torch.Tensor
     storage: int
@@ -43,27 +45,27 @@ class _Watched(NamedTuple):
     def has_moved(self) -> torch.Tensor | bool:
         local = local_part(self.tensor)
         if (local.data_ptr(), self.tensor._version) != (self.storage, self.version):
-            return True  # also to what it was: a teacher that follows weights which have not moved yet
+            return True  # also where the elements are equal: a teacher that follows weights before their first step
         now, before = (local, self.copy) if self.sample is None else (_sample(local), self.sample)
         return before is not None and (_bytes(now) != _bytes(before)).any()
 
 
 class RunningTensors:
-    """Puts buffers, frozen parameters and large attributes back for the second pass, and after it."""
+    """Restore buffers, frozen parameters and large attributes before the second pass and after it."""
 
     def __init__(self) -> None:
-        self._moving: set[int] = set()  # ids of tensors that were seen to move
+        self._moving: set[int] = set()  # ids of tensors that have changed
         self._unreached: set[int] = set()  # ids of parameters that had no gradient in the last window
         self._step: int | None = None
-        self._steps = 0  # with a window
-        self._left = 0
+        self._steps = 0  # penalised steps so far
+        self._left = 0  # bytes left of the budget
         self.forget()
 
     def forget(self) -> None:
-        """Keep what was learnt, and no tensor."""
+        """Release all tensors, but remember which change."""
         self._trained: Sequence[nn.Parameter] = ()
         self._buffers: list[tuple[nn.Module, dict[str, torch.Tensor | None]]] = []
-        self._always: list[Pair] = []  # those that are put back without a look at whether they moved
+        self._always: list[Pair] = []  # copied in each window
         self._watched: list[_Watched] = []
         self._flags: list[torch.Tensor | bool] = []
         self._still: list[Pair] = []
@@ -77,17 +79,16 @@ class RunningTensors:
         step: int = 0,
     ) -> None:
         """
-        Look at everything before the first pass of a window.
+        Copy or watch all candidates before the first pass of a window.
 
         Args:
-            trained: The trainable parameters of the model and of the optimizer: the engine moves them and puts them
-                back, and so what shares their memory.
-            others: Tensors beside buffers and parameters that a pass may write into.
-            step: The number of the step that the window belongs to.
+            trained: The trainable parameters of the model and of the optimizer. The engine restores them.
+            others: Other tensors that a pass may write into.
+            step: The number of the window's step.
         """
         self._steps += step != self._step
         self._step, self._trained = step, trained
-        # Buffers of TorchScript modules cannot be replaced, and are written into only.
+        # Buffers of TorchScript modules cannot be replaced, only written in place.
         self._buffers = [(m, dict(m._buffers)) for m in modules if m._buffers and isinstance(m._buffers, dict)]
         self._left = max(BUDGET, sum(map(_size, trained))) if self._steps <= LEARNING else -1
         self._always, self._watched = [], []
@@ -105,7 +106,7 @@ class RunningTensors:
     def _find(
         self, modules: Iterable[nn.Module], others: Iterable[torch.Tensor]
     ) -> tuple[list[torch.Tensor], set[int]]:
-        """Return the tensors that may move and share no memory with weights, and the ids of those that are copied."""
+        """Return the candidates that share no memory with weights, and the ids of those that are always copied."""
         reached = {id(parameter) for parameter in self._trained} - self._unreached
         found = {id(tensor): tensor for tensor in others}
         always: set[int] = set()
@@ -121,32 +122,25 @@ class RunningTensors:
                         if is_norm or _size(buffer) <= SMALL_BUFFER:
                             always.add(id(buffer))
         weights = set()
-        if any(
-            tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in found.values()
-        ):  # as weights are
+        if any(tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in found.values()):  # as weights
             weights = addresses(parameter for parameter in self._trained if id(parameter) in reached)
         return [t for t in found.values() if is_dense(t) and storage_address(t) not in weights], always
 
     @torch.no_grad()
     def compare(self) -> torch.Tensor:
-        """Return what the first pass moved, where only the elements tell. `end` wants it, read from the device."""
+        """Return flags on the device that tell which tensors the first pass changed. `end` takes them on the host."""
         self._flags = [self._any_small_moved(), *(watched.has_moved() for watched in self._watched)]
         tensors = [flag for flag in self._flags if isinstance(flag, torch.Tensor)]
         return torch.stack([flag.to(tensors[0].device) for flag in tensors]) if tensors else torch.zeros(0)
 
     def _any_small_moved(self) -> torch.Tensor | bool:
-        """Compare all that is always copied at once: one flag is enough, as they are small."""
+        """Compare all tensors that are always copied. They are small, so they share one flag."""
         moved = [_bytes(tensor) != _bytes(copy) for tensor, copy in self._always]
         return torch.cat([flags.to(moved[0].device) for flags in moved]).any() if moved else False
 
     @torch.no_grad()
     def end(self, compared: Sequence[bool]) -> None:
-        """
-        See what the first pass moved.
-
-        Args:
-            compared: What `compare` returned, on the host.
-        """
+        """Learn from the flags of `compare`, read from the device, which tensors the first pass changed."""
         read = iter(compared)
         any_small, *moved = [next(read) if isinstance(flag, torch.Tensor) else flag for flag in self._flags]
         self._always = self._always if any_small else []
@@ -156,27 +150,27 @@ class RunningTensors:
         self._moving |= {id(watched.tensor) for watched in self._watched}
         unreached = [p for p in self._trained if id(p) not in reached] if reached else []  # ZeRO keeps no `grad`
         if self._steps <= LEARNING:
-            # A teacher that is still a copy of the weights moves in the second pass alone.
+            # A teacher that is still equal to the weights changes in the second pass only.
             still = [(local_part(w.tensor), w.copy) for w, has_moved in mine if w.copy is not None and not has_moved]
             self._still = [(tensor, copy) for tensor, copy in still if copy.is_floating_point()]
             self._still += self._copies_of([p for p in unreached if id(p) not in self._unreached])
         self._unreached = {id(parameter) for parameter in unreached}
 
     def _copies_of(self, tensors: Iterable[torch.Tensor]) -> Iterator[Pair]:
-        """Copy the smallest first, as many as fit into what is left of the budget."""
+        """Yield copies, of the smallest tensors first, up to the rest of the budget."""
         for tensor in sorted(filter(is_dense, tensors), key=_size):
             self._left -= _size(tensor)
             if self._left >= 0:
                 yield local_part(tensor), local_part(tensor).clone()
 
     def rewind(self) -> None:
-        """Put everything back as the first pass found it."""
+        """Restore the state before the first pass."""
         copies = [(local_part(w.tensor), w.copy) for w in self._watched if w.copy is not None]
         _put_back(self._buffers, [*self._always, *copies])
 
     @contextlib.contextmanager
     def left_as_found(self) -> Iterator[None]:
-        """Put everything back, on leaving, as it is now: as the first pass left it."""
+        """Restore the present state, that after the first pass, on leaving."""
         buffers = [(module, dict(module._buffers)) for module, _ in self._buffers]
         tensors = [tensor for tensor, _ in self._always] + [local_part(w.tensor) for w in self._watched]
         old = {id(buffer) for _, before in self._buffers for buffer in before.values()}
@@ -204,8 +198,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sample(local: torch.Tensor) -> torch.Tensor:
-    """Return a copy of elements that lie evenly in a tensor."""
-    flat = local.detach().flatten()  # a view of what is contiguous, as large tensors are
+    """Return a copy of evenly spaced elements of a tensor."""
+    flat = local.detach().flatten()  # a view if contiguous, as large tensors are
     size = min(max(1, len(flat) // 4096), SAMPLE)
     return flat[:: max(1, len(flat) // size)].clone(memory_format=torch.contiguous_format)
 

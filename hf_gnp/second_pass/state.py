@@ -1,16 +1,16 @@
 """
-The state that the second pass finds as the first pass did, and leaves as the first pass left it.
+State around the second pass: it begins in the state before the first pass, and ends in the state after it.
 
-Put back, besides inputs (inputs.py) and the global random generators (randomness.py):
+Restored, besides inputs (inputs.py) and the global random generators (randomness.py):
 
-- attributes of the trainer, of its `state`, of the loss object, of the modules of a user's class, and of plain
-  objects of a user's class in these attributes: numbers, containers, small tensors and arrays, generators, and the
-  optimizers and learning-rate schedulers of others than the trainer, such as a critic's;
-- buffers and frozen parameters of all modules, and large tensors in these attributes (running_tensors.py);
-- the gradients of parameters that no step of the trainer's moves, such as a Lagrange multiplier.
+- attributes of the trainer, its `state`, the loss object, modules of a user's class, and objects of a user's class in
+  these attributes: numbers, containers, small tensors and arrays, generators. Also optimizers and learning-rate
+  schedulers other than the trainer's, such as a critic's.
+- buffers and frozen parameters of all modules, and large tensors in these attributes (running_tensors.py).
+- gradients of parameters that the trainer's optimizer does not step, such as a Lagrange multiplier.
 
-A user's class is one with a base that is in none of `LIBRARIES`. The probe stops a run whose second pass would see
-another loss (probe.py). docs/second_pass.md lists what is not put back, and what to write instead.
+A user's class has a base outside of `LIBRARIES`. The probe stops a run if the restored state does not give the same
+loss (probe.py). docs/second_pass.md lists what is not restored, and what to write instead.
 """
 
 import functools
@@ -39,29 +39,29 @@ from .contents import (
 )
 
 
-# torch's, transformers' and the engines' objects, those that keep quantised weights, and data.
+# The packages of torch, transformers, engines, quantised weights and data.
 LIBRARIES = sys.stdlib_module_names | {
     *("torch", "transformers", "accelerate", "deepspeed", "hf_gnp"),
     *("bitsandbytes", "torchao", "numpy", "datasets", "tokenizers"),
 }
-# Of the trainer: what no step changes, what only grows in `log`, which a second pass does not reach, and the methods
-# that are replaced on it while a pass runs. Not `control`: what a signal handler asks for would be lost.
+# Attributes of the trainer that are not restored: those that no step changes, those that only `log` changes, and the
+# methods that are replaced in a pass. Restoring `control` would lose the request of a signal handler.
 NOT_OF_A_STEP = {
     *("train_dataset", "eval_dataset", "log_history", "callback_handler", "stateful_callbacks", "control"),
     *("compute_loss", "log", "_prepare_inputs", "_tr_loss"),
 }
-# A library's objects that a loss may have for an adversary of its own.
+# A library's objects that a loss may step itself, such as for an adversary.
 STEPPED = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 OF_EVERY_MODULE = set(vars(nn.Module()))
-# The books that DeepSpeed and FSDP keep on modules and parameters.
+# The attributes that DeepSpeed and FSDP set on modules and parameters.
 OF_ENGINES = ("ds_", "_ds_", "_fsdp", "_external_params", "_original_parameters", "_in_forward", "_local_tensor")
 OBJECTS = 3  # objects within objects
 
 
 def is_users(value: Any) -> bool:
-    """Whether its class has a base that is in none of `LIBRARIES`."""
+    """Return whether the value's class has a base outside of `LIBRARIES`."""
     cls: Any = type(value)
-    return _is_users(cls)  # not its own `__class__`, which some look up
+    return _is_users(cls)  # not `__class__`, which some objects compute
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def _is_users(cls: Any) -> bool:
     return any((base.__module__ or "").partition(".")[0] not in LIBRARIES for base in getattr(cls, "__mro__", ()))
 
 
-@functools.cache  # of the few names that attributes have; asked for each attribute
+@functools.cache
 def _is_watched(name: str, of_module: bool) -> bool:
     if of_module and (name.startswith(OF_ENGINES) or name in OF_EVERY_MODULE):
         return False
@@ -77,22 +77,22 @@ def _is_watched(name: str, of_module: bool) -> bool:
 
 
 def attributes_of(owner: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that may be state of a step."""
+    """Yield the attributes that a step may change."""
     of_module = isinstance(owner, nn.Module)
     return ((name, value) for name, value in vars(owner).items() if _is_watched(name, of_module))
 
 
 class Found:
     """
-    What a step of a trainer may move.
+    Find the objects that a step of a trainer may change.
 
     Attributes:
-        owners: Objects whose attributes are put back.
+        owners: Objects whose attributes are restored.
         generators: Random generators in these attributes.
-        modules: The model's, and those in these attributes with their children: losses, teachers, critics.
-        tensors: Those in these attributes that are too large to be copied with them.
-        trained: The trainable parameters of the model, and those that the trainer's optimizer has beside it.
-        others: Trainable parameters that no step of the trainer's moves.
+        modules: The model's modules, and modules in these attributes with their children: losses, teachers, critics.
+        tensors: Large tensors in these attributes.
+        trained: Trainable parameters of the model, and other parameters of the trainer's optimizer.
+        others: Trainable parameters that the trainer's optimizer does not step.
     """
 
     def __init__(self, trainer: Any):
@@ -101,7 +101,7 @@ class Found:
         self.modules: list[nn.Module] = []
         self.tensors: list[torch.Tensor] = []
         self._parameters: list[nn.Parameter] = []
-        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler  # what only the step itself moves
+        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler  # the trainer's step changes only these
         own = (optimizer, getattr(optimizer, "optimizer", None), scheduler, getattr(scheduler, "scheduler", None))
         self._seen = {id(value) for value in (*own, trainer, trainer.state)}
         self._add_module(trainer.model)
@@ -110,7 +110,7 @@ class Found:
             self._add_owner(root, OBJECTS)
         self._add(getattr(trainer.compute_loss_func, "__self__", None), OBJECTS, DEEP)
         mine = parameters_of(self.modules[:of_model])
-        mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions there
+        mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions
         self.trained = [parameter for parameter in mine if parameter.requires_grad]
         others = self._parameters + parameters_of(self.modules[of_model:])
         known = set(map(id, mine)) if others else set()
@@ -156,16 +156,16 @@ class Found:
 
 class Attributes:
     """
-    The attributes of everything in `found`, as they are when this is made. `put_back` makes them so again.
+    Record at construction the attributes of `found.owners`, and restore them in `put_back`.
 
     Args:
-        holds: Decides which values are held, so that a name can be set to them again.
+        holds: Decides which values to hold, so that `put_back` can set an attribute to the same object again.
     """
 
     def __init__(self, found: Found, holds: Callable[[Any], bool]):
         self._attributes: list[tuple[Any, set[str], dict[str, Any]]] = []
         self._contents = [restorer_of_generator(generator) for generator in found.generators]
-        self._versions: dict[int, int] = {}  # of large tensors, by id
+        self._versions: dict[int, int] = {}  # version counters of large tensors, by id
         aliases = functools.cache(lambda: addresses(t for p in found.trained for t in (p, p.grad)))
         seen: set[int] = {id(generator) for generator in found.generators}
         for owner in found.owners:
@@ -178,7 +178,7 @@ class Attributes:
                         held[name] = value
                         self._contents += restorers(value, aliases, holds, seen)
                 elif holds(value):
-                    held[name] = value.detach() if value.grad_fn is not None else value  # else its graph is held
+                    held[name] = value.detach() if value.grad_fn is not None else value  # without its graph
                     self._contents += restorers(value, aliases, holds, seen)
                     if not is_small(value) and not value.is_inference():
                         self._versions[id(held[name])] = value._version
@@ -186,9 +186,11 @@ class Attributes:
 
     def put_back(self, written: bool = True) -> None:
         """
+        Restore the attributes.
+
         Args:
-            written: Whether a name is set again to a large tensor that was written into since, and so is not as it
-                was. One that the window made goes on from what the window's replay left.
+            written: Whether to set an attribute again to a large tensor that was written in place since the record,
+                and so has lost its elements. False after the first micro-batch, as the replay may have made its own.
         """
         for owner, names, held in self._attributes:
             attributes = vars(owner)
@@ -200,26 +202,26 @@ class Attributes:
             if not names.issuperset(attributes):
                 for name, value in list(attributes_of(owner)):
                     if name not in names and _is_made_anew(value):
-                        del attributes[name]  # made by the pass whose traces go
+                        del attributes[name]  # the pass created it
         for put_back in self._contents:
             put_back()
 
 
 def _is_same(value: Any, held: Any) -> bool:
-    """Whether an attribute is the tensor with a graph that the one which is held was detached from."""
+    """Return whether `held` is `value` without its graph."""
     are_tensors = isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor)
     return are_tensors and value.grad_fn is not None and value.data_ptr() == held.data_ptr()
 
 
 def _is_made_anew(value: Any) -> bool:
-    """Whether a pass that finds an attribute absent makes it: not modules, and not objects of a library."""
+    """Return whether a pass creates a missing attribute again. False for modules and objects of libraries."""
     if isinstance(value, nn.Module):
         return False
     return isinstance(value, (*VALUES, *CONTAINERS, *GENERATORS)) or is_users(value)
 
 
 def tensors_on_parameters(parameters: Sequence[nn.Parameter]) -> dict[tuple[int, str], tuple[int, int]]:
-    """Return a mark of each tensor, and of each list, that somebody keeps as an attribute of a parameter."""
+    """Return a mark of each tensor and each list that is an attribute of a parameter. A write changes the mark."""
     return {
         (id(parameter), name): (id(value), value._version if isinstance(value, torch.Tensor) else len(value))
         for parameter in parameters

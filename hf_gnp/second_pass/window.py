@@ -1,4 +1,4 @@
-"""The window of one perturbation: its micro-batches as prepared, to be run again exactly as the first time."""
+"""The window of one perturbation: its micro-batches, and the state that they run in."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from .state import Attributes, Found, tensors_on_parameters
 
 
 class StateAtHand:
-    """The state of the contract as it is when this is made: random generators, attributes, buffers, frozen weights."""
+    """Record random generators, attributes, buffers and frozen weights (see state.py) at construction."""
 
     def __init__(self, trainer: Any, model: nn.Module):
         self.found = Found(trainer)
@@ -30,7 +30,7 @@ class StateAtHand:
         self._tensors.start(self.found.modules, self.found.trained, self.found.tensors)
 
     def put_back(self) -> None:
-        """Put all of it back, whether it has moved or not."""
+        """Restore all of it."""
         self._tensors.rewind()
         self._random_state.restore()
         self._attributes.put_back()
@@ -38,7 +38,7 @@ class StateAtHand:
 
 @dataclass
 class MicroBatch:
-    """One call of `compute_loss` by `Trainer.training_step`: its arguments, copied, and what stood around it."""
+    """Hold one call of `compute_loss` by `Trainer.training_step`: copies of its arguments, and the state before it."""
 
     inputs: Any
     num_items_in_batch: torch.Tensor | int | None
@@ -51,12 +51,7 @@ class MicroBatch:
 
 
 class Window:
-    """
-    The micro-batches since the last penalised step, and the state that their passes move.
-
-    Args:
-        trainer: Whose attributes, modules and generators are put back after a second pass.
-    """
+    """Record and replay the micro-batches of a window, and restore the state that their passes change."""
 
     def __init__(self, trainer: Any, model: nn.Module):
         self._trainer = trainer
@@ -67,7 +62,7 @@ class Window:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything but what was learnt of tensors that move."""
+        """Forget everything except which tensors change."""
         self.micro_batches: list[MicroBatch] = []
         self._is_first_window &= self._found is None
         self._found = None
@@ -75,9 +70,9 @@ class Window:
         self.tensors.forget()
 
     def record(self, inputs: Any, num_items_in_batch: torch.Tensor | int | None) -> MicroBatch:
-        """Remember a micro-batch before its first pass."""
+        """Record a micro-batch before its first pass."""
         is_first = self._found is None
-        if is_first or self._is_first_window:  # in which a loss may make objects that it keeps
+        if is_first or self._is_first_window:  # a loss may create its objects there
             self._found = Found(self._trainer)
         found = self._found
         assert found is not None
@@ -98,17 +93,14 @@ class Window:
         return self.micro_batches[-1]
 
     def loss(self) -> torch.Tensor:
-        """Return the clean loss of the first passes: the sum over micro-batches, as `Trainer` sums them."""
+        """Return the clean loss: the sum over micro-batches, as `Trainer` computes it."""
         losses: list[Any] = [micro_batch.loss for micro_batch in self.micro_batches]
         return sum(losses)
 
     def refuse_tensors_on_parameters(self) -> None:
-        """
-        Raises:
-            NotImplementedError: where the first pass wrote into tensors that are attributes of parameters.
-        """
+        """Raise a NotImplementedError if the first pass wrote into tensors that are attributes of parameters."""
         assert self._found is not None
-        if self._trainer.is_deepspeed_enabled:  # which keeps its own there
+        if self._trainer.is_deepspeed_enabled:  # DeepSpeed keeps its own there
             return
         changed = tensors_on_parameters(self._found.trained).items() - self._on_parameters.items()
         if changed:
@@ -123,7 +115,7 @@ class Window:
 
     @contextlib.contextmanager
     def left_as_found(self) -> Iterator[None]:
-        """Put all state back, on leaving, as the first pass left it. `tensors.end` knows what moved in that."""
+        """Restore the state after the first pass on leaving. Call `tensors.end` before it."""
         assert self._found is not None
         random_state, attributes = RandomState(self._devices), Attributes(self._found, any_value)
         try:
@@ -134,7 +126,7 @@ class Window:
             attributes.put_back()
 
     def replayed(self) -> Iterator[MicroBatch]:
-        """Yield the micro-batches again, each in the state that it had."""
+        """Yield the micro-batches again, each in the state of its first pass."""
         self.tensors.rewind()
         for number, micro_batch in enumerate(tuple(self.micro_batches)):
             micro_batch.random_state.restore()

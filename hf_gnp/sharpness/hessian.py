@@ -13,15 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .loss import SampleLoss
 
 
-# The factor between a step and the next one that is tried, and how many are tried.
+# The factor from one tried step to the next, and the number of tries.
 NEXT_STEP, STEPS = 0.25, 8
-# Below this error a step is near the best one. Errors of steps that are far too large do not fall in order.
+# Below this error a step is near the best one. Above it errors may rise and fall, as the steps are far too large.
 ROUGH = 0.1
 
 
 class ExactHessian:
     """
-    Differentiate ⟨∇L, v⟩, on one process and with kernels that have a second derivative.
+    Compute H v as the gradient of ⟨∇L, v⟩. It needs one process, and kernels with a second derivative.
 
     Attributes:
         error: An estimate of ‖error of H v‖/‖H v‖.
@@ -53,14 +53,14 @@ class ExactHessian:
 
 class DifferenceHessian(ExactHessian):
     """
-    Take two gradients a product through the engine. No kernel needs a second derivative.
+    Compute H v from two gradients. No kernel needs a second derivative.
 
-    The weights move by h, whatever ‖v‖ is. The h is chosen once, as the one at which two products along the gradient,
-    with the steps h and h/4, differ least. Their difference is the estimate of the error.
+    The weights move by h, whatever ‖v‖ is. The best h is the one at which products along the gradient with the steps
+    h and h/4 differ least. Their difference estimates the error.
 
     Args:
-        gradient: ∇L, along which h is chosen. It lies mostly in the directions of large curvature.
-        step: h, where the user has chosen it.
+        gradient: ∇L, which lies mostly in the directions of large curvature.
+        step: h. Default: the best one.
     """
 
     def __init__(self, loss: SampleLoss, gradient: torch.Tensor, step: float | None = None):
@@ -90,7 +90,7 @@ class DifferenceHessian(ExactHessian):
         if self.loss.trainer.accelerator.mixed_precision == "bf16":
             dtypes.add(torch.bfloat16)
         round_off = max(torch.finfo(dtype).eps for dtype in dtypes)
-        # Here rounding (∝ 1/h) and truncation (∝ h²) meet for a function of size 1. A network wants a smaller step.
+        # Rounding (∝ 1/h) and truncation (∝ h²) are equal here for a function of size 1. A network needs less.
         step = round_off ** (1 / 3) * max(self.loss.vectors.norm(self.loss.origin()), 1e-3)
         last, best = self._difference(direction, step), (math.inf, step)
         for _ in range(STEPS):
@@ -98,7 +98,7 @@ class DifferenceHessian(ExactHessian):
             product = self._difference(direction, step)
             error = self._change(last, product)
             if error >= best[0] and best[0] < ROUGH:
-                break  # rounding grows from here on
+                break  # smaller steps have larger rounding errors
             last, best = product, min(best, (error, step))
         return best[1], best[0]
 
@@ -110,7 +110,7 @@ class DifferenceHessian(ExactHessian):
 def make_hessian(
     loss: SampleLoss, gradient: torch.Tensor, method: str = "differences", step: float | None = None
 ) -> ExactHessian:
-    """Return the Hessian by a method of `measure_sharpness`."""
+    """Return the Hessian for the `method` of `measure_sharpness`."""
     if method == "differences":
         return DifferenceHessian(loss, gradient, step)
     if method != "exact":

@@ -45,7 +45,7 @@ class SampleLoss:
         self.move()
 
     def origin(self) -> torch.Tensor:
-        """Return the weights that are measured around, as a vector."""
+        """Return θ + offset as a vector."""
         theta = self.vectors.theta()
         return theta if self._offset is None else theta.add_(self._offset)
 
@@ -74,7 +74,7 @@ class SampleLoss:
     def add_gradient_(self, vector: torch.Tensor, scale: float = 1.0) -> float:
         """Add `scale * ∇L` at the current weights to `vector`, and return the loss."""
         accelerator, engine, losses = self.trainer.accelerator, self._engine, []
-        # Engines average over ranks, and accelerate over its own accumulation steps.
+        # Engines average gradients over ranks, and accelerate divides the loss by its accumulation steps.
         in_deepspeed = self.trainer.is_deepspeed_enabled
         factor = accelerator.num_processes * (1 if in_deepspeed else accelerator.gradient_accumulation_steps)
         kwargs = {"scale_wrt_gas": False} if in_deepspeed else {}
@@ -92,7 +92,7 @@ class SampleLoss:
         """Return the mean loss over the labels of a micro-batch, with the same random numbers in each pass."""
         trainer, items = self.trainer, None
         set_seed(self._seed + batch.number)
-        if trainer.compute_loss_func is not None:  # it divides by the number of items, as a model does by itself
+        if trainer.compute_loss_func is not None:  # it needs the number of items, which a model counts itself
             items = torch.tensor(batch.items, device=trainer.accelerator.device)
         inputs = trainer._prepare_inputs(copied(batch.inputs))
         with trainer.compute_loss_context_manager():

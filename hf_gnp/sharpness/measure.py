@@ -89,7 +89,7 @@ def measure_sharpness(
         if k > 0 or probes > 0:
             hessian = make_hessian(loss, gradient, method, step)
             if k > 0:
-                tolerance = max(tolerance, hessian.error)  # no better than the products are
+                tolerance = max(tolerance, hessian.error)  # at least the error of a product
                 pairs = top_eigenpairs(hessian.product, loss.vectors, k, tolerance, max_products, seed, basis)
                 result |= {"top_eigenvalues": pairs.values, "residuals": pairs.residuals}
             if probes > 0:
@@ -148,7 +148,7 @@ def _rises(loss: SampleLoss, start: float, direction: torch.Tensor, radii: Seque
 
 
 def _as_logs(result: dict[str, Any]) -> dict[str, float]:
-    """Return one number for each name, as loggers take them, such as `sharpness_ascent_r_0.05`."""
+    """Return one number a name, as loggers need, such as `sharpness_ascent_r_0.05`."""
     logs: dict[str, float] = {}
     for name, value in result.items():
         if name.startswith("ascent"):

@@ -1,4 +1,4 @@
-"""The model as its engine runs it, and the state that a measurement leaves as it was."""
+"""The prepared model, and the state that a measurement restores."""
 
 import contextlib
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def refuse_unsupported(trainer: Any) -> None:
 
 @contextlib.contextmanager
 def prepared_model(trainer: Any) -> Iterator[nn.Module]:
-    """Yield the model as `train` prepared it. Before `train`, prepare it for the time of the measurement."""
+    """Yield the model as `train` prepared it. Before `train`, prepare it for this context."""
     accelerator, model = trainer.accelerator, trainer.model
     if _is_prepared(trainer):
         yield trainer.model_wrapped
@@ -52,13 +52,13 @@ def prepared_model(trainer: Any) -> Iterator[nn.Module]:
         )
     attributes, models = dict(vars(model)), list(accelerator._models)
     kwargs = {}
-    if getattr(model, "is_distributed_loading_by_transformers", False):  # it is sharded, and in its place
+    if getattr(model, "is_distributed_loading_by_transformers", False):  # it is sharded and placed
         kwargs = {"device_placement": False, "evaluation_mode": True}
     try:
         yield accelerator.prepare_model(model, **kwargs)
     finally:
         accelerator._models[:] = models
-        for name in ("forward", "_original_forward"):  # where accelerate puts autocast
+        for name in ("forward", "_original_forward"):  # accelerate sets them for autocast
             vars(model).pop(name, None)
             if name in attributes:
                 setattr(model, name, attributes[name])

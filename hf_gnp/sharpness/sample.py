@@ -1,4 +1,4 @@
-"""The data that is measured on: the samples, their micro-batches, and the weight of each micro-batch in the mean."""
+"""The sample of a measurement, its micro-batches, and the weight of each micro-batch in the mean."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ from transformers import set_seed
 
 class WeightedBatch(NamedTuple):
     """
-    Hold a collated micro-batch of this rank, which is the micro-batch `number` of all ranks.
+    Hold a collated micro-batch of this rank. `number` is its index among the micro-batches of all ranks.
 
-    Its loss is a mean over `items` labels and has the weight `share` in the mean over all micro-batches.
+    Its loss is a mean over `items` labels. `share` is its weight in the mean over all micro-batches.
     """
 
     inputs: Any
@@ -45,7 +45,7 @@ def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> tuple[list[
 
 
 def choose(dataset: Any, size: int, seed: int, shuffle: bool = False) -> Any:
-    """Choose samples by the seed, in the dataset's order or shuffled. An iterable dataset gives its first ones."""
+    """Choose samples by the seed, in the dataset's order or shuffled. An iterable dataset gives its first samples."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return list(itertools.islice(dataset, size))
     rows = np.random.default_rng(seed).permutation(len(dataset))[:size]
@@ -55,11 +55,11 @@ def choose(dataset: Any, size: int, seed: int, shuffle: bool = False) -> Any:
 
 def micro_batches(trainer: Any, chosen: Any, per_batch: int, seed: int) -> list[WeightedBatch]:
     """
-    Collate this rank's micro-batches, in turn with the other ranks. Random transforms draw by the seed.
+    Collate every n-th micro-batch, where n is the number of ranks. The seed sets random transforms.
 
     Each micro-batch costs a collective, so all ranks have the same number. Surplus ones have a share of 0.
     """
-    # Not the data loader of `evaluate`, which is kept for later. This one has the trainer's collator and columns.
+    # It has the trainer's collator and columns. The data loader of `evaluate` may be kept for later evaluations.
     loader = trainer.get_test_dataloader(chosen)
     rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
     count, batches = -(-len(chosen) // per_batch), []
@@ -83,7 +83,7 @@ def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:
     total = trainer.accelerator.reduce(local, reduction="sum").item()
     if total == 0:
         raise ValueError("No sample has a label that counts (other than -100): there is no loss to measure.")
-    # A mean over no labels is NaN, and 0 times NaN too, so such a micro-batch gets the inputs of another one.
+    # A mean over no labels is NaN, and 0 times NaN is NaN. Such a micro-batch gets the inputs of another one.
     filled = next((batch for batch in batches if batch.items > 0), batches[0])
     return [
         (batch if batch.items > 0 else filled)._replace(share=count / total, number=batch.number)
@@ -92,7 +92,7 @@ def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:
 
 
 def count_items(trainer: Any, inputs: Any) -> int:
-    """Count the labels over which the loss of a micro-batch is a mean, as `Trainer` does, or else its samples."""
+    """Count the labels in the mean loss of a micro-batch, as `Trainer` does. Without labels count the samples."""
     labels = inputs.get("labels")
     if "shift_labels" in inputs:
         labels = inputs["shift_labels"]

@@ -18,9 +18,9 @@ from .vectors import ShardVectors, precise
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
-# Below this share of the largest eigenvalue, what is left of a product is rounding: the space is exhausted.
+# A rest below this share of the largest eigenvalue is rounding error: the space is exhausted.
 EXHAUSTED = 1e-10
-# A random start has a Rayleigh quotient near 0 and a far larger residual. Very noisy products must not accept it.
+# A random start has a Rayleigh quotient near 0 and a far larger residual. Even noisy products must not accept it.
 LARGEST_TOLERANCE = 0.5
 
 
@@ -51,8 +51,8 @@ def top_eigenpairs(
 
     Args:
         product: Returns H v.
-        tolerance: Stop when the residuals are below this share of the largest |eigenvalue| seen, at most half of it.
-        max_products: Stop after that many products. The residuals take k more.
+        tolerance: Stop when the residuals are below this share, at most half, of the largest |eigenvalue| so far.
+        max_products: Stop after this number of products. The residuals take k more.
         basis: The largest number of vectors in memory, k + 9 by default.
     """
     ones = torch.ones_like(space.zeros())
@@ -86,7 +86,7 @@ def top_eigenpairs(
 def _orthogonalize_(rest: torch.Tensor, vectors: list[torch.Tensor], space: ShardVectors) -> np.ndarray:
     """Subtract from `rest` its components along orthonormal `vectors`, and return them."""
     total = np.zeros(len(vectors))
-    for _ in range(2):  # rounding leaves a part of them the first time
+    for _ in range(2):  # once would leave a part of them, by rounding
         components = space.dots(vectors, rest)
         for component, vector in zip(components, vectors, strict=True):
             rest.sub_(vector, alpha=float(component))
@@ -126,8 +126,8 @@ def trace(
     """
     Return tr H by Hutchinson's estimator with random signs, and its standard error.
 
-    The trace within the basis of known eigenpairs is known. As in Hutch++, only the rest is estimated. The largest
-    eigenvalues make up most of the variance, so far fewer probes are needed.
+    As in Hutch++, only the trace outside of the known basis is estimated. The largest eigenvalues make up most of the
+    variance, so that takes far fewer probes.
     """
     vectors, exact = (known.vectors, known.trace) if known is not None else ([], 0.0)
     estimates = []

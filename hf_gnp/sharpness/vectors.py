@@ -36,18 +36,18 @@ class ShardVectors:
 
     @property
     def placed_shards(self) -> list[tuple[slice, Shard]]:
-        """The place in a vector of each shard."""
+        """Return each shard with its slice of a vector."""
         return list(zip(self._slices, self.shards, strict=True))
 
     def zeros(self) -> torch.Tensor:
         return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     def parts(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """Return a view for each shard, in the shape of its weight."""
+        """Return a view of each shard's slice, in the shape of its weight."""
         return [vector[place].view(shard.weight.shape) for place, shard in self.placed_shards]
 
     def add_(self, vector: torch.Tensor, tensors: Sequence[torch.Tensor | None], scale: float = 1.0) -> None:
-        """Add `scale * tensors` to `vector`. There is a tensor of any floating dtype for each shard. None is 0."""
+        """Add `scale * tensors` to `vector`. Each shard has one tensor, of any floating dtype. None counts as 0."""
         for place, tensor in zip(self._slices, tensors, strict=True):
             if tensor is not None:
                 vector[place].add_(tensor.detach().reshape(-1).to(vector.device, vector.dtype), alpha=scale)
@@ -70,7 +70,7 @@ class ShardVectors:
         return math.sqrt(self.dot(vector, vector))
 
     def norms_by_tensor(self, vectors: Sequence[torch.Tensor]) -> np.ndarray:
-        """Return for each vector the global norm of its part in each parameter of the model, with one all-reduce."""
+        """Return the global norm of each vector's part in each parameter: one row a vector, with one all-reduce."""
         sq_norms = torch.zeros(len(vectors), len(self._engine.numbers), dtype=precise(self.device), device=self.device)
         for place, shard in self.placed_shards:
             for row, vector in enumerate(vectors):
@@ -83,7 +83,7 @@ class ShardVectors:
     def _local_dot(self, vector: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Return this rank's summand of the global dot product. An element on k ranks counts 1/k on each."""
         total = torch.zeros((), dtype=precise(vector.device), device=vector.device)
-        # Neighbours at once: a model has hundreds of tensors, and each product of two costs a few kernels.
+        # Adjacent slices share one product: a model has hundreds of tensors, and each product costs a few kernels.
         for copies, run in itertools.groupby(self.placed_shards, lambda pair: pair[1].copies):
             places = [place for place, _ in run]
             whole = slice(places[0].start, places[-1].stop)
@@ -92,10 +92,10 @@ class ShardVectors:
 
     def random(self, *key: int, signs: bool = False) -> torch.Tensor:
         """
-        Draw standard normal numbers or random signs. An element gets the same on every engine and number of ranks.
+        Draw standard normal numbers or random signs. They do not depend on the engine or the number of ranks.
 
         Args:
-            key: The seed, and which of its vectors.
+            key: The seed and the numbers of the vector.
         """
         vector = self.zeros()
         for place, shard in self.placed_shards:
@@ -111,7 +111,7 @@ def precise(device: torch.device) -> torch.dtype:
 
 
 def _dot(vector: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the dot product of local tensors in double precision, without a copy of them in it."""
+    """Return the dot product of local tensors in double precision. Convert one block at a time."""
     total = torch.zeros((), dtype=precise(vector.device), device=vector.device)
     for a, b in zip(vector.split(BLOCK), other.split(BLOCK), strict=True):
         total += torch.dot(a.to(total.dtype), b.to(total.dtype))
