@@ -25,7 +25,7 @@ def check_values(args: "GNPArguments") -> None:
         if getattr(args, name) not in choices:
             raise ValueError(f"{name} must be one of {choices}, but it is {getattr(args, name)!r}.")
     for name in (*NUMBERS, *SHARES):
-        if getattr(args, name) is not None:
+        if name != "gnp_warmup_steps" or args.gnp_warmup_steps is not None:
             setattr(args, name, _number(name, getattr(args, name), highest=1.0 if name in SHARES else math.inf))
     for name, words in FLAGS.items():
         word = str(getattr(args, name)).lower()

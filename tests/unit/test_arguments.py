@@ -25,6 +25,15 @@ def test_value_out_of_range(tmp_path, name, value):
         make_args(tmp_path, **{name: value})
 
 
+NUMBERS = ("gnp_r", "gnp_interval", "gnp_probability", "gnp_start", "gnp_end")  # α and the warm-up's steps may be None
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_number_that_is_none(tmp_path, name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        make_args(tmp_path, **{name: None})
+
+
 @pytest.mark.parametrize("value", [True, 1, 0.5, [1], [None], {"a": 1}, b"norm", len])
 def test_target_modules_of_another_type(tmp_path, value):
     with pytest.raises(ValueError, match=r"^gnp_target_modules must be"):
