@@ -93,12 +93,17 @@ class GNPArguments:
     gnp_warmup_type: str = field(
         default="auto",
         metadata={
-            "help": "How the penalty starts: r or lambda (α) rises, or zero, none, auto.",
+            "help": "How the penalty starts: r or lambda (α) rises, zero has no penalty in the warm-up, none no "
+            "warm-up. auto: zero with an adaptive optimizer and a learning-rate warm-up, else none.",
             "choices": WARMUP_TYPES,
         },
     )
     gnp_warmup_steps: float | None = field(
-        default=None, metadata={"help": "Its steps, or fraction of the run. Default: the learning-rate warm-up."}
+        default=None,
+        metadata={
+            "help": "The warm-up of the penalty: steps, or a fraction of the run if below 1. Default: that of the "
+            "learning rate."
+        },
     )
     gnp_start: float = field(default=0.0, metadata={"help": "Penalise from this fraction of the run on."})
     gnp_end: float = field(default=1.0, metadata={"help": "Penalise up to this fraction of the run."})
@@ -107,7 +112,10 @@ class GNPArguments:
     # Perturbation
     gnp_scope: str = field(
         default="step",
-        metadata={"help": "The examples that share one perturbation. Fewer are stronger.", "choices": SCOPES},
+        metadata={
+            "help": "The examples that share one perturbation. Fewer are stronger. Those of a rank: one process, DDP.",
+            "choices": SCOPES,
+        },
     )
     gnp_direction: str = field(
         default="gradient",
@@ -123,7 +131,10 @@ class GNPArguments:
     )
     # Precision
     gnp_stochastic_rounding: str = field(  # argparse has no bool that may be a word too
-        default="auto", metadata={"help": "Round moved 16-bit weights stochastically: true, false, or auto."}
+        default="auto",
+        metadata={
+            "help": "Round moved 16-bit weights stochastically: true, false, or auto (where no fp32 master is)."
+        },
     )
 
     def __post_init__(self) -> None:

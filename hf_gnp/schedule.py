@@ -11,7 +11,7 @@ class Penalty:
     """
     Hold the radius r and the share α of the second gradient for one optimizer step.
 
-    Both are above 0, and α is at most 1. Only in the first step of a warm-up with `gnp_normalize_gradient` one is 0.
+    r > 0 and 0 < α ≤ 1. Only in the first step of a warm-up with `gnp_normalize_gradient` one of them is 0.
     """
 
     r: float

@@ -20,7 +20,7 @@ class DeferredSignals:
 
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
-        self._pending: list[int] = []
+        self._pending: dict[int, Any] = {}  # the frame of each signal
 
     def __enter__(self) -> "DeferredSignals":
         if threading.current_thread() is threading.main_thread():
@@ -34,12 +34,11 @@ class DeferredSignals:
     def _note(self, number: int, frame: Any) -> None:
         if number in self._pending and number == signal.SIGINT:
             self._handlers[number](number, frame)
-        if number not in self._pending:
-            self._pending.append(number)
+        self._pending[number] = frame
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         with contextlib.ExitStack() as stack:  # all handlers run, also after one that raises
-            for number in reversed(self._pending):
-                stack.callback(signal.raise_signal, number)
+            for number, frame in reversed(self._pending.items()):
+                stack.callback(self._handlers[number], number, frame)

@@ -178,6 +178,7 @@ class GNPMixin(_Base):
     def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """Run a prepared micro-batch again without logs, and without a subclass's override of `training_step`."""
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
+        self._gnp_second_flos += float(self.floating_point_ops(micro_batch.inputs))  # Trainer counts the first pass
         with (
             replaced(self, _prepare_inputs=lambda original, inputs: inputs, log=not_logged),
             getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
@@ -186,11 +187,9 @@ class GNPMixin(_Base):
 
     @_documented_as(Trainer.floating_point_ops)
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
+        if self._gnp_run is not None:
+            self._gnp_run.inputs = None  # the micro-batch has ended, and a loader may yield the same object again
         flops: int = super().floating_point_ops(inputs)
-        if (run := self._gnp_run) is not None:
-            run.inputs = None  # the micro-batch has ended, and a loader may yield the same object again
-            if run.penalty is not None and not run.engine.perturbation.is_momentum:
-                self._gnp_second_flos += flops
         return flops
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:

@@ -51,8 +51,7 @@ class Engine(ABC):
             optimizer: The trainer's optimizer, which a callback may have replaced. DeepSpeed has its own.
         """
         self.perturbation = perturbation
-        self.modules = modules_of(self.model)
-        self.all_parameters = parameters_of(self.modules)
+        self.all_parameters = parameters_of(modules_of(self.model))
         self.numbers = {id(parameter): number for number, parameter in enumerate(self.all_parameters)}
 
     # The shards.

@@ -11,7 +11,9 @@ logger = logging.get_logger(__name__)
 
 ZERO = "zero_optimization."
 QUANTISED = "ZeRO++ quantisation ({}), which rounds a small move away: set it to false"
-# By key, the refusal of an option that is true, a section, or a number above 1.
+# Counts that switch an option on above these. Other options are on if they are true, or a section.
+OFF = {f"{ZERO}zero_hpz_partition_size": 1, "tensor_parallel.autotp_size": 1, f"{ZERO}mics_shard_size": 0}
+# By key, the refusal of an option that is on.
 REFUSED_IF_ON = {
     f"{ZERO}offload_optimizer.super_offload": "SuperOffload ({}): use offload to the CPU without it",
     f"{ZERO}zero_hpz_partition_size": "hpZ ({}), whose secondary shards would stay: set it to 1",
@@ -60,8 +62,7 @@ def refused_options(accelerator: Accelerator) -> Iterator[str]:
     config = accelerator.state.deepspeed_plugin.hf_ds_config
     for key, refusal in REFUSED_IF_ON.items():
         value = config.get_value(key)
-        is_on = value > 1 if type(value) is int else bool(value)
-        if is_on:
+        if (value or 0) > OFF[key] if key in OFF else value:
             yield refusal.format(key)
     for key in ("offload_optimizer", "offload_param"):
         if config.get_value(f"{ZERO}{key}.device") == "nvme":

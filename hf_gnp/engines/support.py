@@ -4,18 +4,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
+from hf_gnp import penalty
 from hf_gnp.perturbation import Perturbation
 
 from .options import refused_options, warn_of_unchecked_options
 
 
+POWER_SGD = "PowerSGD, which carries an error from one gradient to the next: use the fp16 or bf16 hook, or none"
 _CLASSES_INSIDE_BACKWARD = {"Lomo", "AdaLomo", "LayerWiseDummyOptimizer"}
 
 
@@ -67,6 +69,9 @@ def _unsupported_engine(accelerator: Accelerator) -> str | None:
         return "Megatron-LM: use FSDP2 or DeepSpeed ZeRO"
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         return "FSDP version 1: set fsdp_version to 2"
+    hook = getattr(getattr(accelerator, "ddp_handler", None), "comm_hook", DDPCommunicationHookType.NO)
+    if "power_sgd" in DDPCommunicationHookType(hook).value:
+        return POWER_SGD
     if parallelism is None:
         return None
     if parallelism.cp_enabled:
@@ -131,7 +136,7 @@ def _can_be_moved(parameter: nn.Parameter) -> bool:
     if isinstance(parameter, DTensor) or type(parameter.data) in (torch.Tensor, nn.Parameter):
         return True
     try:
-        copy = parameter.detach().clone()
+        copy = penalty.clones([parameter.detach()])[0]
         torch._foreach_add_([copy], [torch.zeros(copy.shape, dtype=copy.dtype, device=copy.device)])
         torch._foreach_copy_([copy], [parameter.detach()])
     except Exception:  # a subclass may raise anything for an operation that it lacks

@@ -10,6 +10,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from .support import POWER_SGD
+
 
 def without_compile(model: nn.Module) -> nn.Module:
     """Return the module that accelerate compiled: the DDP wrapper, where there is one."""
@@ -23,10 +25,7 @@ def has_communication_hook(model: nn.Module) -> bool:
         return False
     hooks = model._comm_hooks  # torch has no public name for it
     if any(isinstance(state, PowerSGDState) for _, state in hooks):
-        raise NotImplementedError(
-            "The gradient-norm penalty does not run with PowerSGD, which carries an error from one gradient to the "
-            "next: use the fp16 or bf16 hook, or none, or set gnp_alpha=0."
-        )
+        raise NotImplementedError(f"The gradient-norm penalty does not run with {POWER_SGD}, or set gnp_alpha=0.")
     return bool(hooks)
 
 

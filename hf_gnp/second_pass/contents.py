@@ -16,7 +16,6 @@ from hf_gnp.tensors import local_part
 
 
 SMALL = 2**14  # elements: tensors up to this size are copied with the attributes, larger ones by `RunningTensors`
-BUDGET = 2**26  # bytes: the most that is copied or held
 LONG = 2**12  # items: longer containers are not inspected
 DEEP = 6  # containers within containers
 TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
@@ -69,14 +68,28 @@ def is_small(value: torch.Tensor | np.ndarray) -> bool:
     return is_state(value) and value.numel() <= SMALL
 
 
-def any_value(value: Any) -> bool:
-    """Return True, to hold every value."""
-    return True
+class Budget:
+    """
+    Decides which values to hold until the window ends, so that an attribute can be set to them again.
 
+    Large tensors and arrays are held as long as all of them together fit into the bytes that `size` returns.
+    """
 
-def fits(value: Any, most: float) -> bool:
-    """Return whether a tensor or array is small or has at most `most` bytes. True for all other values."""
-    return not isinstance(value, torch.Tensor | np.ndarray) or is_small(value) or value.nbytes <= most
+    def __init__(self, size: Callable[[], int]):
+        self._size = size
+        self._left: int | None = None
+        self._counted: set[int] = set()
+
+    def holds(self, value: Any) -> bool:
+        if not isinstance(value, torch.Tensor | np.ndarray) or is_small(value) or id(value) in self._counted:
+            return True
+        if self._left is None:
+            self._left = self._size()
+        if value.nbytes > self._left:
+            return False
+        self._left -= value.nbytes
+        self._counted.add(id(value))
+        return True
 
 
 def restorers(

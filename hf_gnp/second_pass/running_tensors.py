@@ -23,9 +23,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from hf_gnp import penalty
 from hf_gnp.tensors import local_part
 
-from .contents import BUDGET, addresses, is_dense, storage_address
+from .contents import addresses, is_dense, storage_address
 
 
+BUDGET = 2**26  # bytes
 SMALL_BUFFER = 2**16  # bytes: buffers up to this size are copied in each window
 LEARNING = 2  # penalised steps: a teacher that starts as a copy of the weights does not change in the first
 SAMPLE = 256  # elements at most
@@ -90,7 +91,7 @@ class RunningTensors:
         self._step, self._trained = step, trained
         # Buffers of TorchScript modules cannot be replaced, only written in place.
         self._buffers = [(m, dict(m._buffers)) for m in modules if m._buffers and isinstance(m._buffers, dict)]
-        self._left = max(BUDGET, sum(map(_size, trained))) if self._steps <= LEARNING else -1
+        self._left = budget_of(trained) if self._steps <= LEARNING else -1
         self._always, self._watched = [], []
         found, always = self._find(modules, others)
         for tensor in sorted(found, key=_size):
@@ -191,6 +192,11 @@ def _put_back(buffers: list[tuple[nn.Module, dict[str, torch.Tensor | None]]], v
             now.clear()
             now.update(before)
     penalty.copy_([tensor for tensor, _ in values], [value for _, value in values])
+
+
+def budget_of(trained: Iterable[torch.Tensor]) -> int:
+    """Return how many bytes of tensors may be copied, and of attributes held, in a window."""
+    return max(BUDGET, sum(map(_size, trained)))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """The window of one perturbation: its micro-batches, and the state that they run in."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,10 @@ from torch import nn
 from hf_gnp.tensors import gradients_hidden
 
 from .autocast import Autocast
-from .contents import BUDGET, any_value, fits
+from .contents import Budget
 from .inputs import copied
 from .randomness import RandomState, random_devices
-from .running_tensors import RunningTensors
+from .running_tensors import RunningTensors, budget_of
 from .state import Attributes, Found, tensors_on_parameters
 
 
@@ -25,7 +24,7 @@ class StateAtHand:
     def __init__(self, trainer: Any, model: nn.Module):
         self.found = Found(trainer)
         self._random_state = RandomState(random_devices(trainer, model))
-        self._attributes = Attributes(self.found, any_value)
+        self._attributes = Attributes(self.found, Budget(lambda: budget_of(self.found.trained)).holds)
         self._tensors = RunningTensors()
         self._tensors.start(self.found.modules, self.found.trained, self.found.tensors)
 
@@ -67,6 +66,7 @@ class Window:
         self._is_first_window &= self._found is None
         self._found = None
         self._on_parameters: dict[tuple[int, str], tuple[int, int]] = {}
+        self._budget = Budget(int)
         self.tensors.forget()
 
     def record(self, inputs: Any, num_items_in_batch: torch.Tensor | int | None) -> MicroBatch:
@@ -77,16 +77,16 @@ class Window:
         found = self._found
         assert found is not None
         if is_first:
+            self._budget = Budget(lambda: budget_of(found.trained))
             self._on_parameters = tensors_on_parameters(found.trained)
             self.tensors.start(found.modules, found.trained, found.tensors, self._trainer.state.global_step)
-        steps = self._trainer.current_gradient_accumulation_steps
         self.micro_batches.append(
             MicroBatch(
                 copied(inputs),
                 num_items_in_batch,
-                steps,
+                self._trainer.current_gradient_accumulation_steps,
                 RandomState(self._devices),
-                Attributes(found, functools.partial(fits, most=BUDGET if is_first else BUDGET / (steps or 1))),
+                Attributes(found, self._budget.holds),
                 Autocast(self._trainer.accelerator.device.type),
             )
         )
@@ -117,7 +117,7 @@ class Window:
     def left_as_found(self) -> Iterator[None]:
         """Restore the state after the first pass on leaving. Call `tensors.end` before it."""
         assert self._found is not None
-        random_state, attributes = RandomState(self._devices), Attributes(self._found, any_value)
+        random_state, attributes = RandomState(self._devices), Attributes(self._found, lambda value: True)
         try:
             with self.tensors.left_as_found(), gradients_hidden(self._found.others):
                 yield

@@ -122,7 +122,7 @@ def _checked_metric(gnp_args: Any, metric: str | None) -> str:
     if getattr(gnp_args, "gnp_direction", "gradient") == "momentum":
         raise ValueError(
             "find_r moves along the gradient, and gnp_direction=momentum does not: call it on a trainer with "
-            "gnp_direction=gradient. The momentum's r is about four times the one that it suggests."
+            "gnp_direction=gradient. The momentum's r is two to four times the one that it suggests."
         )
     metric = metric or getattr(gnp_args, "gnp_metric", "l2")
     if metric not in GRIDS:

@@ -696,8 +696,7 @@ class ReplacedBank(Bank):
 @pytest.mark.parametrize("layer", [Bank, ReplacedBank])
 @pytest.mark.parametrize("budget", [2**26, 0])
 def test_queue_of_the_model(tmp_path, monkeypatch, layer, budget):
-    monkeypatch.setattr("hf_gnp.second_pass.running_tensors.BUDGET", budget)  # of what is written in place
-    monkeypatch.setattr("hf_gnp.second_pass.window.BUDGET", budget)  # of what a name is set to
+    monkeypatch.setattr("hf_gnp.second_pass.running_tensors.BUDGET", budget)
     make = lambda cls: make_unmoved(tmp_path, cls, model=Net(layer))  # noqa: E731
     if budget:
         plain, gnp = assert_unmoved_is_plain(make)

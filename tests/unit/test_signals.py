@@ -14,6 +14,7 @@ def ran():
 
     def note(number, frame):
         ran.append(number)
+        assert frame.f_code.co_filename == __file__  # the one that was interrupted
         if number != signal.SIGUSR1:
             raise {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}[number]
 

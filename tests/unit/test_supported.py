@@ -56,6 +56,15 @@ def test_wrong_option_is_refused(tmp_path, name):
         refuse(tmp_path, WRONG[name])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [zero(zero_quantized_weights=1), zero(mics_shard_size=1), zero() | {"compile": {"deepcompile": 1}}],
+)
+def test_option_that_is_on_as_a_number_is_refused(tmp_path, config):
+    with pytest.raises(NotImplementedError, match=r"does not run with .*gnp_alpha=0"):
+        refuse(tmp_path, config)
+
+
 UNCHECKED = {
     "gradient_allreduce_op": zero() | {"gradient_allreduce_op": "sum"},
     "zero_optimization.some_day": zero(some_day=True),
@@ -161,6 +170,8 @@ def refuse_engine(args: TrainingArguments, **accelerator) -> None:
         ({"distributed_type": DistributedType.XLA}, "XLA"),
         ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM"),
         ({"distributed_type": DistributedType.FSDP}, "FSDP version 1"),
+        ({"ddp_handler": DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.POWER_SGD)}, "PowerSGD"),
+        ({"ddp_handler": DistributedDataParallelKwargs(comm_hook="batched_power_sgd")}, "PowerSGD"),
         ({"parallelism_config": SimpleNamespace(cp_enabled=True, sp_enabled=False)}, "context .*parallelism"),
         (
             {"parallelism_config": SimpleNamespace(cp_enabled=False, sp_enabled=True)},

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from packaging.version import Version
 
 from hf_gnp import penalty
-from hf_gnp.engines.private import require
+from hf_gnp.engines.private import TESTED, require
 from hf_gnp.engines.shards import Shard
 from hf_gnp.perturbation import Perturbation
 
@@ -74,7 +74,7 @@ class _ReplicatedEngine(ShardedEngine):
 
     def finish(self) -> None:
         super().finish()
-        if self.optimizer.overflow:
+        if self._is_perturbed and self.optimizer.overflow:
             self._publish_masters()
         self._is_perturbed = False
 
@@ -135,7 +135,11 @@ class Zero12Engine(_ReplicatedEngine):
             for group, gradients in self.optimizer.averaged_gradients.items()
         }
         gradients = [real[fragment.group][fragment.number].view(-1) for fragment in fragments]
-        assert all(gradient.numel() == fragment.size for gradient, fragment in zip(gradients, fragments, strict=True))
+        if any(gradient.numel() != fragment.size for gradient, fragment in zip(gradients, fragments, strict=True)):
+            raise RuntimeError(
+                f"DeepSpeed {version('deepspeed')} has other gradients in its partitions than {TESTED['deepspeed']}, "
+                "with which the gradient-norm penalty was tested: install that one, or train with gnp_alpha=0."
+            )
         return gradients
 
     def reset_gradients(self) -> None:
