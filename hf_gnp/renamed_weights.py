@@ -57,11 +57,12 @@ def _weight_files(folder: str) -> list[str]:
     """Return the files of a whole model's weights, none where `Trainer` loads an adapter or an engine's format."""
     for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         path = os.path.join(folder, name)
-        if os.path.isfile(path) and not name.endswith(".json"):
+        if not os.path.isfile(path):
+            continue
+        if not name.endswith(".json"):
             return [path]
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                return [os.path.join(folder, shard) for shard in sorted(set(json.load(file)["weight_map"].values()))]
+        with open(path, encoding="utf-8") as file:
+            return [os.path.join(folder, shard) for shard in sorted(set(json.load(file)["weight_map"].values()))]
     return []
 
 

@@ -1,5 +1,6 @@
 """The studies: which cases, which methods, which r to choose from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,33 +111,24 @@ SMALL_PRETRAINED = (
     }
 )
 
+
+def of_candidates(
+    settings: dict[str, Any],
+    wrong: Sequence[int] = (0, 40),
+    radii: tuple[float, ...] = (0.05, 0.1, 0.2),
+    **kwargs: Any,
+) -> Study:
+    """The candidates for a default, on one task with these shares of wrong labels."""
+    cases = {f"{percent}% wrong": settings | {"wrong": percent} for percent in wrong}
+    return Study(cases, (PLAIN, TWICE, *CANDIDATES), radii, seeds=3, **kwargs)
+
+
 STUDIES = {
     # Which default harms nowhere, and helps where the penalty pays?
-    "defaults": Study(
-        {f"{wrong}% wrong": SMALL_DIGITS | {"wrong": wrong} for wrong in (0, 20, 40, 60)},
-        (PLAIN, TWICE, *CANDIDATES),
-        (0.05, 0.1, 0.2, 0.4),
-        seeds=3,
-    ),
-    "defaults_sst2": Study(
-        {f"{wrong}% wrong": SMALL_SST2 | {"wrong": wrong} for wrong in (0, 40)},
-        (PLAIN, TWICE, *CANDIDATES),
-        (0.05, 0.1, 0.2),
-        seeds=3,
-        radii_of={"l2": (0.005, 0.02, 0.05, 0.1)},
-    ),
-    "defaults_lora": Study(
-        {f"{wrong}% wrong": SMALL_LORA | {"wrong": wrong} for wrong in (0, 40)},
-        (PLAIN, TWICE, *CANDIDATES),
-        (0.05, 0.1, 0.2),
-        seeds=3,
-    ),
-    "defaults_cnn": Study(
-        {f"{wrong}% wrong": SMALL_RESNET | {"wrong": wrong} for wrong in (0, 40)},
-        (PLAIN, TWICE, *CANDIDATES),
-        (0.05, 0.1, 0.2),
-        seeds=3,
-    ),
+    "defaults": of_candidates(SMALL_DIGITS, (0, 20, 40, 60), (0.05, 0.1, 0.2, 0.4)),
+    "defaults_sst2": of_candidates(SMALL_SST2, radii_of={"l2": (0.005, 0.02, 0.05, 0.1)}),
+    "defaults_lora": of_candidates(SMALL_LORA),
+    "defaults_cnn": of_candidates(SMALL_RESNET),
     # Does the best r stay where it is as the model grows?
     "widths": Study(
         {f"width {width}": SMALL_DIGITS | {"wrong": 40, "width": width, "epochs": 12} for width in (64, 128, 256)},
@@ -145,13 +137,7 @@ STUDIES = {
         seeds=0,
     ),
     # A pretrained model until plain training's validation accuracy no longer rises.
-    "convergence": Study(
-        {f"{wrong}% wrong": SMALL_PRETRAINED | {"wrong": wrong} for wrong in (0, 40)},
-        (PLAIN, TWICE, *CANDIDATES),
-        (0.05, 0.1, 0.2),
-        seeds=3,
-        radii_of={"l2": (0.002, 0.01, 0.05)},
-    ),
+    "convergence": of_candidates(SMALL_PRETRAINED, radii_of={"l2": (0.002, 0.01, 0.05)}),
     "vit": Study({"ViT from scratch": LARGE_VIT}, (PLAIN, TWICE, *OF_128), (0.02, 0.05, 0.1, 0.2, 0.4)),
     "cnn": Study(
         {f"{wrong}% wrong": LARGE_RESNET | {"wrong": wrong} for wrong in (0, 20, 40, 60)},

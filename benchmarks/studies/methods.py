@@ -67,12 +67,8 @@ METHODS = {
     "l2, ramp": default("l2", **RAMP),
     "layer, ramp": default("layer", **RAMP),
     # At an r that is the same in all cases, as a default is.
-    "l2, r = 0.005": default("l2").with_r(0.005),
-    "l2, r = 0.05": default("l2").with_r(0.05),
-    "layer, r = 0.05": default("layer").with_r(0.05),
-    "layer, r = 0.1": default("layer").with_r(0.1),
-    "layer, r = 0.2": default("layer").with_r(0.2),
+    **{f"l2, r = {r}": default("l2").with_r(r) for r in (0.005, 0.05)},
+    **{f"layer, r = {r}": default("layer").with_r(r) for r in (0.05, 0.1, 0.2)},
     "layer, r = 0.2, ramp": default("layer", **RAMP).with_r(0.2),
-    "layer, r = 0.1, late": default("layer", 1.5, gnp_start=0.5).with_r(0.1),
     "layer, r = 0.2, late": default("layer", 1.5, gnp_start=0.5).with_r(0.2),
 }

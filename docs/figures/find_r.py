@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from statistics import mean, median
 from typing import Any
 
 import matplotlib
+import numpy as np
 from PIL import Image
 
 
@@ -48,10 +48,7 @@ def trained(settings: dict[str, Any], data: str, model_path: str | None, folder:
 
 def at(result: dict[str, Any], name: str) -> float:
     """Return a column at the suggested r, interpolated in log r as `find_r` does."""
-    radii, r = result["radii"], result["suggestion"]
-    right = next((i for i, radius in enumerate(radii[1:-1], 1) if radius >= r), len(radii) - 1)
-    share = math.log(r / radii[right - 1]) / math.log(radii[right] / radii[right - 1])
-    return (1 - share) * result[name][right - 1] + share * result[name][right]
+    return float(np.interp(np.log(result["suggestion"]), np.log(result["radii"]), result[name]))
 
 
 def suggestions(results: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -37,7 +37,6 @@ class Engine(ABC):
     has_master = True  # whether 16-bit forward weights have an fp32 master
     accumulates = False  # whether g₂ is added to the g₁ that `keep_gradients` leaves
     gathers_weights = False  # whether ranks gather whole weights after each change of a shard
-    outside: Sequence[nn.Parameter] = ()  # parameters of the optimizer that the model does not have
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module):
         self.accelerator, self.model = accelerator, model

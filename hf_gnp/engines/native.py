@@ -67,7 +67,7 @@ class NativeEngine(Engine):
         super().begin_window(perturbation)
         self._optimizer = optimizer or self._optimizer  # a callback may have replaced it
         self.publish()  # after an evaluation FSDP2's root is still gathered, with other parameter objects
-        self.outside = parameters_outside(self.all_parameters, self._optimizer)
+        self._outside = parameters_outside(self.all_parameters, self._optimizer)
         self.is_sharded = any(isinstance(p, DTensor) for p in self.all_parameters)
 
     # The shards.
@@ -231,8 +231,7 @@ class NativeEngine(Engine):
         return is_low or has_hook or has_communication_hook(self.model)
 
     def scale_gradient(self, scale: float) -> None:
-        if scale != 1:
-            penalty.scale_(self._gradients(self._with_any_gradient()), scale)
+        penalty.scale_(self._gradients(self._with_any_gradient()), scale)
 
     @torch.no_grad()
     def mix(self, alpha: float) -> None:
@@ -254,7 +253,7 @@ class NativeEngine(Engine):
 
     def discard_gradient(self) -> None:
         self._first_gradients = None
-        for parameter in (*self.all_parameters, *self.outside):
+        for parameter in (*self.all_parameters, *self._outside):
             parameter.grad = None
 
     def gradients_of(self, shards: Sequence[Shard]) -> list[torch.Tensor | None]:
@@ -303,14 +302,14 @@ class NativeEngine(Engine):
         return self._fsdp.has_gradient()
 
     def hidden_gradient(self) -> AbstractContextManager[None]:
-        return gradients_hidden((*self.all_parameters, *self.outside))
+        return gradients_hidden((*self.all_parameters, *self._outside))
 
     def gradient_marks(self) -> list[tuple[int, int]]:
-        parameters = (*self.all_parameters, *self.outside)
+        parameters = (*self.all_parameters, *self._outside)
         return [(id(gradient), gradient._version) for p in parameters if (gradient := p.grad) is not None]
 
     def _with_any_gradient(self) -> list[nn.Parameter]:
-        return [p for p in (*self.all_parameters, *self.outside) if p.grad is not None]
+        return [p for p in (*self.all_parameters, *self._outside) if p.grad is not None]
 
     # The end of the step.
 

@@ -62,7 +62,8 @@ def refused_options(accelerator: Accelerator) -> Iterator[str]:
     config = accelerator.state.deepspeed_plugin.hf_ds_config
     for key, refusal in REFUSED_IF_ON.items():
         value = config.get_value(key)
-        if (value or 0) > OFF[key] if key in OFF else value:
+        is_on = (value or 0) > OFF[key] if key in OFF else bool(value)
+        if is_on:
             yield refusal.format(key)
     for key in ("offload_optimizer", "offload_param"):
         if config.get_value(f"{ZERO}{key}.device") == "nvme":

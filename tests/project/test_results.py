@@ -57,6 +57,34 @@ def test_figures_in_the_text_are_those_of_the_study(section):
     assert set(re.findall(r"\d+\.\d+", text)) <= full
 
 
+CASES = {
+    "digits": "defaults",
+    "CNN": "defaults_cnn",
+    "SST-2": "defaults_sst2",
+    "SST-2, LoRA": "defaults_lora",
+    "pretrained ViT": "convergence",
+}
+
+
+def test_table_of_the_defaults_is_that_of_its_studies():
+    """A row has the methods of one case: accuracies of plain training, then differences from it."""
+    section = next(section for section in STUDIES if title(section) == "Which metric and r for a default")
+    header, _, *rows = [cells(line) for line in section.splitlines() if line.startswith("|")]
+    for case, *shown in rows:
+        data, wrong = case.rsplit(", ", 1)
+        full = (DOCS / "figures" / f"study_{CASES[data]}.md").read_text(encoding="utf-8")
+        lines = full.split(f"## {wrong} wrong: accuracy")[1].split("\n## ")[0].splitlines()
+        by_method = {cells(line)[0]: cells(line) for line in lines if line.startswith("|")}
+        for method, cell in zip(header[1:], shown, strict=True):
+            if method in ("plain", "twice the epochs"):
+                method = "plain, " * (method != "plain") + method
+                expected = by_method[method][4].split(" ")[0] if method in by_method else ""
+            else:
+                found = by_method.get(method.replace(", ", ", r = "), [""] * 6)[5]
+                expected = re.sub(r" \([^)]*\)$", "", found).replace(" ± ", " (") + ")" * ("±" in found)
+            assert cell == expected, f"{case}: {method}"
+
+
 @pytest.mark.parametrize("section", SECTIONS[1:-1], ids=title)
 def test_each_study_begins_with_its_command(section):
     assert section.splitlines()[2] == "```bash"
