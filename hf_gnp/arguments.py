@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from .argument_checks import DIRECTIONS, METRICS, SCOPES, WARMUP_TYPES, check_pairs, check_values
 
 
-DEFAULT_ALPHA = 0.8
+FOLLOWING = ("gnp_r", "gnp_alpha", "gnp_metric")  # arguments whose defaults follow others
 
 
 @dataclass
@@ -28,7 +28,7 @@ class GNPArguments:
     Args: Strength
         gnp_r (`float`, *optional*, defaults to 0.05):
             r, the radius: how far the weights move along the normalised gradient for the second pass. Published
-            settings: 0.1 for CIFAR, 0.05 for ImageNet.
+            settings, for `gnp_metric="l2"`: 0.1 for CIFAR, 0.05 for ImageNet.
         gnp_alpha (`float`, *optional*, defaults to 0.8):
             α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM).
             `gnp_direction="momentum"` has one gradient, and α = 1.
@@ -62,11 +62,12 @@ class GNPArguments:
             the r of the gradient. The first step has no moment yet, and is plain.
         gnp_normalize_gradient (`bool`, *optional*, defaults to `False`):
             Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default.
-        gnp_metric (`str`, *optional*, defaults to `"l2"`):
-            How tensors share the move. `"l2"`, the paper's formula, moves all weights by r g₁/‖g₁‖. `"layer"` moves
-            each tensor in proportion to its own norm, by r (‖θ_l‖/‖θ‖) g_l/‖g_l‖. Its best r differs less between
-            models. `"element"` moves by r θ²g₁/‖θ ⊙ g₁‖ (ASAM, arXiv 2102.11600), with an r about ten times larger.
-            Unlike the code of its authors, it scales every parameter by |θ|: also biases, and without 0.01 added.
+        gnp_metric (`str`, *optional*, defaults to `"layer"`, or to `"l2"` if `gnp_r` is given):
+            How tensors share the move. `"l2"`, the paper's formula, moves all weights by r g₁/‖g₁‖. Published values of
+            r are for it, so it is the default for an r that is given. `"layer"` moves each tensor in proportion to its
+            own norm, by r (‖θ_l‖/‖θ‖) g_l/‖g_l‖. Its best r differs less between models. `"element"` moves by
+            r θ²g₁/‖θ ⊙ g₁‖ (ASAM, arXiv 2102.11600), with an r about ten times larger. Unlike the code of its authors,
+            it scales every parameter by |θ|: also biases, and without 0.01 added.
         gnp_target_modules (`list[str]`, *optional*):
             Move only these parameters: a regular expression for the whole name, name endings (as in PEFT), or `"norm"`
             for those of normalisation layers (SAM-ON, arXiv 2306.04226).
@@ -85,7 +86,9 @@ class GNPArguments:
     """
 
     # Strength
-    gnp_r: float = field(default=0.05, metadata={"help": "r, the distance of the move along the normalised gradient."})
+    gnp_r: float | None = field(
+        default=None, metadata={"help": "r, the distance of the move along the normalised gradient. Default: 0.05."}
+    )
     gnp_alpha: float | None = field(
         default=None, metadata={"help": "α, the share of the second gradient, 0 (plain) to 1 (SAM). Default: 0.8."}
     )
@@ -122,9 +125,13 @@ class GNPArguments:
         metadata={"help": "Move along the gradient, or along the momentum in one pass (MSAM).", "choices": DIRECTIONS},
     )
     gnp_normalize_gradient: bool = field(default=False, metadata={"help": "Step with (1-α) g₁/‖g₁‖ + α g₂."})
-    gnp_metric: str = field(
-        default="l2",
-        metadata={"help": "How tensors share the move: l2 (paper), layer, or element (ASAM).", "choices": METRICS},
+    gnp_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "How tensors share the move: l2 (paper), layer, or element (ASAM). Default: layer without gnp_r, "
+            "l2 with it.",
+            "choices": METRICS,
+        },
     )
     gnp_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Move only these parameters: a pattern, name endings, or norm (SAM-ON)."}
@@ -141,22 +148,27 @@ class GNPArguments:
         post_init = getattr(super(), "__post_init__", None)
         if post_init is not None:
             post_init()
+        self._gnp_defaults: dict[str, Any] = {}
         self.check_gnp_values()
 
     def check_gnp_values(self) -> None:
         """Check all gnp arguments, also at the beginning of each `train`: a search sets them in between."""
-        # A search may change the direction, with which the default of α changes.
-        is_default = self.gnp_alpha is None or vars(self).get("_gnp_default_alpha") == self.gnp_alpha
-        if is_default:
-            self.gnp_alpha = 1.0 if self.gnp_direction == "momentum" else DEFAULT_ALPHA
-        self._gnp_default_alpha = self.gnp_alpha if is_default else None
+        given = {name for name in FOLLOWING if getattr(self, name) not in (None, self._gnp_defaults.get(name))}
+        defaults = {
+            "gnp_r": 0.05,
+            "gnp_alpha": 1.0 if self.gnp_direction == "momentum" else 0.8,
+            "gnp_metric": "l2" if "gnp_r" in given else "layer",  # published values of r are for l2
+        }
+        self._gnp_defaults = {name: value for name, value in defaults.items() if name not in given}
+        for name, value in self._gnp_defaults.items():
+            setattr(self, name, value)
         check_values(self)
         check_pairs(self)
 
     def gnp_values(self) -> dict[str, Any]:
-        """Return r, α, and the `gnp_*` arguments that are not at their defaults."""
+        """Return r, α, and the `gnp_*` arguments that are not at their defaults, or not the paper's metric."""
         strength = {"gnp_r": self.gnp_r, "gnp_alpha": self.gnp_alpha}
-        defaults = {f.name: f.default for f in fields(GNPArguments) if f.name not in strength}
+        defaults = {f.name: f.default for f in fields(GNPArguments) if f.name not in strength} | {"gnp_metric": "l2"}
         return strength | {n: getattr(self, n) for n, default in defaults.items() if getattr(self, n) != default}
 
 
@@ -182,5 +194,6 @@ def update_arguments(gnp_args: GNPArguments, args: TrainingArguments | GNPArgume
     if args is not gnp_args:
         values = args if isinstance(args, dict) else vars(args)
         for name in {f.name for f in fields(GNPArguments)} & values.keys():
+            gnp_args._gnp_defaults.pop(name, None)  # the user's, also if it equals the default
             setattr(gnp_args, name, values[name])
     gnp_args.check_gnp_values()

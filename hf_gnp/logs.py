@@ -85,7 +85,8 @@ class RadiusHint:
     # The aim of the suggestion: that of find_r, at which a short fine-tune was not slowed down.
     COSINE, RISE_SHARE = 0.8, 0.3
 
-    def __init__(self) -> None:
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
         self._seen = 0
         self._is_given = False
 
@@ -105,7 +106,7 @@ class RadiusHint:
         return (
             f"gnp_r={logs['gnp_r']:g} is too large for this model: the cosine of both gradients (gnp_cosine) is "
             f"{cosine:.2f}, and the move raises the loss of {loss:.3g} by {rise:.3g} (gnp_sharpness). Try "
-            f"gnp_r={r:.1g}, or trainer.find_r()."
+            f"gnp_r={r:.1g} with gnp_metric={self.metric}, or trainer.find_r()."
         )
 
 

@@ -127,7 +127,7 @@ class GNPMixin(_Base):
     def _hp_search_setup(self, trial: Any) -> None:
         # Trainer calls this at the beginning of each run. From here on its arguments are final.
         super()._hp_search_setup(trial)
-        if trial is not None and self.gnp_args is not self.args:
+        if trial is not None:
             update_arguments(self.gnp_args, dict(getattr(trial, "params", trial)))
         self._gnp_end_run()
         self._gnp_check()

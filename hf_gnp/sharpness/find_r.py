@@ -255,5 +255,6 @@ def _table(result: dict[str, Any]) -> str:
             for name, form in (("cosine", ".3f"), ("rise", ".4g"), ("kept", ".2f"))
         )
         lines.append(f"{r:>9.3g} {cosine:>16} {rise:>20} {result['rise_share'][i]:>10.1%} {kept:>16}")
-    lines.append(f"suggestion: gnp_r={result['suggestion']:.2g} (limited by {result['limited_by']})")
+    setting = f"gnp_r={result['suggestion']:.2g} with gnp_metric={result['metric']}"
+    lines.append(f"suggestion: {setting} (limited by {result['limited_by']})")
     return "\n".join(lines)

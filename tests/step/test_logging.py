@@ -207,7 +207,7 @@ def test_warning_of_a_large_r(tmp_path, monkeypatch, gnp_r, is_warned):
 
 
 def test_hint_needs_logs_in_a_row():
-    hint = RadiusHint()
+    hint = RadiusHint("l2")
     far = {"gnp_cosine": 0.2, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.1, "gnp_on": 1.0}
     near = far | {"gnp_cosine": 0.9}
     assert [hint.after(dict(logs)) is not None for logs in (far, far, near, far, far, far, far)] == [False] * 5 + [

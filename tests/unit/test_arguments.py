@@ -13,6 +13,7 @@ from runs import make_args
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_gnp import GNPArguments, GNPTrainingArguments
+from hf_gnp.arguments import update_arguments
 
 
 GNP_FIELDS = dataclasses.fields(GNPArguments)
@@ -25,7 +26,7 @@ def test_value_out_of_range(tmp_path, name, value):
         make_args(tmp_path, **{name: value})
 
 
-NUMBERS = ("gnp_r", "gnp_interval", "gnp_probability", "gnp_start", "gnp_end")  # α and the warm-up's steps may be None
+NUMBERS = ("gnp_interval", "gnp_probability", "gnp_start", "gnp_end")  # the others have defaults that follow
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -67,6 +68,37 @@ def test_valid_values(tmp_path, values, r, alpha):
     args = make_args(tmp_path, **values)
     assert (args.gnp_r, args.gnp_alpha) == (r, alpha)
     assert args.gnp_values() == {"gnp_r": r, "gnp_alpha": alpha}
+
+
+@pytest.mark.parametrize(
+    "values, r, metric",
+    [
+        ({}, 0.05, "layer"),
+        ({"gnp_alpha": 1}, 0.05, "layer"),
+        ({"gnp_r": 0.05}, 0.05, "l2"),  # the paper's: published values of r are for it
+        ({"gnp_metric": "l2"}, 0.05, "l2"),
+        ({"gnp_metric": "layer", "gnp_r": 0.2}, 0.2, "layer"),
+    ],
+)
+def test_default_metric_follows_r(tmp_path, values, r, metric):
+    args = GNPTrainingArguments(output_dir=str(tmp_path), **values)
+    assert (args.gnp_r, args.gnp_metric) == (r, metric)
+    args.check_gnp_values()  # as each `train` does
+    assert (args.gnp_r, args.gnp_metric) == (r, metric)
+
+
+@pytest.mark.parametrize("values", [{}, {"gnp_metric": "layer"}])
+def test_metric_of_a_search(tmp_path, values):
+    """An r that is set late has the metric that it has at construction, also if it equals the default."""
+    metric = values.get("gnp_metric", "l2")
+    args = GNPTrainingArguments(output_dir=str(tmp_path), **values)
+    for r in (0.05, 0.3, 0.05):
+        update_arguments(args, {"gnp_r": r})
+        assert (args.gnp_r, args.gnp_metric) == (r, metric)
+    late = GNPTrainingArguments(output_dir=str(tmp_path), **values)
+    late.gnp_r = 0.3
+    late.check_gnp_values()
+    assert (late.gnp_r, late.gnp_metric) == (0.3, metric)
 
 
 def test_default_alpha_follows_the_direction(tmp_path):
