@@ -63,9 +63,9 @@ class GNPArguments:
         gnp_normalize_gradient (`bool`, *optional*, defaults to `False`):
             Step with (1-α) g₁/‖g₁‖ + α g₂, as the authors' code does by default.
         gnp_metric (`str`, *optional*, defaults to `"layer"`, or to `"l2"` if `gnp_r` is given):
-            How tensors share the move. `"l2"`, the paper's formula, moves all weights by r g₁/‖g₁‖. Published values of
-            r are for it, so it is the default for an r that is given. `"layer"` moves each tensor in proportion to its
-            own norm, by r (‖θ_l‖/‖θ‖) g_l/‖g_l‖. Its best r differs less between models. `"element"` moves by
+            How tensors share the move. `"l2"`, the paper's formula, moves all weights by r g₁/‖g₁‖. Published values
+            of r are for it, so it is the default for an r that is given. `"layer"` moves each tensor in proportion to
+            its own norm, by r (‖θ_l‖/‖θ‖) g_l/‖g_l‖. Its best r differs less between models. `"element"` moves by
             r θ²g₁/‖θ ⊙ g₁‖ (ASAM, arXiv 2102.11600), with an r about ten times larger. Unlike the code of its authors,
             it scales every parameter by |θ|: also biases, and without 0.01 added.
         gnp_target_modules (`list[str]`, *optional*):

@@ -183,8 +183,13 @@ def clones(tensors: Tensors) -> list[torch.Tensor]:
 
 def scale_(tensors: Tensors, scale: float) -> None:
     """Compute `tensors *= scale` in place."""
-    if tensors and scale != 1:
-        torch._foreach_mul_(tensors, scale)
+    if not tensors or scale == 1:
+        return
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors}
+    is_fast = len(kinds) == 1 and kinds <= {("cpu", torch.float32), ("cpu", torch.float64)}
+    # On a CPU a number takes three times as long as a tensor, with the same result.
+    factor = torch.tensor(scale, dtype=tensors[0].dtype, device="cpu") if is_fast else scale
+    torch._foreach_mul_(tensors, factor)
 
 
 def copy_(tensors: Tensors, sources: Tensors) -> None:

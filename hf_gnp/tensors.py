@@ -48,13 +48,12 @@ def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
 @contextlib.contextmanager
 def gradients_hidden(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Hide the gradients of parameters. On leaving, restore them and drop those that were made inside."""
-    hidden = [(parameter, parameter.grad) for parameter in parameters]
-    for parameter, gradient in hidden:
-        if gradient is not None:
-            parameter.grad = None
+    parameters = list(parameters)
+    hidden = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
     try:
         yield
     finally:
-        for parameter, gradient in hidden:
-            if gradient is not None or parameter.grad is not None:
-                parameter.grad = gradient
+        for parameter, gradient in zip(parameters, hidden, strict=True):
+            parameter.grad = gradient
