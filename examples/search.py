@@ -40,7 +40,7 @@ class SearchArguments:
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
-    """Suggest r over two orders of magnitude, α from plain training (0) to SAM (1), and a scope."""
+    """Suggest r over two orders of magnitude (metric "l2"), α from plain training (0) to SAM (1), and a scope."""
     return {
         "gnp_r": trial.suggest_float("gnp_r", 0.005, 0.5, log=True),
         "gnp_alpha": trial.suggest_float("gnp_alpha", 0.0, 1.0, step=0.1),

@@ -6,7 +6,7 @@ Fine-tune a text classifier with the gradient-norm penalty.
         a minute on two CPU cores, without a network.
     python examples/text_classification.py --model_name_or_path bert-base-uncased --dataset_name stanfordnlp/sst2
         Train any text classifier on your own data: a hub name, a local folder, or a parquet, csv or json file.
-    python examples/text_classification.py --config run.yaml --gnp_r 0.1
+    python examples/text_classification.py --config configs/recipes/text_finetune.yaml --learning_rate 5e-5
         Read arguments from a file. Flags override them.
 
 The script also runs under `torchrun` and `accelerate launch`. `--gnp_alpha 0` is plain training.

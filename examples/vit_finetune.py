@@ -5,7 +5,7 @@ Fine-tune a vision model with the gradient-norm penalty.
         Train a small ViT on scikit-learn's digits. It takes about two minutes on two CPU cores, without a network.
     python examples/vit_finetune.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name cifar10
         Train any image classifier on your own data: a hub name, a local folder, or a parquet file.
-    python examples/vit_finetune.py --config run.yaml --gnp_r 0.1
+    python examples/vit_finetune.py --config configs/recipes/vit_finetune.yaml --learning_rate 3e-5
         Read arguments from a file. Flags override them.
 
 The script also runs under `torchrun` and `accelerate launch`. `--gnp_alpha 0` is plain training.

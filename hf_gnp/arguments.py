@@ -87,7 +87,10 @@ class GNPArguments:
 
     # Strength
     gnp_r: float | None = field(
-        default=None, metadata={"help": "r, the distance of the move along the normalised gradient. Default: 0.05."}
+        default=None,
+        metadata={
+            "help": "r, the distance of the move along the normalised gradient. Default: 0.05 in the metric layer."
+        },
     )
     gnp_alpha: float | None = field(
         default=None, metadata={"help": "α, the share of the second gradient, 0 (plain) to 1 (SAM). Default: 0.8."}
@@ -165,6 +168,10 @@ class GNPArguments:
         check_values(self)
         check_pairs(self)
 
+    def is_default(self, name: str) -> bool:
+        """Return whether a `gnp_*` argument was left out, of those whose defaults follow others."""
+        return name in self._gnp_defaults
+
     def gnp_values(self) -> dict[str, Any]:
         """Return r, α, and the `gnp_*` arguments that are not at their defaults, or not the paper's metric."""
         strength = {"gnp_r": self.gnp_r, "gnp_alpha": self.gnp_alpha}
@@ -178,7 +185,7 @@ class GNPTrainingArguments(GNPArguments, TrainingArguments):
         "[`~transformers.TrainingArguments`] with the arguments of the gradient-norm penalty.\n\n"
         "    Example:\n\n"
         "    ```python\n"
-        '    >>> args = GNPTrainingArguments(output_dir="out", gnp_r=0.05, gnp_alpha=0.8)\n'
+        '    >>> args = GNPTrainingArguments(output_dir="out")\n'
         "    ```\n"
         f"{GNPArguments.__doc__}"
     )

@@ -1,4 +1,4 @@
-"""The `gnp_*` metrics of the steps between two logs, and the warning of a large r."""
+"""The `gnp_*` metrics of the steps between two logs, and the hint of another r."""
 
 import math
 
@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from .arguments import GNPArguments
 from .schedule import Penalty
 
 
@@ -78,35 +79,45 @@ class StepLogs:
 
 
 class RadiusHint:
-    """Warns once a run that r is too large: after `LOGS` logs in a row with a cosine below `TURNED`."""
+    """
+    Says once a run that r is too large, or that the default r is too small, after `LOGS` such logs in a row.
 
-    # A large rise of the loss is no sign: with clean labels the loss goes to 0, and such a rise did no harm.
-    LOGS, TURNED = 3, 0.3
-    # The aim of the suggestion: that of find_r, at which a short fine-tune was not slowed down.
+    A large rise of the loss is no sign: with clean labels the loss goes to 0, and such a rise did no harm.
+    """
+
+    LOGS = 3
+    TURNED, STRAIGHT = 0.3, 0.98  # the cosine is below, or above
+    # The aims of the suggestion. Those of a smaller r are find_r's, at which a short fine-tune was not slowed down.
     COSINE, RISE_SHARE = 0.8, 0.3
+    LARGER = 4  # times the default: at 0.2 it still gained on small networks
 
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
-        self._seen = 0
-        self._is_given = False
+    def __init__(self, args: GNPArguments):
+        self.metric, self.default_r = args.gnp_metric, args.gnp_r if args.is_default("gnp_r") else None
+        self._sign, self._seen, self._is_given = 0, 0, False
 
     def after(self, logs: dict[str, float]) -> str | None:
-        """Return the warning after a log with the `gnp_*` metrics, or None."""
+        """Return the hint after a log with the `gnp_*` metrics, or None."""
         cosine, rise, loss = (logs.get(name, math.nan) for name in ("gnp_cosine", "gnp_sharpness", "loss"))
         if self._is_given or math.isnan(cosine) or logs["gnp_on"] == 0:
             return None
-        self._seen = self._seen + 1 if cosine < self.TURNED else 0
-        if self._seen < self.LOGS:
+        r = logs["gnp_r"]
+        sign = -1 if cosine < self.TURNED else int(r == self.default_r and cosine > self.STRAIGHT)
+        self._sign, self._seen = sign, self._seen + 1 if sign == self._sign else 1
+        if sign == 0 or self._seen < self.LOGS:
             return None
         self._is_given = True
-        shares = [math.acos(self.COSINE) / math.acos(cosine)]
-        if rise > 0 and loss > 0:
+        shares = [self.LARGER, math.acos(self.COSINE) / max(math.acos(min(cosine, 1.0)), 1e-9)]
+        if sign < 0 and rise > 0 and loss > 0:
             shares.append(self.RISE_SHARE * loss / rise)
-        r = logs["gnp_r"] * min(shares)
+        advice = f"try gnp_r={r * min(shares):.1g} with gnp_metric={self.metric}, or trainer.find_r()."
+        if sign > 0:
+            return (
+                f"gnp_r={r:g}, the default, changes little: the cosine of both gradients (gnp_cosine) is "
+                f"{cosine:.3f}. If some labels are wrong, {advice}"
+            )
         return (
-            f"gnp_r={logs['gnp_r']:g} is too large for this model: the cosine of both gradients (gnp_cosine) is "
-            f"{cosine:.2f}, and the move raises the loss of {loss:.3g} by {rise:.3g} (gnp_sharpness). Try "
-            f"gnp_r={r:.1g} with gnp_metric={self.metric}, or trainer.find_r()."
+            f"gnp_r={r:g} is too large for this model: the cosine of both gradients (gnp_cosine) is {cosine:.2f}, and "
+            f"the move raises the loss of {loss:.3g} by {rise:.3g} (gnp_sharpness): {advice}"
         )
 
 

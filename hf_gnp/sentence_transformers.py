@@ -5,7 +5,7 @@ Has sentence-transformers' trainers and their arguments with the penalty: `GNPSe
 ```python
 >>> from hf_gnp.sentence_transformers import GNPCrossEncoderTrainer, GNPCrossEncoderTrainingArguments
 
->>> args = GNPCrossEncoderTrainingArguments(output_dir="out", gnp_r=0.05)
+>>> args = GNPCrossEncoderTrainingArguments(output_dir="out")
 >>> GNPCrossEncoderTrainer(model, args, train_dataset=train_dataset).train()
 ```
 """

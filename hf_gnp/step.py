@@ -35,7 +35,7 @@ class PenalisedSteps:
 
     def __init__(self, trainer: Any, model: nn.Module, schedule: Schedule):
         self.trainer, self.model, self.state, self.schedule = trainer, model, trainer.state, schedule
-        self.logs, self.radius_hint = StepLogs(), RadiusHint(trainer.gnp_args.gnp_metric)
+        self.logs, self.radius_hint = StepLogs(), RadiusHint(trainer.gnp_args)
         self.window = Window(trainer, model)
         perturbation = Perturbation.from_args(trainer.gnp_args, trainer.model)
         self.engine = make_engine(trainer.accelerator, model, perturbation, trainer.optimizer)

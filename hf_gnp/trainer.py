@@ -292,7 +292,7 @@ class GNPTrainer(GNPMixin, Trainer):
         "    Example:\n\n"
         "    ```python\n"
         "    >>> from hf_gnp import GNPTrainer, GNPTrainingArguments\n\n"
-        '    >>> args = GNPTrainingArguments(output_dir="out", gnp_r=0.05, gnp_alpha=0.8)\n'
+        '    >>> args = GNPTrainingArguments(output_dir="out")\n'
         "    >>> GNPTrainer(model, args, train_dataset=train_dataset).train()\n"
         "    ```\n"
         f"{GNPMixin.__doc__}"

@@ -4,7 +4,7 @@ Has TRL's trainers and their arguments with the penalty: `GNPSFTTrainer`, `GNPSF
 ```python
 >>> from hf_gnp.trl import GNPSFTConfig, GNPSFTTrainer
 
->>> args = GNPSFTConfig(output_dir="out", packing=True, gnp_r=0.05)
+>>> args = GNPSFTConfig(output_dir="out", packing=True)
 >>> GNPSFTTrainer("Qwen/Qwen3-0.6B", args, train_dataset=train_dataset).train()
 ```
 """

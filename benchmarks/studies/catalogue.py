@@ -126,7 +126,7 @@ def of_candidates(
 STUDIES = {
     # Which default harms nowhere, and helps where the penalty pays?
     "defaults": of_candidates(SMALL_DIGITS, (0, 20, 40, 60), (0.05, 0.1, 0.2, 0.4)),
-    "defaults_sst2": of_candidates(SMALL_SST2, radii_of={"l2": (0.005, 0.02, 0.05, 0.1)}),
+    "defaults_sst2": of_candidates(SMALL_SST2, (0, 20, 40), radii_of={"l2": (0.005, 0.02, 0.05, 0.1)}),
     "defaults_lora": of_candidates(SMALL_LORA),
     "defaults_cnn": of_candidates(SMALL_RESNET),
     # Does the best r stay where it is as the model grows?
@@ -137,7 +137,7 @@ STUDIES = {
         seeds=0,
     ),
     # A pretrained model until plain training's validation accuracy no longer rises.
-    "convergence": of_candidates(SMALL_PRETRAINED, radii_of={"l2": (0.002, 0.01, 0.05)}),
+    "convergence": of_candidates(SMALL_PRETRAINED, (0, 17, 40), radii_of={"l2": (0.002, 0.01, 0.05)}),
     "vit": Study({"ViT from scratch": LARGE_VIT}, (PLAIN, TWICE, *OF_128), (0.02, 0.05, 0.1, 0.2, 0.4)),
     "cnn": Study(
         {f"{wrong}% wrong": LARGE_RESNET | {"wrong": wrong} for wrong in (0, 20, 40, 60)},

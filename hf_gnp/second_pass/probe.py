@@ -101,8 +101,8 @@ def refuse_same_pass(first_norm: float, second_norm: float) -> None:
     """Raise a RuntimeError if both norms are equal. Call it where the weights moved and the losses did not change."""
     if abs(second_norm - first_norm) <= TOLERANCE_NORM * first_norm:
         raise RuntimeError(
-            "The weights were moved for the second pass, and its losses and its gradient are bit for bit those of the "
-            "first: the move never reached the forward. It computes with copies of the weights (a cast that is kept, "
+            "The weights were perturbed, but the second pass has the same losses and gradient as the first, bit for "
+            "bit: the move never reached the forward. It computes with copies of the weights (a cast that is kept, "
             "a quantised or shadow copy), or in a precision in which gnp_r is rounded away. Compute with the "
             "parameters themselves, raise gnp_r, or set gnp_alpha=0."
         )

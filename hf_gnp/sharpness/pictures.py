@@ -10,7 +10,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("Pictures need matplotlib: pip install 'hf_gnp[sharpness]'.") from None
+        raise ImportError("Pictures need matplotlib: pip install matplotlib.") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -15,6 +15,7 @@ from tiny import KINDS, Net, make_data
 from torch import nn
 from transformers import Trainer
 
+from hf_gnp import GNPArguments
 from hf_gnp.logs import RadiusHint
 
 
@@ -190,27 +191,38 @@ def test_losses_outlive_the_next_pass(tmp_path):
     assert logs[0] == logs[1]
 
 
-# --- The warning of a large r ---
+# --- The hint of another r ---
 
 
-@pytest.mark.parametrize("gnp_r, is_warned", [(20.0, True), (0.05, False)])
-def test_warning_of_a_large_r(tmp_path, monkeypatch, gnp_r, is_warned):
-    """Once, after three logs, with a smaller value that depends on what was seen."""
+@pytest.mark.parametrize(
+    "gnp_r, metric, hint",
+    [(20.0, "l2", "is too large for this model"), (0.001, "l2", None), (None, "layer", "the default, changes little")],
+)
+def test_hint_of_another_r(tmp_path, monkeypatch, gnp_r, metric, hint):
+    """Once, after three logs, with a value that depends on what was seen. A small r that the user chose gets none."""
     trainer = make_trainer(tmp_path, "vit", gnp_r=gnp_r, max_steps=8)
     told = []
     monkeypatch.setattr("hf_gnp.trainer.logger.warning", told.append)
     trainer.train()
-    warnings = [message for message in told if "is too large for this model" in message]
-    assert len(warnings) == is_warned
-    if is_warned:
-        assert float(re.search(r"Try gnp_r=([0-9.e-]+), or trainer\.find_r", warnings[0])[1]) < gnp_r
+    hints = [message for message in told if "gnp_cosine" in message]
+    assert len(hints) == (hint is not None)
+    if hint is not None:
+        r = trainer.args.gnp_r
+        assert f"gnp_r={r:g}" in hints[0] and hint in hints[0]
+        suggested = float(re.search(rf"try gnp_r=([0-9.e-]+) with gnp_metric={metric}, or", hints[0])[1])
+        assert suggested < r if gnp_r else r < suggested <= 4 * r
 
 
-def test_hint_needs_logs_in_a_row():
-    hint = RadiusHint("l2")
-    far = {"gnp_cosine": 0.2, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.1, "gnp_on": 1.0}
+@pytest.mark.parametrize("turned, r", [(0.2, 0.1), (0.99, 0.05)])
+def test_hint_needs_logs_in_a_row(turned, r):
+    hint = RadiusHint(GNPArguments())
+    far = {"gnp_cosine": turned, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": r, "gnp_on": 1.0}
     near = far | {"gnp_cosine": 0.9}
-    assert [hint.after(dict(logs)) is not None for logs in (far, far, near, far, far, far, far)] == [False] * 5 + [
-        True,
-        False,
-    ]
+    given = [hint.after(dict(logs)) is not None for logs in (far, far, near, far, far, far, far)]
+    assert given == [False] * 5 + [True, False]
+
+
+def test_no_hint_while_the_default_r_still_rises():
+    logs = {"gnp_cosine": 0.999, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.04, "gnp_on": 1.0}
+    hint = RadiusHint(GNPArguments())
+    assert [hint.after(logs) for _ in range(4)] == [None] * 4
