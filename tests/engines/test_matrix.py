@@ -26,15 +26,17 @@ from tiny import flat_weights, make_model, relative_distance
 
 pytestmark = pytest.mark.distributed
 
+FOUR = {"gradient_accumulation_steps": 4}
 
 EQUIVALENT = {
     f"{engine}-{kind}-accumulation{accumulation}-alpha{alpha}": case_of(
         engine, gnp(alpha, gradient_accumulation_steps=accumulation), untied(kind, engine)
     )
     for engine in ENGINES
-    for kind in (("vit", "llama") if engine != "ddp" else ("vit", "llama", "bert"))
-    for accumulation in ((1, 2) if engine != "ddp" else (1, 2, 4))
-    for alpha in (0.8, 1.0)
+    for kind, accumulation, alpha in (("vit", 2, 0.8), ("vit", 1, 1.0), ("llama", 1, 0.8), ("llama", 2, 1.0))
+}
+EQUIVALENT |= {
+    f"ddp-bert-accumulation4-alpha{alpha}": case_of("ddp", gnp(alpha, **FOUR), "bert") for alpha in (0.8, 1.0)
 }
 NOTHING_PERSISTENT = {"stage3_param_persistence_threshold": 0}
 ZERO_SETTINGS = {
@@ -95,7 +97,9 @@ MODELS |= {
     "moe-zero3-leaf": case_of("zero3", gnp(**TWO), "mixtral", leaf="MixtralSparseMoeBlock", zero=NOTHING_PERSISTENT),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "adaptive": {"gnp_metric": "element"},
+    "layer": {"gnp_metric": "layer"},
+    "layer_micro_batch": {"gnp_metric": "layer", "gnp_scope": "micro_batch"},
+    "element": {"gnp_metric": "element"},
     "targets": {"gnp_target_modules": "norm"},
     "normalized": {"gnp_normalize_gradient": True},
 }
@@ -110,7 +114,7 @@ SCOPED = {
     )
     for scope, engines in {"micro_batch": ENGINES, "rank": ("ddp",), "rank_micro_batch": ("ddp",)}.items()
     for engine in engines
-    for kind, alpha, accumulation in (("vit", 0.8, 2), ("vit", 1.0, 4), ("llama", 0.8, 4))
+    for kind, alpha, accumulation in (("vit", 1.0, 4), ("llama", 0.8, 4))
 }
 # Gradients that FSDP2 does not reduce, and a wrapper that is torch.compile's.
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
@@ -123,9 +127,11 @@ ALONG_MOMENTUM = {
         {**arguments, "gradient_accumulation_steps": accumulation, "num_train_epochs": 2},
         untied(kind, engine),
     )
-    for name, arguments in {"momentum": MOMENTUM, "momentum_adam": MOMENTUM_ADAM}.items()
+    for name, arguments, kind, accumulation in (
+        ("momentum", MOMENTUM, "vit", 4),
+        ("momentum_adam", MOMENTUM_ADAM, "llama", 2),
+    )
     for engine in ENGINES
-    for kind, accumulation in (("vit", 4), ("llama", 2))
 }
 # Which parameters lie where in a partition matters where only some are perturbed.
 MOMENTUM_TARGETS = {
@@ -161,15 +167,16 @@ CASES = MATRIX | ALONG_MOMENTUM | MOMENTUM_TARGETS | IDENTITY | DROPOUT
 
 def formula_of(args: dict[str, Any]) -> dict[str, Any]:
     """What the reference loop takes for the variant that the arguments ask for."""
-    if "gnp_scope" in args:
-        return by_scope(args["gnp_scope"], RANKS)
+    formula = by_scope(args["gnp_scope"], RANKS) if "gnp_scope" in args else {}
     if "gnp_target_modules" in args:
-        return {
-            "direction": reference.along_some(["norm" in name for name, _ in make_model("vit").named_parameters()])
-        }
+        chosen = ["norm" in name for name, _ in make_model("vit").named_parameters()]
+        formula["direction"] = reference.along_some(chosen)
     if "gnp_metric" in args:
-        return {"direction": reference.scale_invariant}
-    return {"mix": reference.authors_mix} if "gnp_normalize_gradient" in args else {}
+        metrics = {"layer": reference.in_proportion_to_each_tensor, "element": reference.scale_invariant}
+        formula["direction"] = metrics[args["gnp_metric"]]
+    if "gnp_normalize_gradient" in args:
+        formula["mix"] = reference.authors_mix
+    return formula
 
 
 @pytest.mark.parametrize("name", MATRIX)

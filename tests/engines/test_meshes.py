@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from cases import gnp, result_of, run_cases
 from mesh_worker import make_decoder
@@ -45,9 +46,11 @@ def case(mesh: str, args: dict[str, Any], **options: Any) -> dict[str, Any]:
 # Qwen3's q_norm and k_norm have a hook that sums what is in `.grad` over the ranks of TP, after each backward: with
 # accumulation, transformers 5.23 sums the earlier micro-batches again, without the penalty too.
 EQUIVALENT = {
-    f"{mesh}-accumulation{accumulation}-alpha{alpha}": case(mesh, gnp(alpha, gradient_accumulation_steps=accumulation))
+    f"{mesh}-accumulation{accumulation}-alpha{alpha}-{metric}": case(
+        mesh, gnp(alpha, gradient_accumulation_steps=accumulation, gnp_metric=metric)
+    )
     for mesh, (kind, _, _) in MESHES.items()
-    for accumulation, alpha in ((1 if kind == "qwen3" else 2, 0.8), (1, 1.0))
+    for accumulation, alpha, metric in ((1 if kind == "qwen3" else 2, 0.8, "l2"), (1, 1.0, "layer"))
 }
 BY_MICRO_BATCH = {
     f"{mesh}-micro_batch": case(mesh, gnp(gradient_accumulation_steps=2, gnp_scope="micro_batch"))
@@ -103,10 +106,12 @@ CASES = SAVED | EQUIVALENT | BY_MICRO_BATCH | IDENTITY | RAISING | BF16
 @pytest.mark.parametrize("name", EQUIVALENT | BY_MICRO_BATCH)
 def test_mesh_matches_the_reference(results, name):
     result, args, ranks = result_of(results, name), CASES[name]["args"], CASES[name]["batches"]
-    scope = by_scope(args["gnp_scope"], ranks) if "gnp_scope" in args else {}
+    formula = by_scope(args["gnp_scope"], ranks) if "gnp_scope" in args else {}
+    if args.get("gnp_metric") == "layer":
+        formula["direction"] = reference.in_proportion_to_each_tensor
     model, accumulation = make_decoder(CASES[name]["kind"]), args["gradient_accumulation_steps"]
     start, expected, reference_logs = reference_run(
-        "llama", accumulation, ranks, alpha=args["gnp_alpha"], model=model, **scope
+        "llama", accumulation, ranks, alpha=args["gnp_alpha"], model=model, **formula
     )
     distance = relative_distance(result["weights"], expected, start)
     print(f"{distance:.1e} of the distance travelled")
