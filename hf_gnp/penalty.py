@@ -41,15 +41,16 @@ def local_sq_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     by_kind = defaultdict(list)
     for i, tensor in enumerate(tensors):
-        by_kind[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(i)
-    result = torch.zeros(0)
+        by_kind[tensor.device, tensor.dtype].append(i)
+    groups = []
     for (_, dtype), indices in by_kind.items():
-        sq_norms = torch.stack(torch._foreach_norm([tensors[i] for i in indices], 2, dtype=dtype)).square_()
-        if len(by_kind) == 1:
-            return sq_norms
-        if len(result) == 0:
-            widest = max((dtype for _, dtype in by_kind), key=lambda dtype: dtype.itemsize)
-            result = torch.zeros(len(tensors), dtype=widest, device=tensors[0].device)
+        norms = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=torch.promote_types(dtype, torch.float32))
+        groups.append((indices, torch.stack(norms).square_()))
+    if len(groups) == 1:
+        return groups[0][1]
+    dtype = torch.float64 if any(norms.dtype == torch.float64 for _, norms in groups) else torch.float32
+    result = torch.zeros(len(tensors), dtype=dtype, device=tensors[0].device if tensors else "cpu")
+    for indices, sq_norms in groups:
         result[indices] = sq_norms.to(result)
     return result
 

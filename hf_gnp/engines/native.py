@@ -222,7 +222,8 @@ class NativeEngine(Engine):
             self._first_gradients = self.take_gradient()
         else:
             self.accumulates = True
-            self.scale_gradient(scale * (1 - alpha) / alpha)
+            outside = self._gradients([parameter for parameter in self._outside if parameter.grad is not None])
+            penalty.scale_([*(shard.gradient for shard in shards), *outside], scale * (1 - alpha) / alpha)
 
     def _keeps_aside(self, shards: Sequence[Shard]) -> bool:
         is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
