@@ -151,26 +151,30 @@ class GNPArguments:
         post_init = getattr(super(), "__post_init__", None)
         if post_init is not None:
             post_init()
-        self._gnp_defaults: dict[str, Any] = {}
         self.check_gnp_values()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in FOLLOWING:  # the user's from now on, also if it equals the default
+            vars(self)["_gnp_defaults"] = vars(self).get("_gnp_defaults", frozenset()) - {name}
 
     def check_gnp_values(self) -> None:
         """Check all gnp arguments, also at the beginning of each `train`: a search sets them in between."""
-        given = {name for name in FOLLOWING if getattr(self, name) not in (None, self._gnp_defaults.get(name))}
+        left_out = frozenset(name for name in FOLLOWING if self.is_default(name) or getattr(self, name) is None)
         defaults = {
             "gnp_r": 0.05,
             "gnp_alpha": 1.0 if self.gnp_direction == "momentum" else 0.8,
-            "gnp_metric": "l2" if "gnp_r" in given else "layer",  # published values of r are for l2
+            "gnp_metric": "layer" if "gnp_r" in left_out else "l2",  # published values of r are for l2
         }
-        self._gnp_defaults = {name: value for name, value in defaults.items() if name not in given}
-        for name, value in self._gnp_defaults.items():
-            setattr(self, name, value)
+        for name in left_out:
+            setattr(self, name, defaults[name])
         check_values(self)
         check_pairs(self)
+        vars(self)["_gnp_defaults"] = left_out
 
     def is_default(self, name: str) -> bool:
-        """Return whether a `gnp_*` argument was left out, of those whose defaults follow others."""
-        return name in self._gnp_defaults
+        """Return whether the user left out a `gnp_*` argument, of those whose defaults follow others."""
+        return name in vars(self).get("_gnp_defaults", ())
 
     def gnp_values(self) -> dict[str, Any]:
         """Return r, α, and the `gnp_*` arguments that are not at their defaults, or not the paper's metric."""
@@ -201,6 +205,5 @@ def update_arguments(gnp_args: GNPArguments, args: TrainingArguments | GNPArgume
     if args is not gnp_args:
         values = args if isinstance(args, dict) else vars(args)
         for name in {f.name for f in fields(GNPArguments)} & values.keys():
-            gnp_args._gnp_defaults.pop(name, None)  # the user's, also if it equals the default
             setattr(gnp_args, name, values[name])
     gnp_args.check_gnp_values()

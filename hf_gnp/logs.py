@@ -80,44 +80,49 @@ class StepLogs:
 
 class RadiusHint:
     """
-    Says once a run that r is too large, or that the default r is too small, after `LOGS` such logs in a row.
+    Says once a run that r is too large, or that the default r changes little, after `LOGS` such logs in a row.
 
     A large rise of the loss is no sign: with clean labels the loss goes to 0, and such a rise did no harm.
     """
 
     LOGS = 3
     TURNED, STRAIGHT = 0.3, 0.98  # the cosine is below, or above
-    # The aims of the suggestion. Those of a smaller r are find_r's, at which a short fine-tune was not slowed down.
+    # The aim of the suggestion: that of find_r, at which a short fine-tune was not slowed down.
     COSINE, RISE_SHARE = 0.8, 0.3
-    LARGER = 4  # times the default: at 0.2 it still gained on small networks
 
     def __init__(self, args: GNPArguments):
         self.metric, self.default_r = args.gnp_metric, args.gnp_r if args.is_default("gnp_r") else None
-        self._sign, self._seen, self._is_given = 0, 0, False
+        self._before, self._seen, self._is_given = "", 0, False
 
     def after(self, logs: dict[str, float]) -> str | None:
         """Return the hint after a log with the `gnp_*` metrics, or None."""
-        cosine, rise, loss = (logs.get(name, math.nan) for name in ("gnp_cosine", "gnp_sharpness", "loss"))
+        r, cosine = logs.get("gnp_r"), logs.get("gnp_cosine", math.nan)
         if self._is_given or math.isnan(cosine) or logs["gnp_on"] == 0:
             return None
-        r = logs["gnp_r"]
-        sign = -1 if cosine < self.TURNED else int(r == self.default_r and cosine > self.STRAIGHT)
-        self._sign, self._seen = sign, self._seen + 1 if sign == self._sign else 1
-        if sign == 0 or self._seen < self.LOGS:
+        is_small = r == self.default_r and cosine > self.STRAIGHT
+        kind = "large" if cosine < self.TURNED else "small" if is_small else ""
+        self._before, self._seen = kind, self._seen + 1 if kind == self._before else 1
+        if not kind or self._seen < self.LOGS:
             return None
         self._is_given = True
-        shares = [self.LARGER, math.acos(self.COSINE) / max(math.acos(min(cosine, 1.0)), 1e-9)]
-        if sign < 0 and rise > 0 and loss > 0:
-            shares.append(self.RISE_SHARE * loss / rise)
-        advice = f"try gnp_r={r * min(shares):.1g} with gnp_metric={self.metric}, or trainer.find_r()."
-        if sign > 0:
+        if is_small:
             return (
                 f"gnp_r={r:g}, the default, changes little: the cosine of both gradients (gnp_cosine) is "
-                f"{cosine:.3f}. If some labels are wrong, {advice}"
+                f"{cosine:.3f}. If some labels are wrong, a larger gnp_r with gnp_metric={self.metric} may help: see "
+                "trainer.find_r(), and compare accuracies on clean validation data."
             )
+        return self._too_large(logs)
+
+    def _too_large(self, logs: dict[str, float]) -> str:
+        names = ("gnp_r", "gnp_cosine", "gnp_sharpness", "loss")
+        r, cosine, rise, loss = (logs.get(name, math.nan) for name in names)
+        shares = [math.acos(self.COSINE) / math.acos(max(cosine, -1.0))]
+        if rise > 0 and loss > 0:
+            shares.append(self.RISE_SHARE * loss / rise)
         return (
             f"gnp_r={r:g} is too large for this model: the cosine of both gradients (gnp_cosine) is {cosine:.2f}, and "
-            f"the move raises the loss of {loss:.3g} by {rise:.3g} (gnp_sharpness): {advice}"
+            f"the move raises the loss of {loss:.3g} by {rise:.3g} (gnp_sharpness). Try gnp_r={r * min(shares):.1g} "
+            f"with gnp_metric={self.metric}, or trainer.find_r()."
         )
 
 

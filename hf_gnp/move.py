@@ -99,7 +99,8 @@ class Move:
         """Return the local sums that the metric needs besides ‖g₁‖²."""
         perturbation, device = self.engine.perturbation, self.engine.accelerator.device
         if perturbation.metric == "layer":
-            numbers = torch.tensor([shard.number for shard in self._to_move], dtype=torch.long, device=device)
+            numbers = torch.tensor([shard.number for shard in self._to_move], dtype=torch.long)
+            numbers = numbers.to(device, non_blocking=True)
             vectors = []
             for of_shards in ([shard.master for shard in self._to_move], self._directions):
                 sq_norms = self.engine.each_once(self._to_move, penalty.local_sq_norms(of_shards)).to(device)

@@ -42,17 +42,14 @@ def local_sq_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     by_kind = defaultdict(list)
     for i, tensor in enumerate(tensors):
         by_kind[tensor.device, tensor.dtype].append(i)
-    groups = []
+    norms = [torch.zeros(())] * len(tensors)
     for (_, dtype), indices in by_kind.items():
-        norms = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=torch.promote_types(dtype, torch.float32))
-        groups.append((indices, torch.stack(norms).square_()))
-    if len(groups) == 1:
-        return groups[0][1]
-    dtype = torch.float64 if any(norms.dtype == torch.float64 for _, norms in groups) else torch.float32
-    result = torch.zeros(len(tensors), dtype=dtype, device=tensors[0].device if tensors else "cpu")
-    for indices, sq_norms in groups:
-        result[indices] = sq_norms.to(result)
-    return result
+        group = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=torch.promote_types(dtype, torch.float32))
+        for i, norm in zip(indices, group, strict=True):
+            norms[i] = norm
+    if len(by_kind) > 1:
+        norms = [norm.to(norms[0].device) for norm in norms]
+    return torch.stack(norms).square_() if norms else torch.zeros(0)
 
 
 def local_dots(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -19,9 +19,10 @@ def remember_values(state: TrainerState, values: dict[str, Any]) -> str | None:
     states[STATE_KEY] = {"args": values, "attributes": {}}
     if not saved or saved == values:
         return None
-    changed = sorted(name for name in saved | values if saved.get(name) != values.get(name))
+    before, now = ({"gnp_metric": "l2"} | named for named in (saved, values))
+    changed = sorted(name for name in before | now if before.get(name) != now.get(name))
     return "The checkpoint was trained with other gnp arguments: " + ", ".join(
-        f"{name}={saved.get(name)} (now {values.get(name)})" for name in changed
+        f"{name}={before.get(name)} (now {now.get(name)})" for name in changed
     )
 
 

@@ -47,6 +47,7 @@ class PenalisedSteps:
         self._is_open = False  # whether a window has begun
         self._is_probed = False
         self._has_reached = False  # whether any micro-batch has reached `Trainer.training_step`
+        self._flos, self._first_passes, self._second_passes = 0.0, 0, 0  # flos before the step, and its passes
         self._calls = self._calls_before = 0  # calls of compute_loss by `Trainer.training_step` in this window
         self.inputs: Any = None  # the current micro-batch, as the data loader gave it
 
@@ -83,6 +84,8 @@ class PenalisedSteps:
                 self.close()
             self.step, self.penalty = step, penalty
             self.logs.begin(penalty)
+            self._flos, self._first_passes, self._second_passes = self.trainer.current_flos, 0, 0
+        self._first_passes += 1
         if self._is_open and inputs is self.inputs:
             raise NotImplementedError(called_twice(self.trainer))
         if not self._is_open:
@@ -195,6 +198,7 @@ class PenalisedSteps:
             is_last = len(losses) + 1 == len(self.window.micro_batches)
             compute_loss = functools.partial(self._compute_loss_again, micro_batch)
             with self.engine.replay(is_last), replaced(self.trainer, compute_loss=compute_loss):
+                self._second_passes += 1
                 losses.append(run_again(micro_batch).clone())  # CUDA graphs overwrite the loss in the next pass
                 self.engine.after_backward()
         return losses
@@ -212,6 +216,10 @@ class PenalisedSteps:
         engine, micro_batch = self.engine, next(self.window.replayed())
         with engine.hidden_gradient():
             probe_same_forward(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
+
+    def flos_of_second_passes(self) -> float:
+        """Return the floating-point operations of the step's second passes. `Trainer` counts those of the first."""
+        return (self.trainer.current_flos - self._flos) * self._second_passes / self._first_passes
 
     def noise_seed(self) -> int:
         """Return the seed of this step's stochastic rounding, equal on all ranks."""

@@ -127,8 +127,9 @@ class GNPMixin(_Base):
     def _hp_search_setup(self, trial: Any) -> None:
         # Trainer calls this at the beginning of each run. From here on its arguments are final.
         super()._hp_search_setup(trial)
-        if trial is not None:
-            update_arguments(self.gnp_args, dict(getattr(trial, "params", trial)))
+        if trial is not None and self.gnp_args is not self.args:
+            is_optuna = hasattr(trial, "params")
+            update_arguments(self.gnp_args, self.hp_space(trial) if is_optuna else dict(trial))
         self._gnp_end_run()
         self._gnp_check()
 
@@ -139,7 +140,7 @@ class GNPMixin(_Base):
             adaptive = is_adaptive(self.optimizer)
             schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, adaptive)
             self._gnp_run = run = PenalisedSteps(self, model, schedule)
-            self._gnp_second_flos, self._gnp_warned = 0.0, set()
+            self._gnp_warned = set()
             warning = remember_values(self.state, self.gnp_args.gnp_values())
             if warning is not None:
                 logger.warning(warning)
@@ -178,7 +179,6 @@ class GNPMixin(_Base):
     def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """Run a prepared micro-batch again without logs, and without a subclass's override of `training_step`."""
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
-        self._gnp_second_flos += float(self.floating_point_ops(micro_batch.inputs))  # Trainer counts the first pass
         with (
             replaced(self, _prepare_inputs=lambda original, inputs: inputs, log=not_logged),
             getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
@@ -203,8 +203,7 @@ class GNPMixin(_Base):
             if self.is_deepspeed_enabled or any(p.grad is not None for p in model.parameters()):
                 raise NotImplementedError(never_reached(self))
             return grad_norm
-        self.current_flos += self._gnp_second_flos
-        self._gnp_second_flos = 0.0
+        self.current_flos += run.flos_of_second_passes()
         dropped = run.engine.drop_nonfinite_gradient(grad_norm)
         if isinstance(dropped, torch.Tensor):
             run.logs.dropped += dropped  # read from the device when Trainer logs

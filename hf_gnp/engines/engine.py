@@ -136,7 +136,7 @@ class Engine(ABC):
 
     @abstractmethod
     def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
-        """Save what `mix` needs of `scale * g₁`, and prepare the gradient for g₂."""
+        """Save what `mix` needs of `scale * g₁`, and prepare the gradient for g₂. `shards` are all of `shards()`."""
 
     @abstractmethod
     def mix(self, alpha: float) -> None:

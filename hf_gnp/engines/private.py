@@ -35,12 +35,15 @@ def forget_casts() -> None:
 def optimizer_that_skips(optimizer: Any, device: torch.device) -> torch.optim.Optimizer | None:
     """Return the optimizer inside accelerate's wrapper, or None if no flag on `device` can make it skip a step."""
     inner = unwrapped(optimizer)
-    # In a skipped first step fused SGD leaves its momentum uninitialised. A CPU does not wait for a flag on a GPU.
+    # In a skipped first step fused SGD leaves its momentum uninitialised.
     if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
         return None
     groups = inner.param_groups
-    is_near = all(parameter.device.type == device.type for group in groups for parameter in group["params"])
-    return inner if is_near and all(group["fused"] for group in groups) else None
+    if not all(group["fused"] for group in groups):
+        return None
+    # A CPU does not wait for a flag on a GPU.
+    is_near = device.type == "cpu" or not any(parameter.is_cpu for group in groups for parameter in group["params"])
+    return inner if is_near else None
 
 
 @contextlib.contextmanager

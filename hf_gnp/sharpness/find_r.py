@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_gnp.arguments import update_arguments
 from hf_gnp.perturbation import find_targets
 
 from .loss import SampleLoss, sample_loss
@@ -92,6 +93,8 @@ def find_r(
     ```
     """
     gnp_args = getattr(trainer, "gnp_args", None)
+    if gnp_args is not None:
+        update_arguments(gnp_args, trainer.args)  # which the user may have set since the last run
     metric = _checked_metric(gnp_args, metric)
     radii = np.logspace(*GRIDS[metric], POINTS).tolist() if radii is None else sorted(float(r) for r in radii)
     check_positive(radii=radii)

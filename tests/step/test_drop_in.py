@@ -195,7 +195,7 @@ def test_hyperparameter_search(tmp_path):
     class Recording(GNPTrainer):
         def _hp_search_setup(self, trial):
             super()._hp_search_setup(trial)
-            seen.append((self.gnp_args.gnp_r, self.gnp_args.gnp_alpha))
+            seen.append((self.gnp_args.gnp_r, self.gnp_args.gnp_alpha, self.gnp_args.gnp_metric))
 
     values = [(0.1, 0.2), (0.2, 1.0)]
     for args_cls in (TrainingArguments, GNPTrainingArguments):
@@ -208,13 +208,13 @@ def test_hyperparameter_search(tmp_path):
         )
 
         def space(trial):
-            return {
-                name: trial.suggest_float(name, value, value)
-                for name, value in zip(("gnp_r", "gnp_alpha"), values[trial.number], strict=True)
-            }
+            """What Trainer sets is what the space returns, not what it draws."""
+            r, alpha = values[trial.number]
+            drawn = {"gnp_r": trial.suggest_float("tenfold", 10 * r, 10 * r) / 10}
+            return drawn | {"gnp_alpha": trial.suggest_float("gnp_alpha", alpha, alpha), "gnp_metric": "layer"}
 
         trainer.hyperparameter_search(space, n_trials=2, backend="optuna")
-    assert seen == 2 * values
+    assert seen == 2 * [(r, alpha, "layer") for r, alpha in values]
 
 
 def test_no_resume_warning_without_resume(tmp_path, caplog):

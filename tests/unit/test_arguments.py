@@ -1,5 +1,6 @@
 """The `gnp_*` arguments: their ranges, their texts, how they are parsed and copied."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -87,18 +88,33 @@ def test_default_metric_follows_r(tmp_path, values, r, metric):
     assert (args.gnp_r, args.gnp_metric) == (r, metric)
 
 
-@pytest.mark.parametrize("values", [{}, {"gnp_metric": "layer"}])
-def test_metric_of_a_search(tmp_path, values):
-    """An r that is set late has the metric that it has at construction, also if it equals the default."""
-    metric = values.get("gnp_metric", "l2")
-    args = GNPTrainingArguments(output_dir=str(tmp_path), **values)
-    for r in (0.05, 0.3, 0.05):
-        update_arguments(args, {"gnp_r": r})
-        assert (args.gnp_r, args.gnp_metric) == (r, metric)
-    late = GNPTrainingArguments(output_dir=str(tmp_path), **values)
-    late.gnp_r = 0.3
-    late.check_gnp_values()
-    assert (late.gnp_r, late.gnp_metric) == (0.3, metric)
+LATE = [({"gnp_r": 0.05}, "l2"), ({"gnp_r": 0.3}, "l2"), ({"gnp_metric": "layer", "gnp_r": 0.3}, "layer")]
+LATE += [({"gnp_r": 0.3, "gnp_metric": "layer"}, "layer"), ({"gnp_alpha": 1.0}, "layer"), ({"gnp_r": None}, "layer")]
+
+
+@pytest.mark.parametrize("is_set", [True, False])
+@pytest.mark.parametrize("values, metric", LATE)
+def test_late_values_have_the_metric_of_early_ones(tmp_path, values, metric, is_set):
+    """Also an r that equals the default."""
+    args = GNPTrainingArguments(output_dir=str(tmp_path))
+    other = copy.copy(args)
+    for _ in range(2):
+        if is_set:
+            for name, value in values.items():
+                setattr(args, name, value)
+        update_arguments(args, args if is_set else values)
+        assert args.gnp_metric == metric
+        assert args.gnp_r == values.get("gnp_r") or 0.05
+    other.check_gnp_values()
+    assert (other.gnp_r, other.gnp_metric) == (0.05, "layer")
+
+
+def test_arguments_of_an_older_release(tmp_path):
+    """Those of a training_args.bin have no record of what was left out."""
+    args = GNPTrainingArguments(output_dir=str(tmp_path), gnp_metric="l2")
+    del vars(args)["_gnp_defaults"]
+    args.check_gnp_values()
+    assert (args.gnp_r, args.gnp_alpha, args.gnp_metric) == (0.05, 0.8, "l2")
 
 
 def test_default_alpha_follows_the_direction(tmp_path):
@@ -171,8 +187,8 @@ def test_copies_keep_the_values(tmp_path, values):
     args = make_args(tmp_path, gnp_r=0.1, **values)
     replaced = dataclasses.replace(args, learning_rate=0.5)
     rebuilt = GNPTrainingArguments(**{f.name: args.to_dict()[f.name] for f in dataclasses.fields(args) if f.init})
-    for copy in (replaced, rebuilt):
-        assert copy.gnp_values() == args.gnp_values() == {"gnp_r": 0.1, "gnp_alpha": args.gnp_alpha}
+    for again in (replaced, rebuilt):
+        assert again.gnp_values() == args.gnp_values() == {"gnp_r": 0.1, "gnp_alpha": args.gnp_alpha}
     assert (args.learning_rate, replaced.learning_rate, rebuilt.learning_rate) == (1e-2, 0.5, 1e-2)
 
 

@@ -1,5 +1,6 @@
 """The perturbation of local tensors, in parts of a bounded size."""
 
+import math
 import weakref
 
 import pytest
@@ -69,3 +70,24 @@ def test_large_tensor_is_perturbed_by_rows(monkeypatch):
         penalty.move_([moved[part]], [gradient], [moved[part]], 0.05, generators=generators(3, [start]))
     assert torch.equal(moved[10], moved[2**22])
     assert torch.equal(moved[100], moved[2**22])
+
+
+@pytest.mark.parametrize("scale", [0.25, 1 / 3, 1e-30, 1e30])
+@pytest.mark.parametrize(
+    "dtypes", [[torch.float32], [torch.float64], [torch.bfloat16], [torch.float32, torch.float64]]
+)
+def test_scale_is_that_of_a_number(dtypes, scale):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(5, generator=generator).to(dtype) for dtype in dtypes for _ in range(3)]
+    expected = torch._foreach_mul(tensors, scale)
+    penalty.scale_(tensors, scale)
+    assert all(map(torch.equal, tensors, expected))
+
+
+def test_sq_norms_of_several_dtypes():
+    assert penalty.local_sq_norms([]).tolist() == []
+    tensors = [torch.full((3,), 2.0, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)]
+    assert penalty.local_sq_norms(tensors).dtype == torch.float32
+    wide = penalty.local_sq_norms([*tensors, torch.full((2,), 1e200, dtype=torch.float64), torch.zeros(0)])
+    assert wide.dtype == torch.float64
+    assert wide.tolist() == pytest.approx([12.0, 12.0, 12.0, math.inf, 0.0])
