@@ -79,7 +79,8 @@ def test_large_tensor_is_perturbed_by_rows(monkeypatch):
 def test_scale_is_that_of_a_number(dtypes, scale):
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(5, generator=generator).to(dtype) for dtype in dtypes for _ in range(3)]
-    expected = torch._foreach_mul(tensors, scale)
+    expected = [tensor.clone() for tensor in tensors]
+    torch._foreach_mul_(expected, scale)
     penalty.scale_(tensors, scale)
     assert all(map(torch.equal, tensors, expected))
 
