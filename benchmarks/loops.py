@@ -82,6 +82,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "gnp_interval_2": _gnp(gnp_interval=2),
     "gnp_interval_5": _gnp(gnp_interval=5),
     "gnp_interval_10": _gnp(gnp_interval=10),
+    "gnp_layer": _gnp(gnp_metric="layer"),  # the default
     "gnp_norm_only": _gnp(gnp_target_modules="norm"),
     "gnp_momentum": _gnp(gnp_alpha=1.0, gnp_direction="momentum"),
 }

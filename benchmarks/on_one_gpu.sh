@@ -18,7 +18,7 @@ fi
 LIMIT=${LIMIT:-280} tests/gpu/run.sh "$out/tests"
 # 2. Time, memory, host reads and the share of the matmul rate, against a hand-written loop.
 for model in vit-b16 bert-base llama-1b; do
-    timeout 120 "$python" benchmarks/cost.py --model "$model" --bf16 --contenders plain gnp sam gnp_momentum loop_sam \
+    timeout 120 "$python" benchmarks/cost.py --model "$model" --bf16 --contenders plain gnp gnp_layer sam gnp_momentum loop_sam \
         --output_dir "$out"
 done
 # 3. A pretrained ViT to convergence, clean and noisy labels.

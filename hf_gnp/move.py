@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -58,8 +58,9 @@ class Move:
         self._shards = engine.shards()
         self._to_move = self._targets_of(self._shards)
         self._directions = [shard.gradient for shard in self._to_move]
-        total, self._local_sq_norm = self._sum_of_squares(self._shards, [shard.gradient for shard in self._shards])
-        sums = engine.sum_over_ranks(torch.cat([total, *self._sums_of_metric()]))
+        squares, self._local_sq_norm = self._squares(self._shards, [shard.gradient for shard in self._shards])
+        moved = squares if self._to_move is self._shards else self._squares(self._to_move, self._directions)[0]
+        sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(moved)]))
         scale = engine.loss_scale()
         also = [scale.view(1)] if isinstance(scale, torch.Tensor) else []
         if flags is not None:
@@ -79,40 +80,35 @@ class Move:
         found = [(shard, engine.first_moment(shard)) for shard in shards]
         self._to_move = [shard for shard, moment in found if moment is not None]
         self._directions = [moment for _, moment in found if moment is not None]
-        total, _ = self._sum_of_squares(self._to_move, self._directions)
-        sums = engine.sum_over_ranks(torch.cat([total, *self._sums_of_metric()])).tolist()
+        squares, _ = self._squares(self._to_move, self._directions)
+        sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(squares)])).tolist()
         self._normalise(sums[0], sums[1:])
 
     def _targets_of(self, shards: list[Shard]) -> list[Shard]:
         targets = self.engine.perturbation.targets
         return shards if targets is None else [shard for shard in shards if id(shard.parameter) in targets]
 
-    def _sum_of_squares(
-        self, shards: Sequence[Shard], tensors: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this rank's summand of the global sum, on the accelerator, and the local sum."""
+    def _squares(self, shards: list[Shard], tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this rank's summands of the global sums of squares, on the accelerator, and the local sum."""
         sq_norms = penalty.local_sq_norms(tensors)
-        once = self.engine.each_once(shards, sq_norms)
-        return once.sum().view(1).to(self.engine.accelerator.device), sq_norms.sum()
+        return self.engine.each_once(shards, sq_norms).to(self.engine.accelerator.device), sq_norms.sum()
 
-    def _sums_of_metric(self) -> list[torch.Tensor]:
-        """Return the local sums that the metric needs besides ‖g₁‖²."""
+    def _sums_of_metric(self, squares: torch.Tensor) -> list[torch.Tensor]:
+        """Return the local sums that the metric needs besides ‖g₁‖². `squares` are those of the directions."""
         perturbation, device = self.engine.perturbation, self.engine.accelerator.device
         if perturbation.metric == "layer":
+            weights, _ = self._squares(self._to_move, [shard.master for shard in self._to_move])
             numbers = torch.tensor([shard.number for shard in self._to_move], dtype=torch.long)
             numbers = numbers.to(device, non_blocking=True)
-            vectors = []
-            for of_shards in ([shard.master for shard in self._to_move], self._directions):
-                sq_norms = self.engine.each_once(self._to_move, penalty.local_sq_norms(of_shards)).to(device)
-                vectors.append(sq_norms.new_zeros(len(self.engine.numbers)).index_add_(0, numbers, sq_norms))
-            return vectors
+            count = len(self.engine.numbers)
+            return [sums.new_zeros(count).index_add_(0, numbers, sums) for sums in (weights, squares)]
         if perturbation.metric == "element":
             # One shard at a time: all products together would take the memory of a gradient.
             pairs = zip(self._to_move, self._directions, strict=True)
             each = [penalty.local_sq_norms([s.master * d.to(s.master.device)]).to(device) for s, d in pairs]
             values = torch.cat(each) if each else torch.zeros(0, device=device)
             return [self.engine.each_once(self._to_move, values).sum().view(1)]
-        return [] if perturbation.targets is None else [self._sum_of_squares(self._to_move, self._directions)[0]]
+        return [] if perturbation.targets is None else [squares.sum().view(1)]
 
     def _normalise(self, total: float, values: list[float]) -> None:
         """Set the norm of the direction from the global ‖g₁‖² and the global sums of `_sums_of_metric`."""

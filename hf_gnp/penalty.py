@@ -109,12 +109,16 @@ def move_(
         The local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32. None if not measured.
     """
     is_in_place = all(weight is master for weight, master in zip(weights, masters, strict=True))
-    if all(weight.dtype.itemsize > 2 for weight in weights):
+    is_wide = all(weight.dtype.itemsize > 2 for weight in weights)
+    if is_wide:
         generators = None
-    if is_in_place and isinstance(scale, float) and not (elementwise or measure or generators):
-        if weights:
+    if weights and is_in_place and not (elementwise or measure or generators):
+        if isinstance(scale, float):
             torch._foreach_add_(weights, directions, alpha=scale)
-        return None
+            return None
+        if is_wide and sum(weight.numel() for weight in weights) <= PART:
+            torch._foreach_add_(weights, torch._foreach_mul(directions, scale))
+            return None
     scales = [scale] * len(weights) if isinstance(scale, float) else scale
     noise: Sequence[torch.Generator | None] = generators or [None] * len(weights)
     sums = torch.zeros(2, device=weights[0].device if weights else "cpu")

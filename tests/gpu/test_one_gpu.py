@@ -118,11 +118,12 @@ def test_native_dropout_masks(tmp_path, options):
     assert distance < 1e-3
 
 
+@pytest.mark.parametrize("metric", ["l2", "layer"])
 @pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["fp32", "bf16"])
-def test_native_waits_for_the_gpu(tmp_path, options):
+def test_native_waits_for_the_gpu(tmp_path, options, metric):
     """Once more a step, in which `Trainer` itself waits for its logs and its clipping."""
     waits = {}
-    for cls, penalty in ((Trainer, {}), (GNPTrainer, gnp())):
+    for cls, penalty in ((Trainer, {}), (GNPTrainer, gnp(gnp_metric=metric))):
         args = {"use_cpu": False, "optim": "adamw_torch_fused", "logging_steps": 100, **options, **penalty}
         trainer = make_trainer(tmp_path, "vit", cls, **args)
         trainer.add_callback(CountWaits())
