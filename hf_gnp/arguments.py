@@ -26,9 +26,10 @@ class GNPArguments:
     \\(L(\theta) + \lambda \lVert\nabla L(\theta)\rVert\\) with \\(\lambda = \alpha r\\).
 
     Args: Strength
-        gnp_r (`float`, *optional*, defaults to 0.05):
-            r, the radius: how far the weights move along the normalised gradient for the second pass. Published
-            settings, for `gnp_metric="l2"`: 0.1 for CIFAR, 0.05 for ImageNet.
+        gnp_r (`float`, *optional*, defaults to 0.05 with `gnp_metric="layer"`):
+            r, the radius: how far the weights move along the normalised gradient for the second pass. An r that is
+            given has `gnp_metric="l2"`, unless that is given too. Published settings for it: 0.1 for CIFAR, 0.05 for
+            ImageNet.
         gnp_alpha (`float`, *optional*, defaults to 0.8):
             α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM).
             `gnp_direction="momentum"` has one gradient, and α = 1.
@@ -89,7 +90,8 @@ class GNPArguments:
     gnp_r: float | None = field(
         default=None,
         metadata={
-            "help": "r, the distance of the move along the normalised gradient. Default: 0.05 in the metric layer."
+            "help": "r, the distance of the move. Left out: 0.05 with gnp_metric=layer. Given: gnp_metric is l2, if that "
+            "is left out."
         },
     )
     gnp_alpha: float | None = field(
