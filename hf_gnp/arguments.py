@@ -90,8 +90,8 @@ class GNPArguments:
     gnp_r: float | None = field(
         default=None,
         metadata={
-            "help": "r, the distance of the move. Left out: 0.05 with gnp_metric=layer. Given: gnp_metric is l2, if that "
-            "is left out."
+            "help": "r, the distance of the move. Left out: 0.05 with gnp_metric=layer. Given alone: it has "
+            "gnp_metric=l2."
         },
     )
     gnp_alpha: float | None = field(

@@ -87,7 +87,7 @@ class RadiusHint:
 
     LOGS = 3
     TURNED, STRAIGHT = 0.3, 0.98  # the cosine is below, or above
-    # The aim of the suggestion: that of find_r, at which a short fine-tune was not slowed down.
+    # Targets of the suggested r: the cosine is find_r's limit, and at this rise a short fine-tune was not slowed down.
     COSINE, RISE_SHARE = 0.8, 0.3
 
     def __init__(self, args: GNPArguments):

@@ -144,7 +144,7 @@ class Move:
         Args:
             noise_seed: Returns the seed of stochastic rounding, equal on all ranks.
             measure: Whether to measure fidelity and cosine for the logs.
-            share: The share of this direction's micro-batches in the step. A normalised g₁ is multiplied by it.
+            share: This window's share of the step's micro-batches. It scales a normalised g₁.
         """
         engine = self.engine
         passes = PerturbedPass(self, penalty_)
@@ -175,7 +175,7 @@ class Move:
         self._shards, self._to_move, self._directions = [], [], []
 
     def local_norms_after_mix(self, alpha: float, first_scale: float) -> tuple[float, float]:
-        """Return this rank's norm of the mixed gradient if g₂ were g₁, and its present norm. Read from the device."""
+        """Return two local norms: of the mixed gradient if g₂ were g₁, and of the present one. Waits for a device."""
         now = penalty.local_sq_norms([shard.gradient for shard in self.engine.shards()]).sum()
         return ((1 - alpha) * first_scale + alpha) * math.sqrt(self._local_sq_norm), math.sqrt(now)
 

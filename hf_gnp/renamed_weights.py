@@ -1,7 +1,7 @@
 """
 Loads checkpoints whose weights have other names than the model's: a workaround for transformers 5.17 to 5.23.
 
-Stock `Trainer` does not load such weights when it resumes. This file goes when a release of transformers does.
+Stock `Trainer` does not load such weights when it resumes. Remove this file when a release of transformers does.
 """
 
 import copy

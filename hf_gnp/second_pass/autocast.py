@@ -1,4 +1,4 @@
-"""Autocast around `compute_loss`. One that a user's `training_step` enters is active in the first pass only."""
+"""Autocast around `compute_loss`: the second pass enters it again, as it does not call a user's `training_step`."""
 
 import contextlib
 from contextlib import AbstractContextManager

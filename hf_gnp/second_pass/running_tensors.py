@@ -46,7 +46,9 @@ class _Watched(NamedTuple):
     def has_moved(self) -> torch.Tensor | bool:
         local = local_part(self.tensor)
         if (local.data_ptr(), self.tensor._version) != (self.storage, self.version):
-            return True  # also where the elements are equal: a teacher that follows weights before their first step
+            return (
+                True  # a write counts even if the elements stay equal, as those of a teacher that equals the weights
+            )
         now, before = (local, self.copy) if self.sample is None else (_sample(local), self.sample)
         return before is not None and (_bytes(now) != _bytes(before)).any()
 
@@ -151,7 +153,7 @@ class RunningTensors:
         self._moving |= {id(watched.tensor) for watched in self._watched}
         unreached = [p for p in self._trained if id(p) not in reached] if reached else []  # ZeRO keeps no `grad`
         if self._steps <= LEARNING:
-            # A teacher that is still equal to the weights changes in the second pass only.
+            # If a teacher still equals the weights, only the second pass, at θ + e, changes it.
             still = [(local_part(w.tensor), w.copy) for w, has_moved in mine if w.copy is not None and not has_moved]
             self._still = [(tensor, copy) for tensor, copy in still if copy.is_floating_point()]
             self._still += self._copies_of([p for p in unreached if id(p) not in self._unreached])

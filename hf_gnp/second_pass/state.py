@@ -101,7 +101,7 @@ class Found:
         self.modules: list[nn.Module] = []
         self.tensors: list[torch.Tensor] = []
         self._parameters: list[nn.Parameter] = []
-        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler  # the trainer's step changes only these
+        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler  # only the trainer's own step changes these
         own = (optimizer, getattr(optimizer, "optimizer", None), scheduler, getattr(scheduler, "scheduler", None))
         self._seen = {id(value) for value in (*own, trainer, trainer.state)}
         self._add_module(trainer.model)
@@ -189,8 +189,8 @@ class Attributes:
         Restore the attributes.
 
         Args:
-            written: Whether to set an attribute again to a large tensor that was written in place since the record,
-                and so has lost its elements. False after the first micro-batch, as the replay may have made its own.
+            written: Whether to reassign large tensors that were written in place since the record. False after the
+                first micro-batch, as the second pass may have created new ones.
         """
         for owner, names, held in self._attributes:
             attributes = vars(owner)

@@ -55,7 +55,7 @@ def plot_loss_surface(
             between models. "eigenvectors" takes those of the largest eigenvalues. "line" leads from one checkpoint
             (0) to another (1), or from the trainer's weights to one.
         dimensions: 1 for curves, 2 for maps. A line has 1.
-        distance: The distance to each side.
+        distance: How far each axis extends from the weights. A line extends by a quarter of it beyond each end.
         points: The number of points in each dimension. Each costs a forward pass over the sample.
         dataset, samples, tolerance, max_products, seed: As in `measure_sharpness`.
 

@@ -1,8 +1,8 @@
 """
 The parts that DeepSpeed's stages share. This rank's gradients and fp32 masters are inside DeepSpeed's optimizers.
 
-The attributes that hold them are private to DeepSpeed. Each engine knows one optimizer class, whose changes make the
-equivalence tests fail.
+The attributes that hold them are private to DeepSpeed. Each engine supports the optimizer classes that `__init__.py`
+lists. If DeepSpeed changes them, the equivalence tests fail.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def _backward_only(accelerator: Accelerator, always_reduces: bool) -> Iterator[N
 
 
 class DeepSpeedSteps(Engine):
-    """All stages: backward and step are two calls, and DeepSpeed itself knows when to reduce."""
+    """All stages: backward and step are two calls. DeepSpeed reduces at the boundary that `_backward_only` sets."""
 
     engine: Any  # DeepSpeed's
 
@@ -83,7 +83,7 @@ class Fragment(NamedTuple):
 
 
 class ShardedEngine(DeepSpeedSteps):
-    """ZeRO-1, 2 and 3: the masters keep θ. g₁ is kept aside as a shard, and g₂ replaces it."""
+    """ZeRO-1, 2 and 3: θ is restored from the fp32 masters. If α < 1, this rank's shard of g₁ is copied before g₂."""
 
     gathers_weights = True
     offloads = False  # whether gradients and masters are on the CPU

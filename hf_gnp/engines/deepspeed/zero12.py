@@ -39,7 +39,8 @@ class _ReplicatedEngine(ShardedEngine):
     """
     ZeRO-1 and 2: each rank writes its partition of the forward weights, and all ranks gather the whole.
 
-    A step publishes new weights, so θ is put back only where DeepSpeed skipped the step.
+    The optimizer's step publishes new weights. θ is published after a skipped step, after a failure, and in
+    `hold_gradient`.
     """
 
     # DeepSpeed's lists, with one entry for each parameter group.

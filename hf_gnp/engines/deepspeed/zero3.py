@@ -16,7 +16,7 @@ class Zero3Engine(ShardedEngine):
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
         super().__init__(accelerator, perturbation)
         self.offloads = self.optimizer.offload_optimizer
-        # DeepSpeed 0.19 means to share the two in fp32, and does not: it compares a device with a string.
+        # Because of a bug, DeepSpeed 0.19 does not share fp32 weights with the masters. A release may mend it.
         if any(weight.data_ptr() == master.data_ptr() for weight, master in self.partitions() if weight.numel()):
             raise NotImplementedError(
                 "The gradient-norm penalty does not run with ZeRO-3 where DeepSpeed shares fp32 weights with the "
