@@ -171,7 +171,7 @@ def run_ranks(args: argparse.Namespace, name: str) -> None:
     print("| engine | MB sent a step, plain | penalised | ratio | peak over plain, α = 0.8 | α = 1 |")
     print("|---|---|---|---|---|---|")
     for engine in args.engines:
-        plain, gnp, sam = (launch(name, engine, who, args.ranks) for who in ("plain", "gnp", "sam"))
+        plain, gnp, sam = (launch(name, engine, who, args.ranks, args.steps) for who in ("plain", "gnp", "sam"))
         sent = [bytes_sent(run["bytes"], args.ranks) for run in (plain, gnp)]
         over_plain = [(other["peak"] - plain["peak"]) / plain["weight_bytes"] for other in (gnp, sam)]
         rows.append({"engine": engine, "plain": plain, "gnp": gnp, "sam": sam, "bytes_sent": sent})

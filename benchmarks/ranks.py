@@ -27,7 +27,6 @@ from transformers.distributed import DistributedConfig
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 COUNTED_STEPS = 2
-PROFILED_STEPS = 40  # on a busy CPU, gloo's threads spoil up to two of three
 LAST_COUNTED = CountCollectives.first_step + COUNTED_STEPS
 
 
@@ -69,7 +68,7 @@ def make_trainer(args: argparse.Namespace, folder: Path) -> Trainer:
     training_args = make_arguments(
         **kwargs,
         output_dir=str(folder),
-        max_steps=LAST_COUNTED + PROFILED_STEPS,
+        max_steps=LAST_COUNTED + args.steps,
         per_device_train_batch_size=size,
         bf16=on_gpu,
         use_cpu=not on_gpu,
@@ -86,6 +85,9 @@ def main() -> None:
     parser.add_argument("--model", choices=CASES, required=True)
     parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--contender", choices=TRAINERS, required=True)
+    parser.add_argument(
+        "--steps", type=int, required=True, help="Profiled steps. On a busy CPU gloo spoils two of three."
+    )
     parser.add_argument("--output", required=True, help="A JSON file, in a folder that other files may come into.")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -109,13 +111,15 @@ def main() -> None:
     os._exit(0)
 
 
-def launch(model: str, engine: str, contender: str, ranks: int) -> dict[str, Any]:
+def launch(model: str, engine: str, contender: str, ranks: int, steps: int) -> dict[str, Any]:
     """The result of `main` on `ranks` processes."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        flags = ["--model", model, "--engine", engine, "--contender", contender, "--output", str(output)]
-        done = subprocess.run([*command, __file__, *flags], capture_output=True, text=True, check=False)
+        flags = ["--model", model, "--engine", engine, "--contender", contender, "--steps", str(steps)]
+        done = subprocess.run(
+            [*command, __file__, *flags, "--output", str(output)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{engine} failed:\n{done.stdout}\n{done.stderr}")
         return json.loads(output.read_text(encoding="utf-8"))
