@@ -170,9 +170,11 @@ class GNPArguments:
         }
         for name in left_out:
             setattr(self, name, defaults[name])
-        check_values(self)
-        check_pairs(self)
-        vars(self)["_gnp_defaults"] = left_out
+        try:
+            check_values(self)
+            check_pairs(self)
+        finally:
+            vars(self)["_gnp_defaults"] = left_out
 
     def is_default(self, name: str) -> bool:
         """Return whether the user left out a `gnp_*` argument, of those whose defaults follow others."""

@@ -109,6 +109,16 @@ def test_late_values_have_the_metric_of_early_ones(tmp_path, values, metric, is_
     assert (other.gnp_r, other.gnp_metric) == (0.05, "layer")
 
 
+def test_a_refused_value_leaves_defaults_defaults(tmp_path):
+    args = GNPTrainingArguments(output_dir=str(tmp_path))
+    args.gnp_interval = 0
+    with pytest.raises(ValueError, match="gnp_interval"):
+        args.check_gnp_values()
+    args.gnp_interval, args.gnp_r = 1, 0.3
+    args.check_gnp_values()
+    assert (args.gnp_r, args.gnp_metric) == (0.3, "l2")
+
+
 def test_arguments_of_an_older_release(tmp_path):
     """Those of a training_args.bin have no record of what was left out."""
     args = GNPTrainingArguments(output_dir=str(tmp_path), gnp_metric="l2")
