@@ -100,8 +100,9 @@ class Case:
         }
 
     def reported(self) -> Runs:
-        """Of each method the runs of seeds that all methods have: no mean over others than its rivals'."""
-        runs = {name: self.found(name, method) for name, method in self.chosen().items()}
+        """Of each method that ran, the runs of seeds that all of them have: no mean over others than its rivals'."""
+        found = {name: self.found(name, method) for name, method in self.chosen().items()}
+        runs = {name: by_seed for name, by_seed in found.items() if by_seed}
         shared = [seed for seed in range(self.study.seeds) if all(seed in by_seed for by_seed in runs.values())]
         return {name: {seed: by_seed[seed] for seed in shared} for name, by_seed in runs.items()} if shared else {}
 
