@@ -42,7 +42,7 @@ def optimizer_that_skips(optimizer: Any, device: torch.device) -> torch.optim.Op
     if not all(group["fused"] for group in groups):
         return None
     # A CPU does not wait for a flag on a GPU.
-    is_near = device.type == "cpu" or not any(parameter.is_cpu for group in groups for parameter in group["params"])
+    is_near = all(p.is_cpu == (device.type == "cpu") for group in groups for p in group["params"])
     return inner if is_near else None
 
 

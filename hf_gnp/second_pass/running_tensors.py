@@ -46,9 +46,7 @@ class _Watched(NamedTuple):
     def has_moved(self) -> torch.Tensor | bool:
         local = local_part(self.tensor)
         if (local.data_ptr(), self.tensor._version) != (self.storage, self.version):
-            return (
-                True  # a write counts even if the elements stay equal, as those of a teacher that equals the weights
-            )
+            return True  # a write counts even if no element changes, as in a teacher that still equals the weights
         now, before = (local, self.copy) if self.sample is None else (_sample(local), self.sample)
         return before is not None and (_bytes(now) != _bytes(before)).any()
 

@@ -196,7 +196,12 @@ def test_losses_outlive_the_next_pass(tmp_path):
 
 @pytest.mark.parametrize(
     "gnp_r, metric, hint",
-    [(20.0, "l2", "is too large for this model"), (0.001, "l2", None), (None, "layer", "the default, changes little")],
+    [
+        (20.0, "l2", "is too large for this model"),
+        (0.05, "l2", None),
+        (0.001, "l2", None),
+        (None, "layer", "the default, changes little"),
+    ],
 )
 def test_hint_of_another_r(tmp_path, monkeypatch, gnp_r, metric, hint):
     """Once, after three logs. A small r that the user chose gets none."""

@@ -104,7 +104,7 @@ def test_late_values_have_the_metric_of_early_ones(tmp_path, values, metric, is_
                 setattr(args, name, value)
         update_arguments(args, args if is_set else values)
         assert args.gnp_metric == metric
-        assert args.gnp_r == values.get("gnp_r") or 0.05
+        assert args.gnp_r == (values.get("gnp_r") or 0.05)
     other.check_gnp_values()
     assert (other.gnp_r, other.gnp_metric) == (0.05, "layer")
 
