@@ -9,6 +9,7 @@ from .argument_checks import DIRECTIONS, METRICS, SCOPES, WARMUP_TYPES, check_pa
 
 
 FOLLOWING = ("gnp_r", "gnp_alpha", "gnp_metric")  # arguments whose defaults follow others
+UNNAMED = {"gnp_metric": "l2"}  # the paper's: what it means that `gnp_values` has no metric
 
 
 @dataclass
@@ -183,7 +184,7 @@ class GNPArguments:
     def gnp_values(self) -> dict[str, Any]:
         """Return r, α, and the `gnp_*` arguments that are not at their defaults, or not the paper's metric."""
         strength = {"gnp_r": self.gnp_r, "gnp_alpha": self.gnp_alpha}
-        defaults = {f.name: f.default for f in fields(GNPArguments) if f.name not in strength} | {"gnp_metric": "l2"}
+        defaults = {f.name: f.default for f in fields(GNPArguments) if f.name not in strength} | UNNAMED
         return strength | {n: getattr(self, n) for n, default in defaults.items() if getattr(self, n) != default}
 
 

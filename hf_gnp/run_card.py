@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import TrainerState
 
+from .arguments import UNNAMED
+
 
 TAG = "gradient-norm-penalty"
 PAPER = "https://arxiv.org/abs/2202.03599"
@@ -19,7 +21,7 @@ def remember_values(state: TrainerState, values: dict[str, Any]) -> str | None:
     states[STATE_KEY] = {"args": values, "attributes": {}}
     if not saved or saved == values:
         return None
-    before, now = ({"gnp_metric": "l2"} | named for named in (saved, values))
+    before, now = (UNNAMED | named for named in (saved, values))
     changed = sorted(name for name in before | now if before.get(name) != now.get(name))
     return "The checkpoint was trained with other gnp arguments: " + ", ".join(
         f"{name}={before.get(name)} (now {now.get(name)})" for name in changed
