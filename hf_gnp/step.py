@@ -89,6 +89,7 @@ class PenalisedSteps:
         if self._is_open and inputs is self.inputs:
             raise NotImplementedError(called_twice(self.trainer))
         if not self._is_open:
+            self.engine.reshard()  # `gnp_target_modules` is a set of parameter objects
             perturbation = Perturbation.from_args(self.trainer.gnp_args, self.trainer.model)
             perturbation = perturbation if self.penalty else perturbation.of_plain_step()
             self.engine.begin_window(perturbation, self.trainer.optimizer)

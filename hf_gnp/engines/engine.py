@@ -53,6 +53,10 @@ class Engine(ABC):
         self.all_parameters = parameters_of(modules_of(self.model))
         self.numbers = {id(parameter): number for number, parameter in enumerate(self.all_parameters)}
 
+    def reshard(self) -> None:
+        """Make the model's parameters the shards. After an evaluation FSDP2's root has other parameter objects."""
+        return None
+
     # The shards.
 
     @abstractmethod

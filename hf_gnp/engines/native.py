@@ -64,9 +64,9 @@ class NativeEngine(Engine):
         has_communication_hook(model)  # refuses PowerSGD
 
     def begin_window(self, perturbation: Perturbation, optimizer: Any = None) -> None:
+        self.reshard()
         super().begin_window(perturbation)
         self._optimizer = optimizer or self._optimizer  # a callback may have replaced it
-        self.publish()  # after an evaluation FSDP2's root is still gathered, with other parameter objects
         self._outside = parameters_outside(self.all_parameters, self._optimizer)
         self.is_sharded = any(isinstance(p, DTensor) for p in self.all_parameters)
 
@@ -144,8 +144,11 @@ class NativeEngine(Engine):
         self._moved = [shard.weight for shard in shards]  # last: `restore` needs both
         return [shard.kept(backup) for shard, backup in zip(shards, self._backup, strict=True)]
 
-    def publish(self) -> None:
+    def reshard(self) -> None:
         self._fsdp.reshard()
+
+    def publish(self) -> None:
+        self.reshard()
 
     @torch.no_grad()
     def restore(self) -> None:

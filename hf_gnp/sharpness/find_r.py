@@ -101,8 +101,8 @@ def find_r(
     check_counts(batches=(batches, 1))
     if path is not None:
         new_figure(1, 1)  # so that a missing matplotlib stops all ranks, and before the work
-    targets = find_targets(trainer.model, getattr(gnp_args, "gnp_target_modules", None))
     with sample_loss(trainer, seed, training=True, name="find_r") as loss:
+        targets = find_targets(trainer.model, getattr(gnp_args, "gnp_target_modules", None))
         steps = _draw_steps(trainer, dataset, OTHERS * batches, seed)
         loss.progress.total = len(steps) + len(steps[:batches]) * (1 + len(radii))
         total = loss.vectors.zeros()

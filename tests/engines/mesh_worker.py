@@ -111,7 +111,7 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     cls = FaultyGNPTrainer if faults else ComparingTrainer if case.get("compare_ranks") else GNPTrainer
     data = make_data("llama", case.get("size", 48))
     model = load_decoder(case, folder)
-    options = {}
+    options: dict[str, Any] = {"eval_dataset": data[:8]} if "eval_strategy" in case["args"] else {}
     if "momentum" in case:
         options["optimizer_cls_and_kwargs"] = (
             torch.optim.SGD,

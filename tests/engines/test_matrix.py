@@ -102,6 +102,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "element": {"gnp_metric": "element"},
     "targets": {"gnp_target_modules": "norm"},
     "normalized": {"gnp_normalize_gradient": True},
+    "evaluated": {"eval_strategy": "steps", "eval_steps": 1},
 }
 VARIED = {
     f"{variant}-{engine}": case_of(engine, gnp(**TWO, **arguments))

@@ -56,6 +56,14 @@ BY_MICRO_BATCH = {
     f"{mesh}-micro_batch": case(mesh, gnp(gradient_accumulation_steps=2, gnp_scope="micro_batch"))
     for mesh in ("tp", "tp-qwen3", "tp-fsdp", "hsdp", "fsdp2-accelerate")
 }
+# Without a backward FSDP2's root stays gathered, and has other parameter objects than in training.
+EVALUATED = {
+    f"{mesh}-evaluated{'-norms' if targets else ''}": case(
+        mesh, gnp(gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1, gnp_target_modules=targets)
+    )
+    for targets, meshes in ((None, ("tp-fsdp", "fsdp2-accelerate")), ("norm", ("hsdp", "fsdp2-accelerate")))
+    for mesh in meshes
+}
 WHOLE = ("tp-fsdp", "hsdp", "ep-tp-fsdp", "fsdp2-accelerate")
 IDENTITY = {
     f"{mesh}-{'stock' if stock else 'alpha0'}": case(
@@ -100,16 +108,18 @@ RESUMED = {
         **MOMENTUM,
     )
 }
-CASES = SAVED | EQUIVALENT | BY_MICRO_BATCH | IDENTITY | RAISING | BF16
+CASES = SAVED | EQUIVALENT | BY_MICRO_BATCH | EVALUATED | IDENTITY | RAISING | BF16
 
 
-@pytest.mark.parametrize("name", EQUIVALENT | BY_MICRO_BATCH)
+@pytest.mark.parametrize("name", EQUIVALENT | BY_MICRO_BATCH | EVALUATED)
 def test_mesh_matches_the_reference(results, name):
     result, args, ranks = result_of(results, name), CASES[name]["args"], CASES[name]["batches"]
     formula = by_scope(args["gnp_scope"], ranks) if "gnp_scope" in args else {}
     if args.get("gnp_metric") == "layer":
         formula["direction"] = reference.in_proportion_to_each_tensor
     model, accumulation = make_decoder(CASES[name]["kind"]), args["gradient_accumulation_steps"]
+    if args.get("gnp_target_modules") == "norm":
+        formula["direction"] = reference.along_some(["norm" in name for name, _ in model.named_parameters()])
     start, expected, reference_logs = reference_run(
         "llama", accumulation, ranks, alpha=args["gnp_alpha"], model=model, **formula
     )

@@ -250,7 +250,8 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
     }
     cls = next((cls for key, cls in special.items() if key in case), classes[not stock])
     data = make_data(case["kind"], case.get("size", 48))
-    trainer = cls(model=model, args=training_args, train_dataset=data, data_collator=collate)
+    held_out = data[:8] if "eval_strategy" in args else None
+    trainer = cls(model=model, args=training_args, train_dataset=data, eval_dataset=held_out, data_collator=collate)
     if "faults" in case:
         trainer.faults, trainer.seen = case["faults"], SimpleNamespace(calls={})
         trainer.compares_ranks = case.get("compare_ranks", False)
