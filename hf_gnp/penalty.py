@@ -13,7 +13,7 @@ Reference: Zhao, Zhang and Hu, ICML 2022, arXiv 2202.03599, equations (6) to (9)
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from .rounding import round_stochastically
 
 # The most elements that `move_` and the cosine copy at once.
 PART = 2**22
+WIDE = {torch.float32, torch.float64}
 
 Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
@@ -41,10 +42,11 @@ def local_sq_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     by_kind = defaultdict(list)
     for i, tensor in enumerate(tensors):
-        by_kind[tensor.device, tensor.dtype].append(i)
+        by_kind[tensor.get_device(), tensor.dtype].append(i)
     norms = [torch.zeros(())] * len(tensors)
     for (_, dtype), indices in by_kind.items():
-        group = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=torch.promote_types(dtype, torch.float32))
+        wide = torch.float32 if dtype.itemsize < 4 else None  # None is faster than the same dtype
+        group = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=wide)
         for i, norm in zip(indices, group, strict=True):
             norms[i] = norm
     if len(by_kind) > 1:
@@ -117,7 +119,7 @@ def move_(
             torch._foreach_add_(weights, directions, alpha=scale)
             return None
         if is_wide and sum(weight.numel() for weight in weights) <= PART:
-            torch._foreach_add_(weights, torch._foreach_mul(directions, scale))
+            torch._foreach_add_(weights, torch._foreach_mul(directions, _factors(directions, scale)))
             return None
     scales = [scale] * len(weights) if isinstance(scale, float) else scale
     noise: Sequence[torch.Generator | None] = generators or [None] * len(weights)
@@ -187,11 +189,16 @@ def scale_(tensors: Tensors, scale: float) -> None:
     """Compute `tensors *= scale` in place."""
     if not tensors or scale == 1:
         return
-    kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors}
-    is_fast = len(kinds) == 1 and kinds <= {("cpu", torch.float32), ("cpu", torch.float64)}
-    # On a CPU a number takes three times as long as a tensor, with the same result.
-    factor = torch.tensor(scale, dtype=tensors[0].dtype, device="cpu") if is_fast else scale
-    torch._foreach_mul_(tensors, factor)
+    torch._foreach_mul_(tensors, _factors(tensors, scale))
+
+
+def _factors(tensors: Tensors, scale: float | Sequence[float]) -> Any:
+    """Return one factor, or one for each tensor. On a CPU a number takes three times as long as a tensor."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 or not dtypes <= WIDE or not all(tensor.is_cpu for tensor in tensors):
+        return scale
+    factors = torch.tensor(scale, dtype=tensors[0].dtype)
+    return factors if factors.dim() == 0 else factors.unbind()
 
 
 def copy_(tensors: Tensors, sources: Tensors) -> None:

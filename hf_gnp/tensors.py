@@ -16,15 +16,15 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def modules_of(*roots: nn.Module) -> list[nn.Module]:
     """Return the modules and all their descendants, each once, in the order of `nn.Module.modules`."""
-    found: dict[int, nn.Module] = {}
-    left = list(roots)[::-1]
+    found: dict[nn.Module, None] = {}
+    left: list[Any] = list(roots)[::-1]
     while left:
         module = left.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            if children := module._modules:
-                left += [child for child in reversed(children.values()) if child is not None]
-    return list(found.values())
+        if module is not None and module not in found:
+            found[module] = None
+            if module._modules:
+                left.extend(reversed(module._modules.values()))
+    return list(found)
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:

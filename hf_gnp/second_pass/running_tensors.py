@@ -200,7 +200,8 @@ def budget_of(trained: Iterable[torch.Tensor]) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8) if flat.is_floating_point() or flat.is_complex() else flat
 
 
 def _sample(local: torch.Tensor) -> torch.Tensor:
