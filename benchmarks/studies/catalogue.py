@@ -1,7 +1,8 @@
 """The studies: which cases, which methods, which r to choose from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from .images import image_task
@@ -116,11 +117,12 @@ def of_candidates(
     settings: dict[str, Any],
     wrong: Sequence[int] = (0, 40),
     radii: tuple[float, ...] = (0.05, 0.1, 0.2),
+    more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     **kwargs: Any,
 ) -> Study:
     """The candidates for a default, on one task with these shares of wrong labels."""
     cases = {f"{percent}% wrong": settings | {"wrong": percent} for percent in wrong}
-    return Study(cases, (PLAIN, TWICE, *CANDIDATES), radii, seeds=3, **kwargs)
+    return Study(cases | dict(more), (PLAIN, TWICE, *CANDIDATES), radii, seeds=3, **kwargs)
 
 
 STUDIES = {
@@ -131,13 +133,18 @@ STUDIES = {
     "defaults_cnn": of_candidates(SMALL_RESNET),
     # Does the best r stay where it is as the model grows?
     "widths": Study(
-        {f"width {width}": SMALL_DIGITS | {"wrong": 40, "width": width, "epochs": 12} for width in (64, 128, 256)},
+        {f"width {n}": SMALL_DIGITS | {"wrong": 40, "width": n, "epochs": 12} for n in (64, 128, 256, 512)},
         (PLAIN, "l2", "layer"),
         (0.1, 0.2, 0.4, 0.8),
         seeds=0,
     ),
     # A pretrained model until plain training's validation accuracy no longer rises.
-    "convergence": of_candidates(SMALL_PRETRAINED, (0, 17, 40), radii_of={"l2": (0.002, 0.01, 0.05)}),
+    "convergence": of_candidates(
+        SMALL_PRETRAINED,
+        (0, 17, 40),
+        more={"17% wrong, 1,000 images": SMALL_PRETRAINED | {"wrong": 17, "train_size": 1000}},
+        radii_of={"l2": (0.002, 0.01, 0.05)},
+    ),
     "vit": Study({"ViT from scratch": LARGE_VIT}, (PLAIN, TWICE, *OF_128), (0.02, 0.05, 0.1, 0.2, 0.4)),
     "cnn": Study(
         {f"{wrong}% wrong": LARGE_RESNET | {"wrong": wrong} for wrong in (0, 20, 40, 60)},
