@@ -17,13 +17,14 @@ import datasets
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from hf_gnp.penalty import local_sq_norm, move_
+from hf_gnp.penalty import local_sq_norms, move_
+from hf_gnp.rounding import noise_generator
 
 
 def projection(changes: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """⟨changes, expected⟩/‖expected‖²"""
     dot = sum(torch.dot(a.flatten(), b.flatten()) for a, b in zip(changes, expected, strict=True))
-    return (dot / local_sq_norm(expected)).item()
+    return (dot / local_sq_norms(expected).sum()).item()
 
 
 def gradients(model: torch.nn.Module, weights: list[torch.Tensor], batch: dict) -> list[torch.Tensor]:
@@ -40,8 +41,9 @@ def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tenso
 
 def moved(weights: list[torch.Tensor], g1: list[torch.Tensor], r: float, seed: int | None, dtype: torch.dtype):
     result = [weight.to(dtype, copy=True) for weight in weights]
-    norm = local_sq_norm(g1).sqrt().item()
-    move_(result, g1, list(result), r / norm, noise_seed=seed)
+    norm = local_sq_norms(g1).sum().sqrt().item()
+    noise = None if seed is None else [noise_generator(weight.device, seed, i) for i, weight in enumerate(result)]
+    move_(result, g1, list(result), r / norm, generators=noise)
     return result
 
 

@@ -256,6 +256,15 @@ def test_augmentation_moves_and_mirrors():
         assert any(torch.equal(result, candidate) for candidate in candidates)
 
 
+def test_what_rounding_to_bf16_leaves(tmp_path, encoder, data):
+    flags = ("--model_path", encoder, "--data", data / "sst2" / "train.parquet", "--radii", 0.5, 0.002, "--draws", 4)
+    run_script("rounding.py", *flags, "--output", tmp_path / "rounding.json")
+    large, small = json.loads((tmp_path / "rounding.json").read_text(encoding="utf-8"))
+    assert small["move_nearest"] < large["move_nearest"] <= 1.01
+    assert large["move_stochastic"] == pytest.approx(1, abs=0.02)
+    assert small["move_stochastic"] == pytest.approx(1, abs=0.2)
+
+
 def test_rounding_leaves_a_level_and_is_undone():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
