@@ -127,15 +127,12 @@ def move_(
     tensors = [_Part(*parts) for parts in zip(weights, directions, masters, scales, noise, strict=True)]
     common = scale if isinstance(scale, float) and not elementwise else None
     # One group at a time: all moved tensors together would take the memory of the masters.
-    for parts in in_groups((part for tensor in tensors for part in _by_rows(tensor)), _numel, PART):
+    rows = (part for tensor in tensors for part in _by_rows(tensor))
+    for parts in in_groups(rows, lambda part: part.weight.numel(), PART):
         measured = _move_parts(parts, common, elementwise, measure)
         if measured is not None:
             sums = sums + measured.to(sums.device)
     return sums if measure else None
-
-
-def _numel(part: _Part) -> int:
-    return part.weight.numel()
 
 
 def _by_rows(tensor: _Part) -> Iterator[_Part]:
@@ -205,12 +202,6 @@ def copy_(tensors: Tensors, sources: Tensors) -> None:
     """Copy sources bit for bit into the storage of `tensors`, which shards and views share."""
     if tensors:
         torch._foreach_copy_(tensors, sources)
-
-
-def add_(tensors: Tensors, others: Tensors) -> None:
-    """Compute `tensors += others` in place."""
-    if tensors:
-        torch._foreach_add_(tensors, others)
 
 
 def lerp_(tensors: Tensors, others: Tensors, weight: float) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import nn
 from hf_gnp.perturbation import Perturbation
 from hf_gnp.tensors import modules_of, parameters_of
 
-from .private import sync_gradients_set
 from .shards import Shard
 
 
@@ -122,11 +121,16 @@ class Engine(ABC):
         """Make the gradient of a backward of the loss survive the next forward. Called after each backward."""
         return None
 
-    def sync_gradients_set(self, is_last: bool) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def sync_gradients_set(self, is_last: bool) -> Iterator[None]:
         """Set `accelerator.sync_gradients` to its value in the first pass, so that user code sees the same flag."""
-        if self.perturbation.is_per_micro_batch:
-            return contextlib.nullcontext()
-        return sync_gradients_set(self.accelerator, is_last)
+        before = self.accelerator.sync_gradients
+        if not self.perturbation.is_per_micro_batch:
+            self.accelerator.sync_gradients = is_last
+        try:
+            yield
+        finally:
+            self.accelerator.sync_gradients = before
 
     def probed(self) -> AbstractContextManager[None]:
         """Surround a forward without backward."""
@@ -162,9 +166,9 @@ class Engine(ABC):
     def add_gradient(self, gradient: Any) -> None:
         """Add a gradient of `take_gradient`. A collective where it is not reduced yet."""
 
-    @abstractmethod
     def hold_gradient(self) -> None:
         """Keep the gradient of a micro-batch with its own direction until the step ends. The weights are θ."""
+        return None
 
     def gradients_of(self, shards: Sequence[Shard]) -> list[torch.Tensor | None]:
         """Return the gradients of shards after a pass. None where the loss did not reach the parameter."""

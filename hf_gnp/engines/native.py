@@ -18,13 +18,11 @@ from hf_gnp.momentum import moment_of, refuse_optimizer, unwrapped
 from hf_gnp.perturbation import Perturbation
 from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, modules_of, parameters_outside
 
-from .averaging import average_gradients
-from .dtensors import as_sharded, coordinates_of, count_copies, part_of
 from .engine import Engine
 from .fsdp import ShardedModules
 from .private import next_step_skipped, optimizer_that_skips
-from .shards import Shard
-from .wrappers import defer_reduction, has_communication_hook, reducing
+from .reducing import average_gradients, defer_reduction, has_communication_hook, reducing
+from .shards import Shard, as_sharded, part_of, place_of
 
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
@@ -95,9 +93,8 @@ class NativeEngine(Engine):
         if not self.is_sharded:
             return Shard(parameter, number, parameter, parameter, gradient)
         weight, part = local_part(parameter).detach(), functools.partial(part_of, parameter)
-        return Shard(
-            parameter, number, weight, weight, gradient, coordinates_of(parameter), part, count_copies(parameter)
-        )
+        coordinates, copies = place_of(parameter)
+        return Shard(parameter, number, weight, weight, gradient, coordinates, part, copies)
 
     def _gradients(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         """Return this rank's parts of gradients, sharded as the parameters."""
@@ -260,11 +257,6 @@ class NativeEngine(Engine):
         for parameter in (*self.all_parameters, *self._outside):
             parameter.grad = None
 
-    def gradients_of(self, shards: Sequence[Shard]) -> list[torch.Tensor | None]:
-        reached = [shard.parameter for shard in shards if shard.parameter.grad is not None]
-        gradients = dict(zip(map(id, reached), self._gradients(reached), strict=True))
-        return [gradients.get(id(shard.parameter)) for shard in shards]
-
     def take_gradient(self) -> TakenGradient | None:
         # The next backward overwrites a view into a bucket of DDP.
         is_view = getattr(self.model, "gradient_as_bucket_view", False)
@@ -294,9 +286,6 @@ class NativeEngine(Engine):
             for parameter, own in gradient.pairs:
                 parameter.grad = own
             average_gradients([p for p, _ in gradient.pairs if id(p) in self.numbers], some_unused=False)
-
-    def hold_gradient(self) -> None:
-        pass  # in `param.grad`
 
     def sets_gradients_aside(self) -> bool:
         # Before the window's last backward FSDP2 does not set `.grad`.

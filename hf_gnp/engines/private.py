@@ -6,7 +6,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.nn.utils import parametrize
 
 from hf_gnp.momentum import unwrapped
@@ -60,14 +59,3 @@ def next_step_skipped(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> I
     finally:
         handle.remove()  # not within the hook, while the optimizer iterates over its hooks
         forget()
-
-
-@contextlib.contextmanager
-def sync_gradients_set(accelerator: Accelerator, is_last: bool) -> Iterator[None]:
-    """Set `accelerator.sync_gradients`: whether the next backward is the last of a window."""
-    before = accelerator.sync_gradients
-    accelerator.sync_gradients = is_last
-    try:
-        yield
-    finally:
-        accelerator.sync_gradients = before

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
 from hf_gnp.engines import refuse_unsupported
-from hf_gnp.engines.options import unchecked_options
+from hf_gnp.engines.support import unchecked_options
 from hf_gnp.perturbation import Perturbation
 
 

@@ -6,7 +6,6 @@ lists. If DeepSpeed changes them, the equivalence tests fail.
 """
 
 import contextlib
-import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -20,7 +19,7 @@ from torch import nn
 
 from hf_gnp import penalty
 from hf_gnp.engines.engine import Engine
-from hf_gnp.engines.shards import Shard, run_of
+from hf_gnp.engines.shards import Shard
 from hf_gnp.momentum import moment_of, refuse_optimizer
 from hf_gnp.perturbation import Perturbation
 
@@ -81,6 +80,9 @@ class Fragment(NamedTuple):
     def of(self, partition: torch.Tensor) -> torch.Tensor:
         return partition.narrow(0, self.offset, self.size)
 
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.reshape(-1).narrow(0, self.start, self.size)
+
 
 class ShardedEngine(DeepSpeedSteps):
     """ZeRO-1, 2 and 3: θ is restored from the fp32 masters. If α < 1, this rank's shard of g₁ is copied before g₂."""
@@ -114,21 +116,17 @@ class ShardedEngine(DeepSpeedSteps):
     def reset_gradients(self) -> None:
         """Get ready for a pass whose gradients replace those of the pass before."""
 
-    def trainable_shards(self) -> list[Shard]:
-        return self._shards_of(self.fragments())
-
     def shards(self) -> list[Shard]:
-        fragments = self.fragments()
-        pairs = zip(self._shards_of(fragments), self.fragment_gradients(fragments), strict=True)
+        gradients = self.fragment_gradients(self.fragments())
+        pairs = zip(self.trainable_shards(), gradients, strict=True)
         return [shard._replace(gradient=gradient) for shard, gradient in pairs]
 
-    def _shards_of(self, fragments: list[Fragment]) -> list[Shard]:
+    def trainable_shards(self) -> list[Shard]:
         partitions, shards = self.partitions(), []
-        for fragment in fragments:
-            weight, master = (fragment.of(partition) for partition in partitions[fragment.group])
-            number, coordinates = self.numbers[id(fragment.parameter)], (fragment.start,)
-            part_of = functools.partial(run_of, start=fragment.start, size=fragment.size)
-            shards.append(Shard(fragment.parameter, number, weight, master, None, coordinates, part_of))
+        for part in self.fragments():
+            weight, master = (part.of(partition) for partition in partitions[part.group])
+            number = self.numbers[id(part.parameter)]
+            shards.append(Shard(part.parameter, number, weight, master, None, (part.start,), part.part_of))
         return shards
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
@@ -216,7 +214,7 @@ class ShardedEngine(DeepSpeedSteps):
     def add_gradient(self, gradient: list[torch.Tensor]) -> None:
         if not gradient:
             return
-        penalty.add_(self.gradients(), gradient)
+        torch._foreach_add_(self.gradients(), gradient)
         self._update_offloaded_norms()
         if hasattr(self.optimizer, "local_overflow") and not penalty.local_sq_norms(gradient).sum().isfinite():
             self.optimizer.local_overflow = True  # DeepSpeed looks for overflow as gradients arrive

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
-from packaging.version import Version
 
 from hf_gnp import penalty
 from hf_gnp.engines.private import TESTED, require
@@ -23,8 +22,6 @@ from .base import Fragment, ShardedEngine
 
 logger = logging.getLogger(__name__)
 
-# Since this release gradients are copied to the CPU while backward goes on.
-COPIES_ARE_ASYNCHRONOUS = Version(version("deepspeed")) >= Version("0.19.8")
 # How long a rank whose second pass failed waits for the other ranks to fail too, before it raises the error.
 FAILED_RANKS_TIMEOUT = timedelta(seconds=30)
 
@@ -127,7 +124,7 @@ class Zero12Engine(_ReplicatedEngine):
 
     def fragment_gradients(self, fragments: list[Fragment]) -> list[torch.Tensor]:
         if self.offloads:
-            if COPIES_ARE_ASYNCHRONOUS:
+            if hasattr(self.optimizer, "_wait_for_offload_copies"):  # from DeepSpeed 0.19.8 on
                 self.optimizer._wait_for_offload_copies()
             return [fragment.of(self.masters[fragment.group].grad) for fragment in fragments]
         # The list of a group also has its padding, which DeepSpeed marks everywhere but at the end.
@@ -151,7 +148,7 @@ class Zero12Engine(_ReplicatedEngine):
             optimizer.averaged_gradients[group] = None
             optimizer.all_grad_tensors[group] = None
         if self.offloads:
-            if COPIES_ARE_ASYNCHRONOUS:
+            if hasattr(optimizer, "_offload_accumulated_param_ids"):
                 optimizer._offload_accumulated_param_ids.clear()
             optimizer.reset_cpu_buffers()
             for master in self.masters:
