@@ -2,14 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from . import penalty
 from .engines import Engine, Shard
 from .engines.private import forget_casts
-from .perturbation import Perturbation
 from .rounding import noise_generator
 from .schedule import Penalty
 
@@ -23,7 +22,7 @@ class Move:
     Move an engine's weights to θ + e, in the metric of its `Perturbation`.
 
         move.gradient_norm()            # or move.momentum_norm()
-        with move.perturbed(penalty, noise_seed):
+        with move.perturbed(penalty, noise_key):
             ...
 
     Norms are global and carry the loss scale, except where a docstring says otherwise.
@@ -133,7 +132,7 @@ class Move:
 
     @contextlib.contextmanager
     def perturbed(
-        self, penalty_: Penalty, noise_seed: Callable[[], int], measure: bool = False, share: float = 1.0
+        self, penalty_: Penalty, noise_key: tuple[Hashable, ...], measure: bool = False, share: float = 1.0
     ) -> Iterator["PerturbedPass"]:
         """
         Move the weights to θ + e on all ranks, and prepare the gradient for g₂. On leaving, restore θ bit for bit.
@@ -142,7 +141,7 @@ class Move:
         caller must call `abandon`. Without a direction nothing moves. Perturbed weights do not move again.
 
         Args:
-            noise_seed: Returns the seed of stochastic rounding, equal on all ranks.
+            noise_key: The seed of this step's stochastic rounding, equal on all ranks.
             measure: Whether to measure fidelity and cosine for the logs.
             share: This window's share of the step's micro-batches. It scales a normalised g₁.
         """
@@ -150,7 +149,7 @@ class Move:
         passes = PerturbedPass(self, penalty_)
         if not engine.is_perturbed:
             with torch.no_grad():
-                self._move_weights(passes, penalty_.r, noise_seed, measure)
+                self._move_weights(passes, penalty_.r, noise_key, measure)
                 if not engine.perturbation.is_momentum:
                     norm = self.gradient_norm_
                     if engine.perturbation.normalize_gradient and 0 < norm < math.inf:
@@ -179,7 +178,7 @@ class Move:
         now = penalty.local_sq_norms([shard.gradient for shard in self.engine.shards()]).sum()
         return ((1 - alpha) * first_scale + alpha) * math.sqrt(self._local_sq_norm), math.sqrt(now)
 
-    def _move_weights(self, passes: "PerturbedPass", r: float, noise_seed: Callable[[], int], measure: bool) -> None:
+    def _move_weights(self, passes: "PerturbedPass", r: float, noise_key: tuple[Hashable, ...], measure: bool) -> None:
         engine = self.engine
         if not self.has_direction:
             engine.keep_weights([])
@@ -190,10 +189,10 @@ class Move:
         scales = self._scales(r)
         passes.shards = moved
         passes.scales = [scales] * len(moved) if isinstance(scales, float) else scales
-        generators, is_low = None, any(shard.weight.dtype.itemsize == 2 for shard in moved)
-        if is_low and _rounds_stochastically(engine.perturbation, engine.has_master):
-            seed = noise_seed()
-            generators = [noise_generator(s.weight.device, seed, s.number, s.coordinates) for s in moved]
+        generators, rounding = None, engine.perturbation.stochastic_rounding
+        is_low = any(shard.weight.dtype.itemsize == 2 for shard in moved)
+        if is_low and (rounding is True or (rounding == "auto" and not engine.has_master)):
+            generators = [noise_generator(s.weight.device, *noise_key, s.number, s.coordinates) for s in moved]
         passes.fidelity = penalty.move_(
             [shard.weight for shard in moved],
             self._directions,
@@ -279,8 +278,3 @@ def _both_gradients(
         if metric == "element":
             first, second = torch.where(theta == 0, 0.0, first / theta), theta * second
         yield first, second
-
-
-def _rounds_stochastically(perturbation: Perturbation, has_master: bool) -> bool:
-    rounding = perturbation.stochastic_rounding
-    return rounding is True or (rounding == "auto" and not has_master)

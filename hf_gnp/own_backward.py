@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .engines import Engine
-from .second_pass import is_called_by_training_step, replaced
+from .second_pass.probe import is_called_by_training_step, replaced
 
 
 class OwnBackward:
@@ -97,9 +97,7 @@ class OwnBackward:
         """
         Return whether there is a gradient besides the window's own and those that were set aside.
 
-        Args:
-            is_known_to_reach: Whether a micro-batch of this run has reached `Trainer.training_step`. If so, assume
-                that there is none where an engine has no marks (DeepSpeed).
+        DeepSpeed has no marks. It has none if a micro-batch of this run has reached `Trainer.training_step`.
         """
         marks = self._engine.gradient_marks()
         if marks is None:

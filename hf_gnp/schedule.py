@@ -81,7 +81,3 @@ class Schedule:
         alpha = self.alpha * share if self.warmup_type == "lambda" else self.alpha
         is_plain = self.warmup_type == "zero" or (r * alpha == 0 and not self.is_normalized)
         return None if is_plain else Penalty(r, alpha)
-
-    def noise_seed(self, step: int) -> int:
-        """Return the seed of a step's stochastic rounding, equal on all ranks."""
-        return random.Random(f"noise:{self.seed}:{step}").getrandbits(62)

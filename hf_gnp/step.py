@@ -15,19 +15,15 @@ from .move import Move
 from .own_backward import OwnBackward
 from .perturbation import Perturbation
 from .schedule import Penalty, Schedule
-from .second_pass import (
-    MicroBatch,
-    Window,
+from .second_pass.probe import (
     is_called_by_training_step,
     is_same_pass,
     probe_same_forward,
     refuse_same_pass,
     replaced,
 )
+from .second_pass.window import MicroBatch, Window
 from .signals import DeferredSignals
-
-
-RunAgain = Callable[[MicroBatch], torch.Tensor]
 
 
 class PenalisedSteps:
@@ -41,7 +37,6 @@ class PenalisedSteps:
         self.engine = make_engine(trainer.accelerator, model, perturbation, trainer.optimizer)
         self.move = Move(self.engine)
         self.own_backward = OwnBackward(self.engine, trainer.accelerator, type(trainer).__name__)
-        self.in_second_pass = False
         self.step: int | None = None
         self.penalty: Penalty | None = None
         self._is_open = False  # whether a window has begun
@@ -50,10 +45,6 @@ class PenalisedSteps:
         self._flos, self._first_passes, self._second_passes = 0.0, 0, 0  # flos before the step, and its passes
         self._calls = self._calls_before = 0  # calls of compute_loss by `Trainer.training_step` in this window
         self.inputs: Any = None  # the current micro-batch, as the data loader gave it
-
-    @property
-    def is_perturbed(self) -> bool:
-        return self.engine.is_perturbed
 
     # The first pass.
 
@@ -125,7 +116,7 @@ class PenalisedSteps:
             if is_first := self._calls == 0:  # the momentum does not change within a window
                 self.move.momentum_norm()
             measure = logs_after(self.trainer.args, self.state)
-            with self.move.perturbed(self.penalty, self.noise_seed, measure) as perturbed:
+            with self.move.perturbed(self.penalty, self.noise_key, measure) as perturbed:
                 yield
         if self.move.has_direction and is_first:
             self.logs.add(fidelity=perturbed.fidelity)
@@ -137,13 +128,13 @@ class PenalisedSteps:
         """Return whether a second pass follows now: after the last micro-batch of a step, or after each."""
         return self.trainer.accelerator.sync_gradients or self.engine.perturbation.is_per_micro_batch
 
-    def second_pass(self, run_again: RunAgain) -> None:
+    def second_pass(self) -> None:
         """Run the window's micro-batches again at perturbed weights, and mix the gradients. DeepSpeed steps here."""
         engine, is_end_of_step = self.engine, self.trainer.accelerator.sync_gradients
         with DeferredSignals():
             self.own_backward.end_window()
             if self.penalty is not None and self.window.micro_batches:  # momentum records no micro-batch
-                self._penalise(self.penalty, run_again)
+                self._penalise(self.penalty)
             self.own_backward.add()
             if is_end_of_step:
                 engine.finish()
@@ -152,7 +143,7 @@ class PenalisedSteps:
         self.close()
         self.own_backward.after_window()
 
-    def _penalise(self, penalty: Penalty, run_again: RunAgain) -> None:
+    def _penalise(self, penalty: Penalty) -> None:
         window, engine, move = self.window, self.engine, self.move
         self.own_backward.refuse_changes()
         window.refuse_tensors_on_parameters()
@@ -170,37 +161,31 @@ class PenalisedSteps:
         if not (move.has_direction or engine.perturbation.is_per_rank):  # another rank may have a direction
             return
         is_first, self._is_probed = not self._is_probed, True
-        with self._state_left_as_found():
+        with window.left_as_found():
             if is_first:
                 self._probe()
             measure = logs_after(self.trainer.args, self.state)
-            with move.perturbed(penalty, self.noise_seed, measure, share) as perturbed:
+            with move.perturbed(penalty, self.noise_key, measure, share) as perturbed:
                 is_visible = is_first and perturbed.moved_weights()
-                losses = self._run_all_again(run_again)
+                losses = self._run_all_again()
         engine.mix(penalty.alpha)
         if is_visible and is_same_pass(window.micro_batches, losses):
             refuse_same_pass(*move.local_norms_after_mix(penalty.alpha, perturbed.first_scale))
-        perturbed_loss = functools.reduce(torch.add, losses)  # summed as `Trainer` sums them, in order and dtype
-        sharpness = perturbed_loss - window.loss()
+        # Summed as `Trainer` sums them, in order and dtype.
+        firsts: list[Any] = [micro_batch.loss for micro_batch in window.micro_batches]
+        perturbed_loss, loss = (functools.reduce(torch.add, each) for each in (losses, firsts))
+        sharpness = perturbed_loss - loss
         self.logs.add(norm, perturbed_loss, sharpness, perturbed.cosine, perturbed.fidelity)
 
-    @contextlib.contextmanager
-    def _state_left_as_found(self) -> Iterator[None]:
-        with self.window.left_as_found():
-            self.in_second_pass = True
-            try:
-                yield
-            finally:
-                self.in_second_pass = False
-
-    def _run_all_again(self, run_again: RunAgain) -> list[torch.Tensor]:
+    def _run_all_again(self) -> list[torch.Tensor]:
         losses: list[torch.Tensor] = []
         for micro_batch in self.window.replayed():
             is_last = len(losses) + 1 == len(self.window.micro_batches)
             compute_loss = functools.partial(self._compute_loss_again, micro_batch)
             with self.engine.replay(is_last), replaced(self.trainer, compute_loss=compute_loss):
                 self._second_passes += 1
-                losses.append(run_again(micro_batch).clone())  # CUDA graphs overwrite the loss in the next pass
+                loss = self.trainer._gnp_run_again(self.model, micro_batch)
+                losses.append(loss.clone())  # CUDA graphs overwrite it in the next pass
                 self.engine.after_backward()
         return losses
 
@@ -209,7 +194,7 @@ class PenalisedSteps:
     ) -> Any:
         # A backward inside compute_loss (adversarial inputs, a regulariser) counted in the first pass. A `zero_grad`
         # there would delete g₁.
-        with self.engine.hidden_gradient(), micro_batch.autocast.set():
+        with self.engine.hidden_gradient(), micro_batch.autocast():
             return original(*args, **kwargs)
 
     def _probe(self) -> None:
@@ -222,22 +207,15 @@ class PenalisedSteps:
         """Return the floating-point operations of the step's second passes. `Trainer` counts those of the first."""
         return (self.trainer.current_flos - self._flos) * self._second_passes / self._first_passes
 
-    def noise_seed(self) -> int:
-        """Return the seed of this step's stochastic rounding, equal on all ranks."""
-        return self.schedule.noise_seed(self.state.global_step)
+    @property
+    def noise_key(self) -> tuple[Any, ...]:
+        """Return what seeds this step's stochastic rounding on all ranks."""
+        return "noise", self.schedule.seed, self.step
 
     # The end.
 
-    @contextlib.contextmanager
-    def clean_after_failure(self) -> Iterator[None]:
-        """Restore θ, drop the gradient and empty the window after any exception."""
-        try:
-            yield
-        except BaseException:
-            self.abandon()
-            raise
-
     def abandon(self) -> None:
+        """Restore θ, drop the gradient and empty the window, after any exception."""
         with DeferredSignals():
             self.close()
             self.engine.abandon()
@@ -252,7 +230,8 @@ class PenalisedSteps:
 
 
 def never_reached(trainer: Any) -> str:
-    name = next(cls.__name__ for cls in type(trainer).__mro__ if _overrides_step(cls))
+    overrides = (cls for cls in type(trainer).__mro__ if "training_step" in vars(cls))
+    name = next(cls.__name__ for cls in overrides if not cls.__module__.startswith("hf_gnp."))
     return (
         f"{name}.training_step never reaches Trainer.training_step, whose loss the gradient-norm penalty runs again, "
         "so the penalty cannot be applied: call super().training_step(...) in it, or set gnp_alpha=0."
@@ -265,7 +244,3 @@ def called_twice(trainer: Any) -> str:
         "changed between the calls (weights that an adversarial attack moved) would be gone in the second pass. Do so "
         "in a subclass of GNPTrainer, with gradient_accumulation_steps=1, or set gnp_alpha=0."
     )
-
-
-def _overrides_step(cls: type) -> bool:
-    return "training_step" in vars(cls) and not cls.__module__.startswith("hf_gnp.")

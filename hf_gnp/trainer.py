@@ -19,7 +19,8 @@ from .perturbation import Perturbation
 from .renamed_weights import load_renamed
 from .run_card import add_to_model_card, remember_values
 from .schedule import Schedule
-from .second_pass import MicroBatch, not_logged, replaced
+from .second_pass.probe import replaced
+from .second_pass.window import MicroBatch
 from .step import PenalisedSteps, never_reached
 
 
@@ -104,7 +105,7 @@ class GNPMixin(_Base):
 
     @property
     def in_second_pass(self) -> bool:
-        return self._gnp_run is not None and self._gnp_run.in_second_pass
+        return self._gnp_run is not None and self._gnp_run.window.in_second_pass
 
     @_documented_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,13 +113,13 @@ class GNPMixin(_Base):
 
         if self._gnp_run is not None:  # the last run ended at perturbed weights
             self._gnp_run.abandon()
-            if self._gnp_run.is_perturbed:
+            if self._gnp_run.engine.is_perturbed:
                 raise RuntimeError("Weights are still moved by a second pass that failed: load a checkpoint first.")
         try:
             with callbacks_know(self):
                 result = super().train(*args, **kwargs)
             self._gnp_tell_dropped()
-            if self._gnp_run is not None and self._gnp_run.is_perturbed:  # after micro-batches without a step
+            if self._gnp_run is not None and self._gnp_run.engine.is_perturbed:  # after micro-batches without a step
                 self._gnp_run.abandon()
             return result
         finally:
@@ -157,7 +158,7 @@ class GNPMixin(_Base):
         """Release the run and with it the model, unless its weights are perturbed."""
         if self._gnp_run is not None:
             self._gnp_run.close()
-            if not self._gnp_run.is_perturbed:
+            if not self._gnp_run.engine.is_perturbed:
                 self._gnp_run = None
 
     def training_step(
@@ -170,17 +171,20 @@ class GNPMixin(_Base):
         if self.gnp_args.gnp_alpha == 0 or not self.is_in_train:  # outside of `train` no optimizer step follows
             return super().training_step(model, inputs, num_items_in_batch)
         run = self._gnp_current_run(model)
-        with run.clean_after_failure():
+        try:
             loss = run.first_pass(super().training_step, inputs, num_items_in_batch)
             if run.is_window_complete:
-                run.second_pass(functools.partial(self._gnp_run_again, model))
+                run.second_pass()
+        except BaseException:
+            run.abandon()
+            raise
         return loss
 
     def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """Run a prepared micro-batch again without logs, and without a subclass's override of `training_step`."""
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
         with (
-            replaced(self, _prepare_inputs=lambda original, inputs: inputs, log=not_logged),
+            replaced(self, _prepare_inputs=lambda original, inputs: inputs, log=lambda *_, **__: None),
             getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
         ):
             return Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
@@ -254,7 +258,7 @@ class GNPMixin(_Base):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save as [`~transformers.Trainer.save_model`] does, but refuse perturbed weights (of signal handlers)."""
-        if self._gnp_run is not None and self._gnp_run.is_perturbed:
+        if self._gnp_run is not None and self._gnp_run.engine.is_perturbed:
             raise RuntimeError("The weights are perturbed by an unfinished second pass: nothing was saved.")
         super().save_model(*args, **kwargs)
 

@@ -168,7 +168,7 @@ def without_gnp(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def is_perturbed(trainer: Trainer) -> bool:
     """Whether the weights are those of the second pass."""
-    return getattr(trainer, "_gnp_run", None) is not None and trainer._gnp_run.is_perturbed
+    return getattr(trainer, "_gnp_run", None) is not None and trainer._gnp_run.engine.is_perturbed
 
 
 def engine_of(trainer: Trainer) -> Any:

@@ -23,7 +23,7 @@ class Engine(ABC):
         engine.begin_window(perturbation)
         with engine.first_pass(): ...               # each micro-batch: backward without optimizer step
         move.gradient_norm()                        # shards, sum_over_ranks, loss_scale
-        with move.perturbed(penalty, noise_seed):   # keep_weights, keep_gradients, publish, end_perturbation
+        with move.perturbed(penalty, noise_key):    # keep_weights, keep_gradients, publish, end_perturbation
             with engine.replay(is_last): ...        # each micro-batch again
         engine.mix(alpha)                           # the gradient is (1-α) g₁ + α g₂
         engine.finish()

@@ -111,10 +111,8 @@ def restorers(
             return
         if isinstance(value, dict):
             yield functools.partial(_put_back_dict, value, list(value), {k: v for k, v in value.items() if holds(v)})
-        elif isinstance(value, list | deque):
-            yield functools.partial(_put_back_list, value, list(value))
-        elif isinstance(value, set):
-            yield functools.partial(_put_back_set, value, set(value))
+        elif not isinstance(value, tuple):
+            yield functools.partial(_put_back_items, value, list(value))
         for item in items(value):
             if type(item) not in OPAQUE:
                 yield from restorers(item, aliases, holds, seen, depth - 1)
@@ -150,12 +148,7 @@ def _put_back_dict(value: dict[Any, Any], keys: list[Any], held: dict[Any, Any])
             own.__setitem__(value, key, held.get(key, now.get(key)))
 
 
-def _put_back_list(value: Any, held: list[Any]) -> None:
+def _put_back_items(value: Any, held: list[Any]) -> None:
     if len(held) != len(value) or not all(map(operator.is_, held, value)):
         value.clear()
-        value.extend(held)
-
-
-def _put_back_set(value: set[Any], held: set[Any]) -> None:
-    value.clear()
-    value.update(held)
+        (value.update if isinstance(value, set) else value.extend)(held)

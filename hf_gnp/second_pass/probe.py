@@ -47,10 +47,6 @@ def is_called_by_training_step() -> bool:
     return sys._getframe(2).f_code in (TRAINING_STEP, inspect.unwrap(Trainer.training_step).__code__)
 
 
-def not_logged(original: Any, *args: Any, **kwargs: Any) -> None:
-    """Replace `Trainer.log` in a pass that must not log."""
-
-
 def probe_same_forward(
     trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager[Any], is_low: bool
 ) -> None:
@@ -66,7 +62,8 @@ def probe_same_forward(
     """
     inputs = copied(micro_batch.inputs)
     model.train()  # as `Trainer.training_step` does: a loss may have changed the mode
-    with around, replaced(trainer, log=not_logged), trainer.compute_loss_context_manager(), micro_batch.autocast.set():
+    not_logged = replaced(trainer, log=lambda *_, **__: None)
+    with around, not_logged, trainer.compute_loss_context_manager(), micro_batch.autocast():
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
     first: Any = micro_batch.forward_loss
     loss, expected = loss.detach().double(), first.double()

@@ -16,18 +16,14 @@ class RandomState:
         self.python = random.getstate()
         self.numpy = np.random.get_state()
         self.cpu = torch.get_rng_state()
-        self.accelerators = [_device_module(device).get_rng_state(*_index(device)) for device in devices]
+        self.accelerators = [torch.get_device_module(device).get_rng_state(*_index(device)) for device in devices]
 
     def restore(self) -> None:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         for device, state in zip(self.devices, self.accelerators, strict=True):
-            _device_module(device).set_rng_state(state, *_index(device))
-
-
-def _device_module(device: torch.device) -> Any:
-    return torch.get_device_module(device.type)
+            torch.get_device_module(device).set_rng_state(state, *_index(device))
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:

@@ -130,14 +130,12 @@ class RunningTensors:
     @torch.no_grad()
     def compare(self) -> torch.Tensor:
         """Return flags on the device that tell which tensors the first pass changed. `end` takes them on the host."""
-        self._flags = [self._any_small_moved(), *(watched.has_moved() for watched in self._watched)]
+        # Those that are always copied are small, so they share one flag.
+        small = [_bytes(tensor) != _bytes(copy) for tensor, copy in self._always]
+        any_small = torch.cat([flags.to(small[0].device) for flags in small]).any() if small else False
+        self._flags = [any_small, *(watched.has_moved() for watched in self._watched)]
         tensors = [flag for flag in self._flags if isinstance(flag, torch.Tensor)]
         return torch.stack([flag.to(tensors[0].device) for flag in tensors]) if tensors else torch.zeros(0)
-
-    def _any_small_moved(self) -> torch.Tensor | bool:
-        """Compare all tensors that are always copied. They are small, so they share one flag."""
-        moved = [_bytes(tensor) != _bytes(copy) for tensor, copy in self._always]
-        return torch.cat([flags.to(moved[0].device) for flags in moved]).any() if moved else False
 
     @torch.no_grad()
     def end(self, compared: Sequence[bool]) -> None:

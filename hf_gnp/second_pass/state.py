@@ -34,7 +34,6 @@ from .contents import (
     is_small,
     is_state,
     items,
-    restorer_of_generator,
     restorers,
 )
 
@@ -88,7 +87,6 @@ class Found:
 
     Attributes:
         owners: Objects whose attributes are restored.
-        generators: Random generators in these attributes.
         modules: The model's modules, and modules in these attributes with their children: losses, teachers, critics.
         tensors: Large tensors in these attributes.
         trained: Trainable parameters of the model, and other parameters of the trainer's optimizer.
@@ -97,7 +95,6 @@ class Found:
 
     def __init__(self, trainer: Any):
         self.owners: list[Any] = []
-        self.generators: list[Any] = []
         self.modules: list[nn.Module] = []
         self.tensors: list[torch.Tensor] = []
         self._parameters: list[nn.Parameter] = []
@@ -145,9 +142,6 @@ class Found:
             self._seen.add(id(value))
             for item in items(value):
                 self._add(item, objects, depth - 1)
-        elif issubclass(kind, GENERATORS):
-            self._seen.add(id(value))
-            self.generators.append(value)
         elif objects and not issubclass(kind, type) and (is_users(value) or issubclass(kind, STEPPED)):
             self._seen.add(id(value))
             if hasattr(value, "__dict__"):
@@ -164,23 +158,20 @@ class Attributes:
 
     def __init__(self, found: Found, holds: Callable[[Any], bool]):
         self._attributes: list[tuple[Any, set[str], dict[str, Any]]] = []
-        self._contents = [restorer_of_generator(generator) for generator in found.generators]
+        self._contents: list[Callable[[], Any]] = []
         self._versions: dict[int, int] = {}  # version counters of large tensors, by id
         aliases = functools.cache(lambda: addresses(t for p in found.trained for t in (p, p.grad)))
-        seen: set[int] = {id(generator) for generator in found.generators}
+        seen: set[int] = set()
         for owner in found.owners:
             held = {}
             for name, value in attributes_of(owner):
                 if type(value) in OPAQUE:
                     held[name] = value
-                elif not isinstance(value, torch.Tensor):
-                    if holds(value):
-                        held[name] = value
-                        self._contents += restorers(value, aliases, holds, seen)
                 elif holds(value):
-                    held[name] = value.detach() if value.grad_fn is not None else value  # without its graph
+                    is_tensor = isinstance(value, torch.Tensor)
+                    held[name] = value.detach() if is_tensor and value.grad_fn is not None else value  # without graph
                     self._contents += restorers(value, aliases, holds, seen)
-                    if not is_small(value) and not value.is_inference():
+                    if is_tensor and not is_small(value) and not value.is_inference():
                         self._versions[id(held[name])] = value._version
             self._attributes.append((owner, set(vars(owner)), held))
 

@@ -1,7 +1,9 @@
 """The window of one perturbation: its micro-batches, and the state that they run in."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,6 @@ from torch import nn
 
 from hf_gnp.tensors import gradients_hidden
 
-from .autocast import Autocast
 from .contents import Budget
 from .inputs import copied
 from .randomness import RandomState, random_devices
@@ -44,9 +45,15 @@ class MicroBatch:
     accumulation_steps: int | None
     random_state: RandomState
     attributes: Attributes
-    autocast: Autocast
+    autocast: Callable[[], AbstractContextManager[Any]]
     forward_loss: torch.Tensor | None = None  # what compute_loss returned
     loss: torch.Tensor | None = None  # what training_step returned
+
+
+def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Return a function whose context has autocast as it is now, as a user's `training_step` may have set it."""
+    is_on = torch.is_autocast_enabled(device_type)
+    return functools.partial(torch.autocast, device_type, torch.get_autocast_dtype(device_type), is_on)
 
 
 class Window:
@@ -58,6 +65,7 @@ class Window:
         self.tensors = RunningTensors()
         self._found: Found | None = None
         self._is_first_window = True
+        self.in_second_pass = False
         self.clear()
 
     def clear(self) -> None:
@@ -87,15 +95,10 @@ class Window:
                 self._trainer.current_gradient_accumulation_steps,
                 RandomState(self._devices),
                 Attributes(found, self._budget.holds),
-                Autocast(self._trainer.accelerator.device.type),
+                autocast_as_now(self._trainer.accelerator.device.type),
             )
         )
         return self.micro_batches[-1]
-
-    def loss(self) -> torch.Tensor:
-        """Return the clean loss: the sum over micro-batches, as `Trainer` computes it."""
-        losses: list[Any] = [micro_batch.loss for micro_batch in self.micro_batches]
-        return sum(losses)
 
     def refuse_tensors_on_parameters(self) -> None:
         """Raise a NotImplementedError if the first pass wrote into tensors that are attributes of parameters."""
@@ -120,8 +123,10 @@ class Window:
         random_state, attributes = RandomState(self._devices), Attributes(self._found, lambda value: True)
         try:
             with self.tensors.left_as_found(), gradients_hidden(self._found.others):
+                self.in_second_pass = True
                 yield
         finally:
+            self.in_second_pass = False
             random_state.restore()
             attributes.put_back()
 

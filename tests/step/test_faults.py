@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPTrainer, penalty
 from hf_gnp.engines.private import optimizer_that_skips
-from hf_gnp.second_pass import replaced
+from hf_gnp.second_pass.probe import replaced
 
 
 FIRST, SECOND = 0, 1
