@@ -200,11 +200,6 @@ class GNPTrainingArguments(GNPArguments, TrainingArguments):
     )
 
 
-def gnp_arguments_of(args: TrainingArguments) -> GNPArguments:
-    """Return `args` itself if it has the `gnp_*` arguments, else the defaults."""
-    return args if isinstance(args, GNPArguments) else GNPArguments()
-
-
 def update_arguments(gnp_args: GNPArguments, args: TrainingArguments | GNPArguments | dict[str, Any]) -> None:
     """Set the gnp values that plain `TrainingArguments` or a trial carry, and check them all."""
     if args is not gnp_args:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 
@@ -123,13 +123,6 @@ class Move:
         self.sq_norm = values[0] if values else total
         self._direction_norm = math.sqrt(self.sq_norm) if math.isfinite(total) else math.inf
 
-    def _scales(self, r: float) -> float | list[float]:
-        """Return e/d, one number or one a shard. With "element" the factor θ² is not in it."""
-        r = -r if self.engine.perturbation.is_momentum else r
-        if self.engine.perturbation.metric == "layer":
-            return [r * self._factors.get(shard.number, 0.0) for shard in self._to_move]
-        return r / self._direction_norm
-
     @contextlib.contextmanager
     def perturbed(
         self, penalty_: Penalty, noise_key: tuple[Hashable, ...], measure: bool = False, share: float = 1.0
@@ -186,7 +179,11 @@ class Move:
             return
         masters = [shard.master for shard in self._to_move]
         moved = engine.keep_weights(self._to_move)
-        scales = self._scales(r)
+        # e/d, one number or one a shard. With "element" the factor θ² is not in it.
+        r = -r if engine.perturbation.is_momentum else r
+        scales: float | list[float] = r / self._direction_norm
+        if engine.perturbation.metric == "layer":
+            scales = [r * self._factors.get(shard.number, 0.0) for shard in self._to_move]
         passes.shards = moved
         passes.scales = [scales] * len(moved) if isinstance(scales, float) else scales
         generators, rounding = None, engine.perturbation.stochastic_rounding

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from .arguments import gnp_arguments_of, update_arguments
+from .arguments import GNPArguments, update_arguments
 from .engines import refuse_unsupported
 from .momentum import check_optimizer_of, is_adaptive
 from .perturbation import Perturbation
@@ -21,6 +21,8 @@ from .run_card import add_to_model_card, remember_values
 from .schedule import Schedule
 from .second_pass.probe import replaced
 from .second_pass.window import MicroBatch
+from .sharpness import find_r, measure_sharpness
+from .sharpness.callback import callbacks_know
 from .step import PenalisedSteps, never_reached
 
 
@@ -89,7 +91,7 @@ class GNPMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gnp_args = gnp_arguments_of(self.args)
+        self.gnp_args = self.args if isinstance(self.args, GNPArguments) else GNPArguments()
         self._gnp_check()
 
     def _gnp_check(self) -> None:
@@ -109,8 +111,6 @@ class GNPMixin(_Base):
 
     @_documented_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        from .sharpness.callback import callbacks_know
-
         if self._gnp_run is not None:  # the last run ended at perturbed weights
             self._gnp_run.abandon()
             if self._gnp_run.engine.is_perturbed:
@@ -244,17 +244,8 @@ class GNPMixin(_Base):
         if self._gnp_run is not None and (dropped := int(self._gnp_run.logs.dropped)):
             logger.warning(f"{dropped} of the last steps, to step {self.state.global_step}: {NOT_FINITE}")
 
-    def measure_sharpness(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Measure the flatness of the loss at the weights: see `hf_gnp.sharpness.measure_sharpness`."""
-        from .sharpness import measure_sharpness
-
-        return measure_sharpness(self, *args, **kwargs)
-
-    def find_r(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Suggest a `gnp_r` for the present weights: see `hf_gnp.sharpness.find_r`."""
-        from .sharpness import find_r
-
-        return find_r(self, *args, **kwargs)
+    measure_sharpness = measure_sharpness
+    find_r = find_r
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save as [`~transformers.Trainer.save_model`] does, but refuse perturbed weights (of signal handlers)."""

@@ -217,19 +217,18 @@ class NativeEngine(Engine):
         self.accumulates = False
         if alpha == 1:
             self.discard_gradient()
-        elif self._keeps_aside(shards):
+        elif (
+            any(shard.gradient.dtype.itemsize == 2 for shard in shards)
+            # Such a hook changes all of `.grad`: tensor parallelism would sum g₁ over ranks a second time.
+            or any(parameter._post_accumulate_grad_hooks for parameter in self._trainable())
+            or has_communication_hook(self.model)
+        ):
             self.scale_gradient(scale)
             self._first_gradients = self.take_gradient()
         else:
             self.accumulates = True
             outside = self._gradients([parameter for parameter in self._outside if parameter.grad is not None])
             penalty.scale_([*(shard.gradient for shard in shards), *outside], scale * (1 - alpha) / alpha)
-
-    def _keeps_aside(self, shards: Sequence[Shard]) -> bool:
-        is_low = any(shard.gradient.dtype.itemsize == 2 for shard in shards)
-        # Such a hook changes all of `.grad`: tensor parallelism would sum g₁ over ranks a second time.
-        has_hook = any(parameter._post_accumulate_grad_hooks for parameter in self._trainable())
-        return is_low or has_hook or has_communication_hook(self.model)
 
     def scale_gradient(self, scale: float) -> None:
         penalty.scale_(self._gradients(self._with_any_gradient()), scale)
@@ -270,7 +269,10 @@ class NativeEngine(Engine):
         if gradient is None:
             return
         if gradient.is_unreduced:
-            self._reduce(gradient)
+            with self.hidden_gradient():
+                for parameter, own in gradient.pairs:
+                    parameter.grad = own
+                average_gradients([p for p, _ in gradient.pairs if id(p) in self.numbers], some_unused=False)
         for parameter, other in gradient.pairs:
             parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
 
@@ -280,12 +282,6 @@ class NativeEngine(Engine):
             return False
         is_of_step = not (self.perturbation.is_per_rank or self.perturbation.is_per_micro_batch)
         return is_of_step and not self.accelerator.sync_gradients
-
-    def _reduce(self, gradient: TakenGradient) -> None:
-        with self.hidden_gradient():
-            for parameter, own in gradient.pairs:
-                parameter.grad = own
-            average_gradients([p for p, _ in gradient.pairs if id(p) in self.numbers], some_unused=False)
 
     def sets_gradients_aside(self) -> bool:
         # Before the window's last backward FSDP2 does not set `.grad`.

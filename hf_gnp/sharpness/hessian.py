@@ -11,7 +11,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .loss import SampleLoss
-from .spectrum import Eigenpairs, top_eigenpairs
 
 
 # The factor from one tried step to the next, and the number of tries.
@@ -119,11 +118,3 @@ def make_hessian(
     if loss.trainer.accelerator.num_processes > 1 or loss.trainer.is_deepspeed_enabled:
         raise ValueError("method='exact' is for one process: use method='differences' on this engine.")
     return ExactHessian(loss)
-
-
-def eigenpairs_of(
-    hessian: ExactHessian, k: int, tolerance: float, max_products: int, seed: int, basis: int | None = None
-) -> Eigenpairs:
-    """Return the k largest eigenpairs. The tolerance is at least the error of a product."""
-    tolerance = max(tolerance, hessian.error)
-    return top_eigenpairs(hessian.product, hessian.loss.vectors, k, tolerance, max_products, seed, basis)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .hessian import eigenpairs_of, make_hessian
+from .hessian import make_hessian
 from .loss import SampleLoss, sample_loss
 from .sample import draw_sample
-from .spectrum import Eigenpairs, trace
+from .spectrum import Eigenpairs, top_eigenpairs, trace
 
 
 def measure_sharpness(
@@ -89,7 +89,7 @@ def measure_sharpness(
         if k > 0 or probes > 0:
             hessian = make_hessian(loss, gradient, method, step)
             if k > 0:
-                pairs = eigenpairs_of(hessian, k, tolerance, max_products, seed, basis)
+                pairs = top_eigenpairs(hessian, k, tolerance, max_products, seed, basis)
                 result |= {"top_eigenvalues": pairs.values, "residuals": pairs.residuals}
             if probes > 0:
                 estimate = trace(hessian.product, loss.vectors, probes, seed, pairs)

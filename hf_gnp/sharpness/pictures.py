@@ -18,20 +18,16 @@ def draw_slices(result: dict[str, Any], path: Path) -> None:
     """Draw the curves of `plot_loss_surface` in one picture, or a map for each checkpoint."""
     if len(result["axes"]) == 1:
         figure = new_figure(7, 4.5)
-        _draw_curves(figure, result)
+        panel = figure.subplots()
+        for item in result["slices"]:
+            panel.plot(result["axes"][0], item["losses"], marker=".", label=_label(item))
+        panel.set(xlabel=f"x, {result['units'][0]}", ylabel="loss")
+        panel.legend()
     else:
         figure = new_figure(1 + 5 * len(result["slices"]), 4.8)
         _draw_maps(figure, result)
     figure.suptitle(result["caption"], fontsize=9, wrap=True)
     figure.savefig(path, dpi=120)
-
-
-def _draw_curves(figure: Any, result: dict[str, Any]) -> None:
-    panel = figure.subplots()
-    for item in result["slices"]:
-        panel.plot(result["axes"][0], item["losses"], marker=".", label=_label(item))
-    panel.set(xlabel=f"x, {result['units'][0]}", ylabel="loss")
-    panel.legend()
 
 
 def _draw_maps(figure: Any, result: dict[str, Any]) -> None:

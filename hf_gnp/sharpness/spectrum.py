@@ -8,7 +8,7 @@ Reference:
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,23 +38,19 @@ class Eigenpairs(NamedTuple):
 
 
 def top_eigenpairs(
-    product: Product,
-    space: ShardVectors,
-    k: int,
-    tolerance: float,
-    max_products: int,
-    seed: int,
-    basis: int | None = None,
+    hessian: Any, k: int, tolerance: float, max_products: int, seed: int, basis: int | None = None
 ) -> Eigenpairs:
     """
     Find the k largest eigenvalues by Lanczos with full reorthogonalisation, restarted when the basis is full.
 
     Args:
-        product: Returns H v.
-        tolerance: Stop when the residuals are below this share, at most half, of the largest |eigenvalue| so far.
+        hessian: An `ExactHessian` or a `DifferenceHessian`.
+        tolerance: Stop when the residuals are below this share, at most half, of the largest |eigenvalue| so far. It
+            is at least the error of a product.
         max_products: Stop after this number of products. The residuals take k more.
         basis: The largest number of vectors in memory, k + 9 by default.
     """
+    product, space, tolerance = hessian.product, hessian.loss.vectors, max(tolerance, hessian.error)
     ones = torch.ones_like(space.zeros())
     dimension = round(space.dot(ones, ones))
     k = min(k, dimension)

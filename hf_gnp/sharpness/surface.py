@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .hessian import eigenpairs_of, make_hessian
+from .hessian import make_hessian
 from .loss import SampleLoss, sample_loss
 from .pictures import draw_slices
 from .sample import draw_sample
+from .spectrum import top_eigenpairs
 from .vectors import precise
 
 
@@ -142,8 +143,7 @@ def _eigenvectors(
 ) -> tuple[dict[str, Any], list[torch.Tensor]]:
     gradient = loss.vectors.zeros()
     loss.add_gradient_(gradient)
-    hessian = make_hessian(loss, gradient)
-    pairs = eigenpairs_of(hessian, count, tolerance, max_products, seed)
+    pairs = top_eigenpairs(make_hessian(loss, gradient), count, tolerance, max_products, seed)
     vectors = pairs.vectors[:count]
     # An eigenvector has no sign: let the loss rise to the right, so that two pictures show the same.
     ups = loss.vectors.dots(vectors, gradient)
