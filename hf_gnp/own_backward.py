@@ -16,12 +16,16 @@ class OwnBackward:
     Watch `accelerator.backward`. Set the gradient of a user's own call aside before the next backward of the window,
     and add it to the gradient of the step after the second pass. Engines without `sets_gradients_aside` refuse it.
 
+    Args:
+        after_loss: Called after each backward of the window's loss.
+
     Attributes:
         losses: The number of backward passes by `Trainer.training_step` in this window.
     """
 
-    def __init__(self, engine: Engine, accelerator: Any, trainer_name: str):
+    def __init__(self, engine: Engine, accelerator: Any, trainer_name: str, after_loss: Callable[[], None]):
         self._engine, self._accelerator, self._trainer_name = engine, accelerator, trainer_name
+        self._after_loss = after_loss
         self._watching = contextlib.ExitStack()
         self.clear()
 
@@ -67,6 +71,7 @@ class OwnBackward:
             self.refuse_changes()
         call()
         self._engine.after_backward()
+        self._after_loss()
         self._marks = self._engine.gradient_marks()
         self.losses += 1
 

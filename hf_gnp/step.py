@@ -36,7 +36,9 @@ class PenalisedSteps:
         perturbation = Perturbation.from_args(trainer.gnp_args, trainer.model)
         self.engine = make_engine(trainer.accelerator, model, perturbation, trainer.optimizer)
         self.move = Move(self.engine)
-        self.own_backward = OwnBackward(self.engine, trainer.accelerator, type(trainer).__name__)
+        self._momentum_move = contextlib.ExitStack()  # from compute_loss to the end of its backward
+        after_loss = self._momentum_move.close
+        self.own_backward = OwnBackward(self.engine, trainer.accelerator, type(trainer).__name__, after_loss)
         self.step: int | None = None
         self.penalty: Penalty | None = None
         self._is_open = False  # whether a window has begun
@@ -53,7 +55,7 @@ class PenalisedSteps:
         self._begin_micro_batch(inputs)
         self._calls_before = self._calls
         recorded = replaced(self.trainer, compute_loss=self._compute_loss)
-        with self.engine.first_pass(), self._moved_along_momentum(), recorded:
+        with self.engine.first_pass(), self._momentum_move, recorded:
             loss = training_step(self.model, inputs, num_items_in_batch)
         has_reached = self._calls > self._calls_before
         self._has_reached |= has_reached
@@ -99,24 +101,24 @@ class PenalisedSteps:
         if self._calls > self._calls_before:
             raise NotImplementedError(called_twice(self.trainer))
         self._calls += 1
+        if self.penalty is not None and self.engine.perturbation.is_momentum:
+            self._momentum_move.enter_context(self._moved_along_momentum(self.penalty))
         if self.penalty is None or self.engine.perturbation.is_momentum:
             return original(model, inputs, *args, **kwargs)
+        self.engine.reshard()  # after a forward without backward, such as one that generates
         micro_batch = self.window.record(inputs, kwargs.get("num_items_in_batch"))
         loss = original(model, inputs, *args, **kwargs)
         micro_batch.forward_loss = loss.detach().clone()
         return loss
 
     @contextlib.contextmanager
-    def _moved_along_momentum(self) -> Iterator[None]:
+    def _moved_along_momentum(self, penalty: Penalty) -> Iterator[None]:
         """Perturb the weights for the only pass of a micro-batch, with `gnp_direction="momentum"`."""
-        if self.penalty is None or not self.engine.perturbation.is_momentum:
-            yield
-            return
         with DeferredSignals():
-            if is_first := self._calls == 0:  # the momentum does not change within a window
+            if is_first := self._calls == 1:  # the momentum does not change within a window
                 self.move.momentum_norm()
             measure = logs_after(self.trainer.args, self.state)
-            with self.move.perturbed(self.penalty, self.noise_key, measure) as perturbed:
+            with self.move.perturbed(penalty, self.noise_key, measure) as perturbed:
                 yield
         if self.move.has_direction and is_first:
             self.logs.add(fidelity=perturbed.fidelity)

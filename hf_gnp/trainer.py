@@ -216,6 +216,8 @@ class GNPMixin(_Base):
         return grad_norm
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._gnp_run is not None and self._gnp_run.engine.is_perturbed:  # a callback has stopped within a window
+            self._gnp_run.engine.restore()
         self._gnp_is_trainers_log = self.control.should_log
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -130,10 +130,7 @@ class RunningTensors:
     @torch.no_grad()
     def compare(self) -> torch.Tensor:
         """Return flags on the device that tell which tensors the first pass changed. `end` takes them on the host."""
-        # Those that are always copied are small, so they share one flag.
-        small = [_bytes(tensor) != _bytes(copy) for tensor, copy in self._always]
-        any_small = torch.cat([flags.to(small[0].device) for flags in small]).any() if small else False
-        self._flags = [any_small, *(watched.has_moved() for watched in self._watched)]
+        self._flags = [watched.has_moved() for watched in self._watched]
         tensors = [flag for flag in self._flags if isinstance(flag, torch.Tensor)]
         return torch.stack([flag.to(tensors[0].device) for flag in tensors]) if tensors else torch.zeros(0)
 
@@ -141,8 +138,7 @@ class RunningTensors:
     def end(self, compared: Sequence[bool]) -> None:
         """Learn from the flags of `compare`, read from the device, which tensors the first pass changed."""
         read = iter(compared)
-        any_small, *moved = [next(read) if isinstance(flag, torch.Tensor) else flag for flag in self._flags]
-        self._always = self._always if any_small else []
+        moved = [next(read) if isinstance(flag, torch.Tensor) else flag for flag in self._flags]
         reached = {id(parameter) for parameter in self._trained if parameter.grad is not None}
         mine = [pair for pair in zip(self._watched, moved, strict=True) if id(pair[0].tensor) not in reached]
         self._watched = [watched for watched, has_moved in mine if has_moved]

@@ -122,18 +122,19 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
     """
     refuse_unsupported(trainer)
     is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
-    with (
-        prepared_model(trainer) as model,
-        left_as_found(trainer, model, training) as state,
-        tqdm(desc=name, unit=" passes", leave=False, disable=is_silent) as progress,
-    ):
+    with prepared_model(trainer) as model:
+        # Before the state is recorded: an engine makes the parameters the shards, also after an evaluation.
         engine = make_engine(trainer.accelerator, model, Perturbation(), trainer.optimizer)
-        gradient = engine.take_gradient()
-        try:
-            yield SampleLoss(trainer, model, engine, state, seed, progress)
-        finally:
-            with DeferredSignals():
-                try:
-                    engine.abandon()
-                finally:
-                    engine.add_gradient(gradient)
+        with (
+            left_as_found(trainer, model, training) as state,
+            tqdm(desc=name, unit=" passes", leave=False, disable=is_silent) as progress,
+        ):
+            gradient = engine.take_gradient()
+            try:
+                yield SampleLoss(trainer, model, engine, state, seed, progress)
+            finally:
+                with DeferredSignals():
+                    try:
+                        engine.abandon()
+                    finally:
+                        engine.add_gradient(gradient)

@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.distributed import DistributedConfig
-from worker import RANK_TIMEOUT, FaultyGNPTrainer, run_all, trained
+from worker import RANK_TIMEOUT, FaultyGNPTrainer, ForwardFirst, run_all, trained
 
 from hf_gnp import GNPTrainer
 
@@ -108,7 +108,8 @@ class ComparingTrainer(GNPTrainer):
 def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     stock, faults = case.get("stock", False), case.get("faults")
     args = make_args(folder / name, *([TrainingArguments] if stock else []), ddp_backend="gloo", **case["args"])
-    cls = FaultyGNPTrainer if faults else ComparingTrainer if case.get("compare_ranks") else GNPTrainer
+    special = {"faults": FaultyGNPTrainer, "compare_ranks": ComparingTrainer, "forward_first": ForwardFirst}
+    cls = next((cls for key, cls in special.items() if case.get(key)), GNPTrainer)
     data = make_data("llama", case.get("size", 48))
     model = load_decoder(case, folder)
     options: dict[str, Any] = {"eval_dataset": data[:8]} if "eval_strategy" in case["args"] else {}

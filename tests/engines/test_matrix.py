@@ -122,6 +122,9 @@ COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 BY_MICRO_BATCH = gnp(gnp_scope="micro_batch", **TWO)
 SCOPED["micro_batch-fsdp2-lora"] = case_of("fsdp2", BY_MICRO_BATCH, "llama-lora")
 SCOPED["micro_batch-fsdp2-compiled"] = case_of("fsdp2", BY_MICRO_BATCH | COMPILED, "llama-untied")
+FORWARD_FIRST = {
+    f"forward-first-{engine}": case_of(engine, gnp(**TWO), forward_first=True) for engine in ("fsdp2", "zero3")
+}
 ALONG_MOMENTUM = {
     f"{name}-{engine}-{kind}": case_of(
         engine,
@@ -162,7 +165,7 @@ DROPOUT = {
     for engine in ENGINES
     for stock in (True, False)
 }
-MATRIX = EQUIVALENT | SETTINGS | MODELS | VARIED | SCOPED
+MATRIX = EQUIVALENT | SETTINGS | MODELS | VARIED | SCOPED | FORWARD_FIRST
 CASES = MATRIX | ALONG_MOMENTUM | MOMENTUM_TARGETS | IDENTITY | DROPOUT
 
 

@@ -64,6 +64,10 @@ EVALUATED = {
     for targets, meshes in ((None, ("tp-fsdp", "fsdp2-accelerate")), ("norm", ("hsdp", "fsdp2-accelerate")))
     for mesh in meshes
 }
+FORWARD_FIRST = {
+    f"{mesh}-forward-first": case(mesh, gnp(gradient_accumulation_steps=2), forward_first=True)
+    for mesh in ("hsdp", "fsdp2-accelerate")
+}
 WHOLE = ("tp-fsdp", "hsdp", "ep-tp-fsdp", "fsdp2-accelerate")
 IDENTITY = {
     f"{mesh}-{'stock' if stock else 'alpha0'}": case(
@@ -108,10 +112,10 @@ RESUMED = {
         **MOMENTUM,
     )
 }
-CASES = SAVED | EQUIVALENT | BY_MICRO_BATCH | EVALUATED | IDENTITY | RAISING | BF16
+CASES = SAVED | EQUIVALENT | BY_MICRO_BATCH | EVALUATED | FORWARD_FIRST | IDENTITY | RAISING | BF16
 
 
-@pytest.mark.parametrize("name", EQUIVALENT | BY_MICRO_BATCH | EVALUATED)
+@pytest.mark.parametrize("name", EQUIVALENT | BY_MICRO_BATCH | EVALUATED | FORWARD_FIRST)
 def test_mesh_matches_the_reference(results, name):
     result, args, ranks = result_of(results, name), CASES[name]["args"], CASES[name]["batches"]
     formula = by_scope(args["gnp_scope"], ranks) if "gnp_scope" in args else {}

@@ -59,10 +59,28 @@ HOOKS = {
     f"hook-fp16-{alpha}": case_of("ddp", gnp(alpha, max_steps=3), comm_hook="fp16")
     for alpha in (1e-6, 0.8)  # bf16's wants a GPU
 }
+# In two micro-batches a step. Under ZeRO-1 and 2 weights stay moved along the momentum between them.
+MOMENTUM = gnp(1.0, gnp_direction="momentum", optim="adamw_torch", **TWO)
+INTERRUPTED = {
+    f"stops-within-{engine}": case_of(
+        engine, {**MOMENTUM, "eval_strategy": "epoch", "num_train_epochs": 2}, stops_within=True
+    )
+    for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+} | {
+    f"skips-last-{engine}": case_of(engine, {**MOMENTUM, "max_steps": 3}, skips_last=True)
+    for engine in ("zero1", "zero2")
+}
 LOSSES = {"logs-in-loss": case_of("ddp", gnp(**TWO), logs_in_loss=True)} | {
     f"adversarial-{engine}": case_of(engine, gnp(), is_adversarial=True) for engine in ("ddp", "fsdp2")
 }
-CASES = OWN_BACKWARD | REFUSED_BACKWARD | HOOKS | LOSSES | {name: case for name, (_, case) in SUPPORT.items()}
+CASES = (
+    OWN_BACKWARD
+    | REFUSED_BACKWARD
+    | HOOKS
+    | LOSSES
+    | INTERRUPTED
+    | {name: case for name, (_, case) in SUPPORT.items()}
+)
 
 
 @pytest.mark.parametrize("name", [name for name in OWN_BACKWARD if not name.endswith("stock")])
@@ -86,6 +104,14 @@ def test_support(results, name):
         assert not torch.equal(result_of(results, name)["weights"], flat_weights(make_model("vit")))
     else:
         assert error in results[name]["error"]
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_momentum_leaves_clean_weights_after_part_of_a_window(results, name):
+    result = result_of(results, name)
+    if name.startswith("stops"):
+        assert torch.equal(result["evaluated"], result["theta"])
+    assert torch.equal(result["weights"], result["masters"])
 
 
 def test_log_on_the_main_process_alone(results):

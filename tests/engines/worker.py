@@ -106,6 +106,41 @@ def _raise(*_: Any) -> None:
     raise RuntimeError("injected in the forward")
 
 
+class ForwardFirst(GNPTrainer):
+    """Runs the model where trainers generate, or compute log-probabilities: before the loss, without a backward."""
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        with torch.no_grad():
+            self.model_wrapped(**inputs)
+        return inputs
+
+
+class SkipsLast(GNPTrainer):
+    """Skips the last micro-batch of the last step, without a backward."""
+
+    def training_step(self, *args, **kwargs):
+        if self.accelerator.sync_gradients and self.state.global_step == self.state.max_steps - 1:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(*args, **kwargs)
+
+
+class StopsWithin(TrainerCallback):
+    """Stops the run between two micro-batches of the third step. Notes its weights there, and in the evaluation."""
+
+    def __init__(self):
+        self.theta = self.evaluated = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.theta = full_weights(model)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.evaluated = full_weights(model)
+
+
 class LoggingTrainer(GNPTrainer):
     """Logs parts of its loss on the main process only, as people do, under the names of `Trainer`'s own logs."""
 
@@ -244,6 +279,8 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
     special = {
         "auxiliary": auxiliary,
         "skips": SkippingTrainer,
+        "skips_last": SkipsLast,
+        "forward_first": ForwardFirst,
         "logs_in_loss": LoggingTrainer,
         "is_adversarial": AdversarialTrainer,
         "comm_hook": HookedTrainer,
@@ -257,6 +294,8 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
         trainer.compares_ranks = case.get("compare_ranks", False)
     if case.get("generates"):
         trainer.add_callback(Generates())
+    if case.get("stops_within"):
+        trainer.add_callback(StopsWithin())
     if case.get("count"):
         trainer.add_callback(CountCollectives())
     if "auxiliary" in case:
@@ -309,6 +348,9 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     if case.get("holds"):
         result["held"] = trainer.pop_callback(Holds).bytes
         result["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
+    if case.get("stops_within"):
+        stopped = trainer.pop_callback(StopsWithin)
+        result["theta"], result["evaluated"] = stopped.theta, stopped.evaluated
     if case.get("generates"):
         result["generated"] = trainer.pop_callback(Generates).tokens
     if case.get("zero_to_fp32") and dist.get_rank() == 0:

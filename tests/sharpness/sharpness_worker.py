@@ -47,6 +47,7 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     trainer.train()
     result["weights"] = full_weights(trainer.model)
     result["logged"] = [entry for entry in trainer.state.log_history if "sharpness_loss" in entry]
+    trainer.evaluate()  # FSDP2's root stays gathered
     result["measured"] = trainer.measure_sharpness(**options)
     picture = {"points": 3, "distance": 0.1, "samples": options["samples"]}
     result["picture"] = plot_loss_surface(trainer, folder / f"{name}.png", **picture)["slices"][0]["losses"]

@@ -45,6 +45,7 @@ def case_of(engine: str, kind: str, precision: str = "fp32") -> dict:
 
 
 CASES = {f"{engine}-llama": case_of(engine, "llama") for engine in ENGINES} | {
+    "fsdp2-frozen": case_of("fsdp2", "llama") | {"frozen": "model.embed_tokens"},
     "zero0-vit": case_of("zero0", "vit"),
     "zero1-vit": case_of("zero1", "vit"),
     "zero1-bf16-vit": case_of("zero1", "vit", "bf16"),
@@ -60,6 +61,8 @@ def results(tmp_path_factory):
 
 def measured_on_one_process(folder, case, weights):
     model = make_model(case["kind"])
+    if "frozen" in case:
+        model.get_submodule(case["frozen"]).requires_grad_(False)
     with torch.no_grad():
         sizes = [p.numel() for p in model.parameters()]
         for parameter, part in zip(model.parameters(), weights.split(sizes), strict=True):

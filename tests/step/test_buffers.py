@@ -128,6 +128,33 @@ BUFFERS = {
 }
 
 
+class Largest(nn.Module):
+    """Keeps the largest activation yet, as observers for quantisation do. Most forwards do not change it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(()))
+        self.sees_both_passes, self.trainer = True, None
+
+    def forward(self, x):
+        if self.training and (self.sees_both_passes or not self.trainer.in_second_pass):
+            self.largest.copy_(torch.maximum(self.largest, x.detach().max()))
+        return x
+
+
+def test_buffer_that_only_the_second_pass_changes(tmp_path):
+    results = []
+    for sees_both_passes in (True, False):
+        model = Net(Largest)
+        trainer = make_trainer(tmp_path, "net", model=model, gnp_r=2.0, learning_rate=1e-6, num_train_epochs=2)
+        for module in model.modules():
+            if isinstance(module, Largest):
+                module.sees_both_passes, module.trainer = sees_both_passes, trainer
+        trainer.train()
+        results.append(snapshot(model))
+    assert_identical(*results)
+
+
 class Odd(Net):
     def __init__(self, kind: str):
         super().__init__(nn.Tanh)

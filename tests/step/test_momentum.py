@@ -168,6 +168,10 @@ def watched(tmp_path, cls, **kwargs):
             outside.see(self.args, self.state, self.control, self.model)
             return super().get_batch_samples(*args, **kwargs)
 
+        def _prepare_inputs(self, inputs):
+            outside.see(self.args, self.state, self.control, self.model)
+            return super()._prepare_inputs(inputs)
+
         def training_step(self, *args, **kwargs):
             outside.see(self.args, self.state, self.control, self.model)
             loss = super().training_step(*args, **kwargs)
@@ -184,7 +188,7 @@ def watched(tmp_path, cls, **kwargs):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_momentum_shows_clean_weights(tmp_path, accumulation):
-    """On one process, in callbacks and between micro-batches: only forwards run at moved weights."""
+    """On one process, in callbacks, between micro-batches, and where trainers generate: only forwards are moved."""
     trainer, outside, forwards, _ = watched(tmp_path, GNPTrainer, gradient_accumulation_steps=accumulation)
     trainer.train()
     for step in range(4):

@@ -71,8 +71,9 @@ class _ReplicatedEngine(ShardedEngine):
         self._publish_masters()
 
     def finish(self) -> None:
+        has_step = self.engine.is_gradient_accumulation_boundary()  # not if a subclass skipped the last micro-batch
         super().finish()
-        if self._is_perturbed and self.optimizer.overflow:
+        if self.optimizer.overflow or not has_step:
             self._publish_masters()
         self._is_perturbed = False
 
