@@ -54,8 +54,8 @@ class GNPArguments:
 
     Args: Perturbation
         gnp_scope (`str`, *optional*, defaults to `"step"`):
-            The examples that share one perturbation (m of m-sharpness, arXiv 2206.06232). The gain grows as m falls.
-            `"step"` is the whole global batch, `"micro_batch"` each micro-batch of all ranks, `"rank"` all
+            The examples that share one perturbation (m of m-sharpness, arXiv 2206.06232). The gain often grows as m
+            falls. `"step"` is the whole global batch, `"micro_batch"` each micro-batch of all ranks, `"rank"` all
             micro-batches of each rank, `"rank_micro_batch"` each micro-batch of each rank. The last two need one
             process or DDP.
         gnp_direction (`str`, *optional*, defaults to `"gradient"`):
@@ -122,7 +122,7 @@ class GNPArguments:
     gnp_scope: str = field(
         default="step",
         metadata={
-            "help": "The examples that share one perturbation. Fewer are stronger. Those of a rank: one process, DDP.",
+            "help": "The examples that share one perturbation. Fewer often gain more. Of a rank: one process, DDP.",
             "choices": SCOPES,
         },
     )

@@ -9,7 +9,7 @@ class Method:
     """
     One way to train.
 
-    α = 0 is stock `Trainer` bit for bit (tests/test_identity.py), so plain training runs through the same code.
+    α = 0 is stock `Trainer` bit for bit (tests/step/test_identity.py), so plain training runs through the same code.
 
     Args:
         gnp: `GNPArguments`.
