@@ -41,6 +41,8 @@ def check_values(args: "GNPArguments") -> None:
     is_list = isinstance(modules, list | tuple | set) and all(isinstance(name, str) for name in modules)
     if not (modules is None or isinstance(modules, str) or is_list):
         raise ValueError(f"gnp_target_modules must be a string or a list of strings, but it is {modules!r}.")
+    if isinstance(modules, tuple | set):
+        args.gnp_target_modules = sorted(modules)  # as JSON keeps it
     if modules is not None and not modules:
         raise ValueError("gnp_target_modules is empty: leave it out to move all parameters.")
 

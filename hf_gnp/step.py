@@ -31,6 +31,7 @@ class PenalisedSteps:
 
     def __init__(self, trainer: Any, model: nn.Module, schedule: Schedule):
         self.trainer, self.model, self.state, self.schedule = trainer, model, trainer.state, schedule
+        self.values = trainer.gnp_args.gnp_values()  # those of the schedule
         self.logs, self.radius_hint = StepLogs(), RadiusHint(trainer.gnp_args)
         self.window = Window(trainer, model)
         perturbation = Perturbation.from_args(trainer.gnp_args, trainer.model)
@@ -202,7 +203,7 @@ class PenalisedSteps:
     def _probe(self) -> None:
         """Check that the window's first micro-batch gives the same loss again at θ."""
         engine, micro_batch = self.engine, next(self.window.replayed())
-        with engine.hidden_gradient():
+        with engine.sync_gradients_set(len(self.window.micro_batches) == 1), engine.hidden_gradient():
             probe_same_forward(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
 
     def flos_of_second_passes(self) -> float:

@@ -138,8 +138,7 @@ class GNPMixin(_Base):
         """Return the steps of this call of `train`, made at its first step."""
         run = self._gnp_run
         if run is None or run.state is not self.state or run.model is not model:
-            adaptive = is_adaptive(self.optimizer)
-            schedule = Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, adaptive)
+            schedule = self._gnp_schedule()
             self._gnp_run = run = PenalisedSteps(self, model, schedule)
             self._gnp_warned = set()
             warning = remember_values(self.state, self.gnp_args.gnp_values())
@@ -147,12 +146,18 @@ class GNPMixin(_Base):
                 logger.warning(warning)
             if self.gnp_args.gnp_warmup_type == "auto":
                 logger.info(f"gnp_warmup_type=auto: {schedule.warmup_type}, for {schedule.warmup_steps} steps.")
-            elif schedule.warmup_type == "none" and adaptive and schedule.warmup_steps > 0:
+            elif schedule.warmup_type == "none" and schedule.warmup_steps > 0 and is_adaptive(self.optimizer):
                 logger.warning(
                     "An adaptive optimizer with a learning-rate warm-up and no warm-up of the penalty: there the "
                     "penalty is known to harm (arXiv 2406.09723). Leave gnp_warmup_type at 'auto'."
                 )
+        elif run.step != self.state.global_step and run.values != self.gnp_args.gnp_values():
+            run.schedule, run.values = self._gnp_schedule(), self.gnp_args.gnp_values()
         return run
+
+    def _gnp_schedule(self) -> Schedule:
+        self._gnp_check()  # a callback may have set arguments
+        return Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, is_adaptive(self.optimizer))
 
     def _gnp_end_run(self) -> None:
         """Release the run and with it the model, unless its weights are perturbed."""

@@ -185,7 +185,11 @@ def _put_back(buffers: list[tuple[nn.Module, dict[str, torch.Tensor | None]]], v
         if now.keys() != before.keys() or any(now[name] is not buffer for name, buffer in before.items()):
             now.clear()
             now.update(before)
-    penalty.copy_([tensor for tensor, _ in values], [value for _, value in values])
+    same = [(tensor, value) for tensor, value in values if tensor.shape == value.shape]
+    penalty.copy_([tensor for tensor, _ in same], [value for _, value in same])
+    for tensor, value in values:
+        if tensor.shape != value.shape:  # resized in place, as observers for quantisation do
+            tensor.data = value.clone()
 
 
 def budget_of(trained: Iterable[torch.Tensor]) -> int:

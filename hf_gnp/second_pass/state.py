@@ -16,6 +16,7 @@ loss (probe.py). docs/second_pass.md lists what is not restored, and what to wri
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class Found:
         of_model = len(self.modules)
         for root in (trainer, trainer.state):
             self._add_owner(root, OBJECTS)
-        self._add(getattr(trainer.compute_loss_func, "__self__", None), OBJECTS, DEEP)
+        self._add_owner(SimpleNamespace(held=held_by(trainer.compute_loss_func)), OBJECTS)
         mine = parameters_of(self.modules[:of_model])
         mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions
         self.trained = [parameter for parameter in mine if parameter.requires_grad]
@@ -136,7 +137,7 @@ class Found:
         elif issubclass(kind, torch.Tensor):
             if isinstance(value, nn.Parameter) and value.requires_grad:
                 self._parameters.append(value)
-            elif is_state(value) and value.numel() > SMALL:
+            if is_state(value) and value.numel() > SMALL:
                 self.tensors.append(value)
         elif issubclass(kind, CONTAINERS):
             self._seen.add(id(value))
@@ -146,6 +147,13 @@ class Found:
             self._seen.add(id(value))
             if hasattr(value, "__dict__"):
                 self._add_owner(value, objects - 1)
+
+
+def held_by(function: Any) -> list[Any]:
+    """Return the object of a method, or the arguments of a `functools.partial` and what its function holds."""
+    if isinstance(function, functools.partial):
+        return [*function.args, *function.keywords.values(), *held_by(function.func)]
+    return [getattr(function, "__self__", None)]
 
 
 class Attributes:

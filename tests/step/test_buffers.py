@@ -8,6 +8,7 @@ import torch
 from runs import BOTH, assert_identical, assert_unmoved_is_plain, logs_of, make_trainer, make_unmoved, snapshot
 from tiny import Net
 from torch import nn
+from torch.ao.quantization import PerChannelMinMaxObserver
 from torch.nn.utils import parametrizations
 
 from hf_gnp import GNPTrainer
@@ -153,6 +154,23 @@ def test_buffer_that_only_the_second_pass_changes(tmp_path):
         trainer.train()
         results.append(snapshot(model))
     assert_identical(*results)
+
+
+class Observed(nn.Module):
+    """Observes its input by channel, as quantisation-aware training does: the first forward resizes the buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.observer = PerChannelMinMaxObserver(ch_axis=1)
+
+    def forward(self, x):
+        return self.observer(x) if self.training else x
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_buffers_resized_in_place(tmp_path, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation}
+    assert_unmoved_is_plain(lambda cls: make_unmoved(tmp_path, cls, model=Net(Observed), **settings))
 
 
 class Odd(Net):

@@ -1,11 +1,13 @@
 """The table "Not put back" of docs/second_pass.md: each row does what the table says, and its remedy is right."""
 
+import functools
 import random
 import threading
 from collections import deque
 from pathlib import Path
 from queue import Queue
 
+import numpy as np
 import pytest
 import torch
 from runs import BOTH, assert_identical, assert_unmoved_is_plain, make_trainer, make_unmoved, snapshot
@@ -185,7 +187,7 @@ OWNERS = {
 }
 
 
-@row("an attribute of torch's or transformers' modules or configs", "it changes twice")
+@row("an attribute of torch's or transformers' modules, configs or arguments", "it changes twice")
 @pytest.mark.parametrize("where", OWNERS)
 def test_attribute_of_a_librarys_module(tmp_path, where):
     def count(trainer, model, inputs):
@@ -199,6 +201,70 @@ def test_attribute_of_a_librarys_module(tmp_path, where):
         trained(tmp_path, cls, count, model=model, **options)
         found.append(OWNERS[where](model).calls)
     assert found == [MICRO_BATCHES, MICRO_BATCHES if where == "own" else PASSES]
+
+
+class Teacher(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self):
+        self.calls += 1
+
+
+def setattr_of(name, value, trainer):
+    setattr(trainer, name, value)
+
+
+@row("buffers of a module in a global or a closure, or behind a hook", "they change twice")
+@pytest.mark.parametrize("where", ["closure", "hook", "attribute", "partial"])
+def test_buffers_of_a_module(tmp_path, where):
+    counts = []
+    for cls in BOTH:
+        teacher, model, options = Teacher(), Net(nn.Tanh), {}
+
+        def in_closure(trainer, model, inputs, teacher=teacher):
+            teacher()
+
+        def loss_with(outputs, labels, num_items_in_batch=None, *, teacher):
+            teacher()
+            return nn.functional.cross_entropy(outputs["logits"], labels)
+
+        if where == "hook":
+            model.layers[0].register_forward_hook(lambda *_, teacher=teacher: teacher())
+        if where == "partial":
+            model, options["kind"] = make_model("bert"), "bert"
+            options["compute_loss_func"] = functools.partial(loss_with, teacher=teacher)
+        if where == "attribute":
+            options["setup"] = functools.partial(setattr_of, "teacher", teacher)
+        extra = in_closure if where in ("closure", "attribute") else None
+        trained(tmp_path, cls, extra, model=model, **options)
+        counts.append(teacher.calls.item())
+    assert counts == [MICRO_BATCHES, MICRO_BATCHES if where in ("attribute", "partial") else PASSES]
+
+
+class Slotted:
+    __slots__ = ("calls",)
+
+    def __init__(self):
+        self.calls = 0
+
+
+@row("a NumPy array of more than 16,384 items, or a class with `__slots__`", "it changes twice")
+@pytest.mark.parametrize("kind", ["array", "slots", "tensor"])
+def test_attribute_that_is_not_put_back(tmp_path, kind):
+    def count(trainer, model, inputs):
+        if kind == "slots":
+            trainer.held.calls += 1
+        else:
+            trainer.held[:] += 1
+
+    held = {"array": lambda: np.zeros(2**14 + 1), "tensor": lambda: torch.zeros(2**14 + 1), "slots": Slotted}[kind]
+    counts = []
+    for cls in BOTH:
+        trainer = trained(tmp_path, cls, count, functools.partial(setattr_of, "held", held()))
+        counts.append(trainer.held.calls if kind == "slots" else trainer.held[0])
+    assert counts == [MICRO_BATCHES, MICRO_BATCHES if kind == "tensor" else PASSES]
 
 
 @row("a hook that a forward registers", "it is registered in each pass")
@@ -464,7 +530,7 @@ def test_reformer(tmp_path):
 # --- Refused ---
 
 
-@row("features computed from weights before `compute_loss`", "refused: the inputs have a graph")
+@row("features computed from weights before `compute_loss`", "refused: the inputs already have an autograd graph")
 @pytest.mark.parametrize("where", ["training_step", "compute_loss"])
 def test_features_computed_before_the_loss(tmp_path, where):
     def base(cls):

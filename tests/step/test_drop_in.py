@@ -350,3 +350,27 @@ def test_training_step_outside_of_train(tmp_path, kind, after_train, has_optimiz
         return losses, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
     assert_identical(step(GNPTrainer), step(Trainer))
+
+
+class Anneals(TrainerCallback):
+    """Sets r before each step, as schedules of SAM's radius do."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        args.gnp_r = 0.1 * (state.global_step + 1)
+
+
+def test_arguments_set_by_a_callback(tmp_path):
+    """They hold from the next step on."""
+    trainer = make_trainer(tmp_path, "vit", max_steps=3, logging_steps=1, callbacks=[Anneals()])
+    trainer.train()
+    assert logs_of(trainer, "gnp_r")["gnp_r"] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_wrong_argument_set_by_a_callback(tmp_path):
+    class Wrong(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.gnp_metric = "bogus"
+
+    trainer = make_trainer(tmp_path, "vit", max_steps=3, callbacks=[Wrong()])
+    with pytest.raises(ValueError, match=r"^gnp_metric must be one of"):
+        trainer.train()

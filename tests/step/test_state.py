@@ -215,6 +215,19 @@ def multiplier_that_the_loss_updates(self, model, inputs):
     return loss
 
 
+@loss_case(attributes(bank=lambda trainer: nn.Parameter(torch.zeros(20_000))))
+def large_parameter_that_the_loss_writes(self, model, inputs):
+    outputs = model(**inputs)
+    with torch.no_grad():
+        self.bank[:3] = 0.9 * self.bank[:3] + outputs["logits"].mean(0)
+    return outputs["loss"] + (outputs["logits"].mean(0) - self.bank[:3].detach()).pow(2).sum()
+
+
+@loss_case(accumulation=2)
+def loss_that_asks_whether_gradients_are_synchronised(self, model, inputs):
+    return model(**inputs)["loss"] * (1.0 if self.accelerator.sync_gradients else 0.5)
+
+
 @loss_case(attributes(banks=lambda trainer: {"image": torch.ones(20_000), "text": torch.zeros(3)}))
 def order_of_a_dict(self, model, inputs):
     outputs = model(**inputs)

@@ -232,3 +232,9 @@ def test_mixin_has_all_fields():
     own = {field.name for field in dataclasses.fields(GNPTrainingArguments)}
     assert own - {field.name for field in dataclasses.fields(TrainingArguments)} == {f.name for f in GNP_FIELDS}
     assert next(iter(inspect.signature(GNPTrainingArguments).parameters)) == "output_dir"
+
+
+@pytest.mark.parametrize("kind", [tuple, set])
+def test_target_modules_become_a_list(tmp_path, kind):
+    args = make_args(tmp_path, gnp_target_modules=kind(["b", "a"]))
+    assert args.gnp_target_modules == ["a", "b"] and '"gnp_target_modules"' in args.to_json_string()
