@@ -137,7 +137,9 @@ def _draw_steps(trainer: Any, dataset: Any, count: int, seed: int) -> list[list[
     """Draw this rank's micro-batches of at most `count` steps of training, from shuffled data."""
     args, dataset = trainer.args, trainer.train_dataset if dataset is None else dataset
     if isinstance(dataset, dict):
-        raise ValueError(f"find_r needs one dataset, and these are several: give it dataset=...[{next(iter(dataset))!r}].")
+        raise ValueError(
+            f"find_r needs one dataset, and these are several: give it dataset=...[{next(iter(dataset))!r}]."
+        )
     scope = getattr(getattr(trainer, "gnp_args", None), "gnp_scope", "step")
     accumulation = args.gradient_accumulation_steps if scope in ("step", "rank") else 1
     size = args.per_device_train_batch_size * accumulation * trainer.accelerator.num_processes

@@ -279,6 +279,8 @@ def test_refusals_say_what_to_do(tmp_path):
         trainer.find_r(batches=0)
     with pytest.raises(ValueError, match="two steps: 8 samples, but it has 7"):
         trainer.find_r(make_data("net", size=7))
+    with pytest.raises(ValueError, match=r"dataset=\.\.\.\['nli'\]"):
+        trainer.find_r({"nli": make_data("net"), "sts": make_data("net")})
     for parameter in list(trainer.model.parameters())[-2:]:
         parameter.data.zero_()
     trainer.model.layers[-1].requires_grad_(False)
