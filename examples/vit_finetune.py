@@ -194,8 +194,8 @@ def build_trainer(
     with training_args.main_process_first(desc="loading the data"):
         splits = load_images(data_args, training_args.seed)
     model, processor = load_model(model_args, label_kwargs(splits))
-    # ViT's loss is a mean over the batch. `Trainer` assumes that a forward with **kwargs divides by the items of the
-    # whole step. Then the loss would grow with the processes and the accumulation steps.
+    # The loss of many classifiers is a mean over the batch. `Trainer` assumes that a forward with **kwargs divides by
+    # the items of the whole step. Then the loss would grow with the processes and the accumulation steps.
     model.accepts_loss_kwargs = False
     is_own = data_args.dataset_name is not None
     flip = is_own if data_args.horizontal_flip is None else data_args.horizontal_flip
