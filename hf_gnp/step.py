@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -176,7 +177,7 @@ class PenalisedSteps:
             refuse_same_pass(*move.local_norms_after_mix(penalty.alpha, perturbed.first_scale))
         # Summed as `Trainer` sums them, in order and dtype.
         firsts: list[Any] = [micro_batch.loss for micro_batch in window.micro_batches]
-        perturbed_loss, loss = (functools.reduce(torch.add, each) for each in (losses, firsts))
+        perturbed_loss, loss = (functools.reduce(operator.add, each) for each in (losses, firsts))
         sharpness = perturbed_loss - loss
         self.logs.add(norm, perturbed_loss, sharpness, perturbed.cosine, perturbed.fidelity)
 
