@@ -194,7 +194,7 @@ def _factors(tensors: Tensors, scale: float | Sequence[float]) -> Any:
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1 or not dtypes <= WIDE or not all(tensor.is_cpu for tensor in tensors):
         return scale
-    factors = torch.tensor(scale, dtype=tensors[0].dtype)
+    factors = torch.tensor(scale, dtype=tensors[0].dtype, device="cpu")  # whatever the default device
     return factors if factors.dim() == 0 else factors.unbind()
 
 

@@ -1,8 +1,7 @@
 """The studies: which cases, which methods, which r to choose from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 from .images import image_task
@@ -117,12 +116,12 @@ def of_candidates(
     settings: dict[str, Any],
     wrong: Sequence[int] = (0, 40),
     radii: tuple[float, ...] = (0.05, 0.1, 0.2),
-    more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    more: dict[str, dict[str, Any]] | None = None,
     **kwargs: Any,
 ) -> Study:
     """The candidates for a default, on one task with these shares of wrong labels."""
     cases = {f"{percent}% wrong": settings | {"wrong": percent} for percent in wrong}
-    return Study(cases | dict(more), (PLAIN, TWICE, *CANDIDATES), radii, seeds=3, **kwargs)
+    return Study(cases | (more or {}), (PLAIN, TWICE, *CANDIDATES), radii, seeds=3, **kwargs)
 
 
 STUDIES = {

@@ -256,6 +256,11 @@ class NativeEngine(Engine):
         for parameter in (*self.all_parameters, *self._outside):
             parameter.grad = None
 
+    def gradients_of(self, shards: Sequence[Shard]) -> list[torch.Tensor | None]:
+        reached = [shard.parameter for shard in shards if shard.parameter.grad is not None]
+        gradients = dict(zip(map(id, reached), self._gradients(reached), strict=True))
+        return [gradients.get(id(shard.parameter)) for shard in shards]
+
     def take_gradient(self) -> TakenGradient | None:
         # The next backward overwrites a view into a bucket of DDP.
         is_view = getattr(self.model, "gradient_as_bucket_view", False)

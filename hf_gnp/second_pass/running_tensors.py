@@ -198,8 +198,7 @@ def budget_of(trained: Iterable[torch.Tensor]) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8) if flat.is_floating_point() or flat.is_complex() else flat
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _sample(local: torch.Tensor) -> torch.Tensor:

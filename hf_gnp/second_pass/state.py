@@ -106,7 +106,8 @@ class Found:
         of_model = len(self.modules)
         for root in (trainer, trainer.state):
             self._add_owner(root, OBJECTS)
-        self._add_owner(SimpleNamespace(held=held_by(trainer.compute_loss_func)), OBJECTS)
+        if held := held_by(trainer.compute_loss_func):
+            self._add_owner(SimpleNamespace(held=held), OBJECTS)
         mine = parameters_of(self.modules[:of_model])
         mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions
         self.trained = [parameter for parameter in mine if parameter.requires_grad]
@@ -153,7 +154,7 @@ def held_by(function: Any) -> list[Any]:
     """Return the object of a method, or the arguments of a `functools.partial` and what its function holds."""
     if isinstance(function, functools.partial):
         return [*function.args, *function.keywords.values(), *held_by(function.func)]
-    return [getattr(function, "__self__", None)]
+    return [function.__self__] if hasattr(function, "__self__") else []
 
 
 class Attributes:

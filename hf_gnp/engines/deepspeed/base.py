@@ -116,14 +116,17 @@ class ShardedEngine(DeepSpeedSteps):
     def reset_gradients(self) -> None:
         """Get ready for a pass whose gradients replace those of the pass before."""
 
+    def trainable_shards(self) -> list[Shard]:
+        return self._shards_of(self.fragments())
+
     def shards(self) -> list[Shard]:
-        gradients = self.fragment_gradients(self.fragments())
-        pairs = zip(self.trainable_shards(), gradients, strict=True)
+        fragments = self.fragments()
+        pairs = zip(self._shards_of(fragments), self.fragment_gradients(fragments), strict=True)
         return [shard._replace(gradient=gradient) for shard, gradient in pairs]
 
-    def trainable_shards(self) -> list[Shard]:
+    def _shards_of(self, fragments: list[Fragment]) -> list[Shard]:
         partitions, shards = self.partitions(), []
-        for part in self.fragments():
+        for part in fragments:
             weight, master = (part.of(partition) for partition in partitions[part.group])
             number = self.numbers[id(part.parameter)]
             shards.append(Shard(part.parameter, number, weight, master, None, (part.start,), part.part_of))
