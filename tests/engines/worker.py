@@ -26,7 +26,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hf_gnp import GNPTrainer, GNPTrainingArguments
+from hf_gnp import GNPMixin, GNPTrainer, GNPTrainingArguments
 
 
 # The most that a rank waits in a collective for another, which may be dead, or slow on a loaded machine.
@@ -116,13 +116,17 @@ class ForwardFirst(GNPTrainer):
         return inputs
 
 
-class SkipsLast(GNPTrainer):
+class SkipsLastTrainer(Trainer):
     """Skips the last micro-batch of the last step, without a backward."""
 
     def training_step(self, *args, **kwargs):
         if self.accelerator.sync_gradients and self.state.global_step == self.state.max_steps - 1:
             return torch.zeros((), device=self.args.device)
         return super().training_step(*args, **kwargs)
+
+
+class SkipsLast(GNPMixin, SkipsLastTrainer):
+    pass
 
 
 class StopsWithin(TrainerCallback):
