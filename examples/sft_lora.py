@@ -125,6 +125,7 @@ def main() -> None:
         save_merged(trainer, Path(args.output_dir) / "merged")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
