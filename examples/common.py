@@ -169,4 +169,4 @@ def run(trainer: Trainer, **card: Any) -> None:
         trainer.push_to_hub(**card)
     else:
         trainer.create_model_card(**card)
-    trainer.accelerator.end_training()  # gloo may end a process with SIGABRT that leaves its process group open
+    trainer.accelerator.end_training()  # else torch warns of a process group that nobody has destroyed

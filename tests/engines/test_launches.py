@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TIMEOUT = 1200  # a launch takes 15 to 30 s on two free cores, nearly all of it imports
 SCRIPT = "examples/vit_finetune.py"
+# A thread of gloo that is late to free a tensor aborts a process at its very end (pytorch/pytorch#190489).
+GLOO_ABORT = "terminate called without an active exception"
 METRICS = ("loss", "grad_norm", "gnp_grad_norm", "gnp_perturbed_loss", "gnp_sharpness")
 STEPS, GLOBAL_BATCH = 4, 16
 RECIPE = {
@@ -48,6 +50,16 @@ LAUNCHERS = {
 
 def accelerate_launch(config: str, *flags: str) -> list[str]:
     return ["accelerate", "launch", "--config_file", f"configs/accelerate/{config}.yaml", *flags]
+
+
+def launch_example(command: list[str]) -> None:
+    """Launch an example, and once more if gloo aborts it after its last line."""
+    try:
+        launch(command, TIMEOUT)
+    except AssertionError as error:
+        if GLOO_ABORT not in str(error):
+            raise
+        launch(command, TIMEOUT)
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +97,7 @@ def finetune(start, tmp_path_factory):
         if ranks > 1:
             arguments["ddp_backend"] = "gloo"
         flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-        launch([*command, SCRIPT, "--use_cpu", *flags], TIMEOUT)
+        launch_example([*command, SCRIPT, "--use_cpu", *flags])
         return folder
 
     return run
@@ -167,7 +179,7 @@ def test_language_model_with_lora_on_zero3(tmp_path):
     command = accelerate_launch("zero3", "--num_processes", "2", "--main_process_port", str(free_port()))
     flags = ["--output_dir", str(tmp_path), "--max_steps", "3", "--max_length", "64", "--logging_steps", "1"]
     flags += ["--ddp_backend", "gloo", "--report_to", "none", "--warmup_steps", "0"]
-    launch([*command, "examples/sft_lora.py", *flags], TIMEOUT)
+    launch_example([*command, "examples/sft_lora.py", *flags])
     losses = [entry["loss"] for entry in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][:3]]
     assert losses[-1] < losses[0]
     start, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("start", "merged"))
