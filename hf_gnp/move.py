@@ -26,6 +26,12 @@ class Move:
             ...
 
     Norms are global and carry the loss scale, except where a docstring says otherwise.
+
+    Attributes:
+        fidelity: This rank's (⟨θ̃-θ, e⟩, ‖e‖²) of the last move, where θ̃ is θ + e after rounding. None if not measured.
+        cosine: The global cosine of g₁ and g₂ over the tensors that moved last, a scalar on the device. None if not
+            measured, and before `perturbed` ends.
+        first_scale: The factor of g₁ in the mix.
     """
 
     def __init__(self, engine: Engine):
@@ -39,6 +45,10 @@ class Move:
         self._local_sq_norm = torch.zeros(())  # ‖g₁‖² on this rank
         self._factors: dict[int, float] = {}  # "layer": e_l/(r d_l) by the number of the tensor
         self.gradient_norm_ = 0.0
+        self._moved: list[tuple[Shard, float]] = []  # the perturbed shards, with θ as master, and e/d of each
+        self.fidelity: torch.Tensor | None = None
+        self.cosine: torch.Tensor | None = None
+        self.first_scale = 1.0
 
     @property
     def has_direction(self) -> bool:
@@ -126,7 +136,7 @@ class Move:
     @contextlib.contextmanager
     def perturbed(
         self, penalty_: Penalty, noise_key: tuple[Hashable, ...], measure: bool = False, share: float = 1.0
-    ) -> Iterator["PerturbedPass"]:
+    ) -> Iterator[None]:
         """
         Move the weights to θ + e on all ranks, and prepare the gradient for g₂. On leaving, restore θ bit for bit.
 
@@ -135,27 +145,28 @@ class Move:
 
         Args:
             noise_key: The seed of this step's stochastic rounding, equal on all ranks.
-            measure: Whether to measure fidelity and cosine for the logs.
+            measure: Whether to measure `fidelity` and `cosine` for the logs.
             share: This window's share of the step's micro-batches. It scales a normalised g₁.
         """
-        engine = self.engine
-        passes = PerturbedPass(self, penalty_)
+        engine, self.fidelity, self.cosine, self.first_scale = self.engine, None, None, 1.0
         if not engine.is_perturbed:
             with torch.no_grad():
-                self._move_weights(passes, penalty_.r, noise_key, measure)
+                self._move_weights(penalty_.r, noise_key, measure)
                 if not engine.perturbation.is_momentum:
                     norm = self.gradient_norm_
                     if engine.perturbation.normalize_gradient and 0 < norm < math.inf:
-                        passes.first_scale = share / norm
-                    engine.keep_gradients(self._shards, penalty_.alpha, passes.first_scale)
+                        self.first_scale = share / norm
+                    engine.keep_gradients(self._shards, penalty_.alpha, self.first_scale)
                     self.forget()  # the engine keeps what it needs of g₁
                 engine.publish()
             forget_casts()
-        yield passes
-        if measure and not engine.perturbation.is_momentum:
-            # With gnp_scope="rank" one rank may have no direction. It logs 0, as all ranks must log the same names.
-            passes.cosine = passes.measure_cosine() if self.has_direction else torch.zeros(())
-        passes.shards = []
+        try:
+            yield
+            if measure and not engine.perturbation.is_momentum:
+                # One rank may have no direction (gnp_scope="rank"). It logs 0, as all ranks must log the same names.
+                self.cosine = self._measure_cosine(penalty_.alpha) if self.has_direction else torch.zeros(())
+        finally:
+            self._moved = []
         # The momentum perturbs all micro-batches of a step alike: restoring once a step saves gathering the weights.
         is_needed_again = engine.perturbation.is_momentum and not engine.accelerator.sync_gradients
         if not (engine.gathers_weights and is_needed_again):
@@ -163,19 +174,19 @@ class Move:
             forget_casts()
 
     def forget(self) -> None:
-        """Release all tensors."""
+        """Release g₁ and the directions."""
         self._shards, self._to_move, self._directions = [], [], []
 
-    def local_norms_after_mix(self, alpha: float, first_scale: float) -> tuple[float, float]:
+    def local_norms_after_mix(self, alpha: float) -> tuple[float, float]:
         """Return two local norms: of the mixed gradient if g₂ were g₁, and of the present one. Waits for a device."""
         now = penalty.local_sq_norms([shard.gradient for shard in self.engine.shards()]).sum()
-        return ((1 - alpha) * first_scale + alpha) * math.sqrt(self._local_sq_norm), math.sqrt(now)
+        return ((1 - alpha) * self.first_scale + alpha) * math.sqrt(self._local_sq_norm), math.sqrt(now)
 
-    def _move_weights(self, passes: "PerturbedPass", r: float, noise_key: tuple[Hashable, ...], measure: bool) -> None:
+    def _move_weights(self, r: float, noise_key: tuple[Hashable, ...], measure: bool) -> None:
         engine = self.engine
         if not self.has_direction:
             engine.keep_weights([])
-            passes.fidelity = torch.zeros(2) if measure else None  # all ranks log the same names
+            self.fidelity = torch.zeros(2) if measure else None  # all ranks log the same names
             return
         masters = [shard.master for shard in self._to_move]
         moved = engine.keep_weights(self._to_move)
@@ -184,13 +195,13 @@ class Move:
         scales: float | list[float] = r / self._direction_norm
         if engine.perturbation.metric == "layer":
             scales = [r * self._factors.get(shard.number, 0.0) for shard in self._to_move]
-        passes.shards = moved
-        passes.scales = [scales] * len(moved) if isinstance(scales, float) else scales
+        each = [scales] * len(moved) if isinstance(scales, float) else scales
+        self._moved = list(zip(moved, each, strict=True))
         generators, rounding = None, engine.perturbation.stochastic_rounding
         is_low = any(shard.weight.dtype.itemsize == 2 for shard in moved)
         if is_low and (rounding is True or (rounding == "auto" and not engine.has_master)):
             generators = [noise_generator(s.weight.device, *noise_key, s.number, s.coordinates) for s in moved]
-        passes.fidelity = penalty.move_(
+        self.fidelity = penalty.move_(
             [shard.weight for shard in moved],
             self._directions,
             masters,
@@ -200,52 +211,32 @@ class Move:
             measure=measure,
         )
 
-
-class PerturbedPass:
-    """
-    Measure one pass at perturbed weights. `Move.perturbed` yields it.
-
-    Attributes:
-        fidelity: This rank's (⟨θ̃-θ, e⟩, ‖e‖²), where θ̃ is θ + e after rounding. None if not measured.
-        cosine: The global cosine of g₁ and g₂ over the tensors that move, a scalar on the device. None if not
-            measured, and before `Move.perturbed` ends.
-    """
-
-    def __init__(self, move: Move, penalty_: Penalty):
-        self._move, self._penalty = move, penalty_
-        self.shards: list[Shard] = []  # the perturbed ones, with θ as master
-        self.scales: list[float] = []
-        self.first_scale = 1.0
-        self.fidelity: torch.Tensor | None = None
-        self.cosine: torch.Tensor | None = None
-
     @torch.no_grad()
     def moved_weights(self) -> bool:
         """Return whether ‖θ̃-θ‖ on this rank is larger than `VISIBLE` ‖θ‖. Read from the device."""
-        theta = [shard.master for shard in self.shards]
-        moves = [shard.weight.to(shard.master) - shard.master for shard in self.shards]
+        theta = [shard.master for shard, _ in self._moved]
+        moves = [shard.weight.to(shard.master) - shard.master for shard, _ in self._moved]
         sq_norms = torch.stack([penalty.local_sq_norms(moves).sum(), penalty.local_sq_norms(theta).sum()])
         moved, length = sq_norms.sqrt().tolist()
         return moved > VISIBLE * length
 
     @torch.no_grad()
-    def measure_cosine(self) -> torch.Tensor:
+    def _measure_cosine(self, alpha: float) -> torch.Tensor:
         """
         Return the cosine of g₁ and g₂ over the tensors that move, a scalar on the device. Needs perturbed weights.
 
         With "element" it is the cosine of θ ⊙ g₁ and θ ⊙ g₂. g₁ is computed from θ̃-θ, so no copy of g₁ is needed.
         One all-reduce of four numbers where gradients are sharded.
         """
-        move, engine = self._move, self._move.engine
-        share = 0.0
-        if engine.accumulates and self._penalty.alpha < 1:  # the gradient is share · g₁ + g₂
-            share = self.first_scale * (1 - self._penalty.alpha) / self._penalty.alpha
+        engine, share = self.engine, 0.0
+        if engine.accumulates and alpha < 1:  # the gradient is share · g₁ + g₂
+            share = self.first_scale * (1 - alpha) / alpha
         # In 16 bit θ̃-θ is mostly rounding noise in each element. There share · g₁ is subtracted from the sums.
-        is_low = any(shard.weight.dtype.itemsize == 2 for shard in self.shards)
+        is_low = any(shard.weight.dtype.itemsize == 2 for shard, _ in self._moved)
         device = engine.accelerator.device
         sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        gradients = engine.gradients_of(self.shards)
-        for shard, scale, gradient in zip(self.shards, self.scales, gradients, strict=True):
+        gradients = engine.gradients_of([shard for shard, _ in self._moved])
+        for (shard, scale), gradient in zip(self._moved, gradients, strict=True):
             if gradient is not None and scale != 0:
                 for first, second in _both_gradients(shard, scale, gradient, engine.perturbation.metric):
                     second = second if is_low or share == 0 else second.sub(first, alpha=share)
@@ -255,9 +246,9 @@ class PerturbedPass:
         dot, sq_norm, kept, moved = engine.sum_over_ranks(torch.cat([sums, self.fidelity.to(sums)]))
         dot = dot * moved / kept  # rounding left kept/moved of the move
         if is_low and share != 0:
-            dot = dot - share * move.sq_norm
-            sq_norm = sq_norm - 2 * share * dot - share * share * move.sq_norm
-        length = math.sqrt(move.sq_norm) * sq_norm.clamp(min=0).sqrt()
+            dot = dot - share * self.sq_norm
+            sq_norm = sq_norm - 2 * share * dot - share * share * self.sq_norm
+        length = math.sqrt(self.sq_norm) * sq_norm.clamp(min=0).sqrt()
         cosine = torch.where(length > 0, dot / length, 0.0).clamp(-1, 1)
         return torch.where(kept != 0, cosine, 1.0).float()  # 0: all was rounded away, g₂ = g₁
 

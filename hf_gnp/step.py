@@ -78,6 +78,7 @@ class PenalisedSteps:
             if self.step is not None and self._is_open and self.penalty != penalty:
                 self.close()
             self.step, self.penalty = step, penalty
+            self.noise_key = "noise", self.schedule.seed, step  # seeds stochastic rounding alike on all ranks
             self.logs.begin(penalty)
             self._flos, self._first_passes, self._second_passes = self.trainer.current_flos, 0, 0
         self._first_passes += 1
@@ -120,10 +121,10 @@ class PenalisedSteps:
             if is_first := self._calls == 1:  # the momentum does not change within a window
                 self.move.momentum_norm()
             measure = logs_after(self.trainer.args, self.state)
-            with self.move.perturbed(penalty, self.noise_key, measure) as perturbed:
+            with self.move.perturbed(penalty, self.noise_key, measure):
                 yield
         if self.move.has_direction and is_first:
-            self.logs.add(fidelity=perturbed.fidelity)
+            self.logs.add(fidelity=self.move.fidelity)
 
     # The second pass.
 
@@ -169,17 +170,17 @@ class PenalisedSteps:
             if is_first:
                 self._probe()
             measure = logs_after(self.trainer.args, self.state)
-            with move.perturbed(penalty, self.noise_key, measure, share) as perturbed:
-                is_visible = is_first and perturbed.moved_weights()
+            with move.perturbed(penalty, self.noise_key, measure, share):
+                is_visible = is_first and move.moved_weights()
                 losses = self._run_all_again()
         engine.mix(penalty.alpha)
         if is_visible and is_same_pass(window.micro_batches, losses):
-            refuse_same_pass(*move.local_norms_after_mix(penalty.alpha, perturbed.first_scale))
+            refuse_same_pass(*move.local_norms_after_mix(penalty.alpha))
         # Summed as `Trainer` sums them, in order and dtype.
         firsts: list[Any] = [micro_batch.loss for micro_batch in window.micro_batches]
         perturbed_loss, loss = (functools.reduce(operator.add, each) for each in (losses, firsts))
         sharpness = perturbed_loss - loss
-        self.logs.add(norm, perturbed_loss, sharpness, perturbed.cosine, perturbed.fidelity)
+        self.logs.add(norm, perturbed_loss, sharpness, move.cosine, move.fidelity)
 
     def _run_all_again(self) -> list[torch.Tensor]:
         losses: list[torch.Tensor] = []
@@ -210,11 +211,6 @@ class PenalisedSteps:
     def flos_of_second_passes(self) -> float:
         """Return the floating-point operations of the step's second passes. `Trainer` counts those of the first."""
         return (self.trainer.current_flos - self._flos) * self._second_passes / self._first_passes
-
-    @property
-    def noise_key(self) -> tuple[Any, ...]:
-        """Return what seeds this step's stochastic rounding on all ranks."""
-        return "noise", self.schedule.seed, self.step
 
     # The end.
 

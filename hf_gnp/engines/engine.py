@@ -211,18 +211,6 @@ class Engine(ABC):
         return None
 
     def abandon(self) -> None:
-        """Restore θ and drop the gradient after a failure. Try up to three times, and then raise an interruption."""
-        interruption = None
-        for _ in range(3):
-            try:
-                self.clean_up()
-                break
-            except BaseException as error:
-                interruption = error
-        if interruption is not None:
-            raise interruption
-
-    def clean_up(self) -> None:
-        """Restore θ and drop the gradient at any place in a step. May be called again."""
+        """Restore θ and drop the gradient after a failure, at any place in a step. May be called again."""
         self.restore()
         self.discard_gradient()

@@ -20,7 +20,7 @@ from tiny import KINDS, Net, flat_weights, make_model, relative_distance
 from torch import nn
 
 from hf_gnp import penalty
-from hf_gnp.move import PerturbedPass
+from hf_gnp.move import Move
 
 
 DIRECTIONS = {
@@ -186,8 +186,8 @@ def test_cosine_of_16_bit_weights(tmp_path, kind_of_metric, alpha, rounding):
 
 
 def test_cosine_is_taken_at_logging_steps_only(tmp_path, monkeypatch):
-    taken, measure = [], PerturbedPass.measure_cosine
-    monkeypatch.setattr(PerturbedPass, "measure_cosine", lambda self: taken.append(1) or measure(self))
+    taken, measure = [], Move._measure_cosine
+    monkeypatch.setattr(Move, "_measure_cosine", lambda self, alpha: taken.append(1) or measure(self, alpha))
     trainer = make_trainer(tmp_path, "vit", logging_steps=5)
     trainer.train()
     assert len(taken) == len(logs_of(trainer, "gnp_cosine")["gnp_cosine"]) == 2
