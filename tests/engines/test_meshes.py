@@ -96,6 +96,12 @@ BF16 = {
     f"{mesh}-bf16": case(mesh, gnp(1.0, optim="adamw_torch", max_steps=3), dtype="bfloat16", compare_ranks=True)
     for mesh in ("tp-fsdp", "ep-tp-fsdp-qwen3")
 }
+MIXED = {
+    f"mixed-alpha{alpha}": case(
+        "fsdp2-accelerate", {"fsdp": True, "fsdp_config": {"version": 2}, "bf16": True, **args}, stock=alpha == 0
+    )
+    for alpha, args in ((0, {}), (0.8, gnp(0.8)))
+}
 # Saved in shards by four ranks after three steps, gone on with by two, which do four ranks' share.
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 MOMENTUM = {"size": 96, "momentum": 0.9}
@@ -112,7 +118,7 @@ RESUMED = {
         **MOMENTUM,
     )
 }
-CASES = SAVED | EQUIVALENT | BY_MICRO_BATCH | EVALUATED | FORWARD_FIRST | IDENTITY | RAISING | BF16
+CASES = SAVED | EQUIVALENT | BY_MICRO_BATCH | EVALUATED | FORWARD_FIRST | IDENTITY | RAISING | BF16 | MIXED
 
 
 @pytest.mark.parametrize("name", EQUIVALENT | BY_MICRO_BATCH | EVALUATED | FORWARD_FIRST)
@@ -189,3 +195,13 @@ def test_replicas_round_alike(results, name):
     assert result["differs"] == [[]] * len(result["differs"])
     # It is rounded at all: a move of which rounding to nearest would lose a part keeps all on average.
     assert result["logs"]["gnp_fidelity"] == pytest.approx([1.0] * 3, abs=0.1)
+
+
+def test_mixed_precision_is_as_close_to_fp32_as_plain_training(results):
+    """accelerate keeps the shards in fp32 and gathers bf16."""
+    distances = {}
+    for name, settings in MIXED.items():
+        alpha, model = settings["args"].get("gnp_alpha", 0.0), make_decoder("llama")
+        start, expected, _ = reference_run("llama", 1, RANKS, alpha=alpha, model=model)
+        distances[name] = relative_distance(result_of(results, name)["weights"], expected, start)
+    assert 0 < distances["mixed-alpha0.8"] < 1.5 * distances["mixed-alpha0"]
