@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from hf_gnp.arguments import update_arguments
+from hf_gnp.engines import Shard
 from hf_gnp.perturbation import find_targets
 
 from .loss import SampleLoss, sample_loss
 from .measure import check_counts, check_positive
 from .pictures import draw_radii, new_figure
 from .sample import WeightedBatch, choose, micro_batches, weighted
-from .vectors import ShardVectors
 
 
 # The default grid of each metric, in powers of ten.
@@ -165,42 +165,35 @@ def _measure(
     Args:
         total: The sum of the gradients of all steps. Without g₁ it is along G.
     """
-    vectors, first = loss.vectors, loss.vectors.zeros()
-    loss.batches = step
-    loss.move()
-    value = loss.add_gradient_(first)
-    direction = _direction_of(vectors, first, metric, targets)
-    rows = [_row(vectors, value, first, first, total)]
-    for r in radii:
-        second = vectors.zeros()
+    vectors, rows = loss.vectors, []
+    loss.batches, first, direction = step, None, total
+    for r in (0.0, *radii):
         loss.move(direction, r)
+        second = vectors.zeros()
         value = loss.add_gradient_(second)
-        rows.append(_row(vectors, value, second, first, total))
+        if first is None:
+            first, direction = second, _direction_of(loss, second, metric, targets)
+        sq_norm, product, with_total = vectors.dots([second, first, total], second).tolist()
+        rows.append([value, math.sqrt(sq_norm), product, with_total - product])
     return rows
 
 
-def _row(
-    vectors: ShardVectors, value: float, second: torch.Tensor, first: torch.Tensor, total: torch.Tensor
-) -> list[float]:
-    sq_norm, product, with_total = vectors.dots([second, first, total], second).tolist()
-    return [value, math.sqrt(sq_norm), product, with_total - product]
-
-
 def _direction_of(
-    vectors: ShardVectors, gradient: torch.Tensor, metric: str, targets: frozenset[int] | None
+    loss: SampleLoss, gradient: torch.Tensor, metric: str, targets: frozenset[int] | None
 ) -> torch.Tensor:
     """Return e/r, the perturbation of radius 1 of the targets. Tensors without a gradient or with θ = 0 stay."""
-    theta, direction = vectors.theta(), gradient.clone()
+    vectors, theta, direction = loss.vectors, loss.theta(), gradient.clone()
     for place, shard in vectors.placed_shards:
         if targets is not None and id(shard.parameter) not in targets:
             direction[place] = 0.0
     if metric == "element":
         direction.mul_(theta)
     elif metric == "layer":
-        lengths, norms = vectors.norms_by_tensor([theta, direction])
-        scales = np.divide(lengths, norms, out=np.zeros_like(norms), where=norms > 0)
-        for place, shard in vectors.placed_shards:
-            direction[place] *= float(scales[shard.number])
+
+        def number_of(shard: Shard) -> torch.Tensor:
+            return torch.full((shard.weight.numel(),), shard.number)
+
+        vectors.match_norms_(direction, theta, number_of, len(list(loss.model.parameters())))
     norm = vectors.norm(direction)
     if not 0 < norm < math.inf:
         raise ValueError(f"find_r has no direction: the norm of a batch's gradient is {norm} in the metric {metric}.")
@@ -211,23 +204,21 @@ def _direction_of(
 def _summary(rows: np.ndarray) -> dict[str, Any]:
     """Return means over batches with standard errors, without the column of r = 0, from the rows of `_measure`."""
     losses, norms, products, descents = np.moveaxis(rows, 2, 0)
-    result: dict[str, Any] = {"loss": float(losses[:, 0].mean()), "grad_norm": float(norms[:, 0].mean())}
+    loss, slope = float(losses[:, 0].mean()), descents[:, 0].mean()
+    result: dict[str, Any] = {"loss": loss, "grad_norm": float(norms[:, 0].mean())}
     with np.errstate(all="ignore"):  # at a large r a loss or a gradient may not be finite
-        cosines, rises = products / (norms * norms[:, :1]), losses - losses[:, :1]
         # A ratio of means: of the ratios of batches, one with ⟨g₁, G⟩ near 0 would outweigh the others.
-        slope = descents[:, 0].mean()
-        kept = descents.mean(axis=0) / slope if slope > 0 else np.full(rows.shape[1], math.nan)
-        result |= _with_error("cosine", cosines.mean(axis=0), cosines)
-        result |= _with_error("rise", rises.mean(axis=0), rises)
-        result |= _with_error("kept", kept, (descents - kept * descents[:, :1]) / slope)
-        result["rise_share"] = (np.array(result["rise"]) / result["loss"]).tolist()
+        kept = descents.mean(axis=0) / (slope if slope > 0 else math.nan)
+        by_batch = {
+            "cosine": products / (norms * norms[:, :1]),
+            "rise": losses - losses[:, :1],
+            "kept": kept + (descents - kept * descents[:, :1]) / slope,
+        }
+        for name, values in by_batch.items():
+            result[name] = values.mean(axis=0)[1:].tolist()
+            result[f"{name}_standard_error"] = (values.std(axis=0) / np.sqrt(len(rows) - 1))[1:].tolist()
+    result["rise_share"] = [rise / loss for rise in result["rise"]]
     return result
-
-
-def _with_error(name: str, means: np.ndarray, by_batch: np.ndarray) -> dict[str, list[float]]:
-    batches = len(by_batch)
-    errors = by_batch.std(axis=0, ddof=1) / math.sqrt(batches) if batches > 1 else np.full(len(means), math.nan)
-    return {name: means[1:].tolist(), f"{name}_standard_error": errors[1:].tolist()}
 
 
 def suggest(result: dict[str, Any]) -> tuple[float, str]:

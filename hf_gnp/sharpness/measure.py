@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .hessian import make_hessian
+from .hessian import Hessian
 from .loss import SampleLoss, sample_loss
 from .sample import draw_sample
-from .spectrum import Eigenpairs, top_eigenpairs, trace
+from .spectrum import top_eigenpairs, trace
 
 
 def measure_sharpness(
@@ -82,20 +82,25 @@ def measure_sharpness(
     check_counts(k=(k, 0), samples=(samples, 1), probes=(probes, 0), max_products=(max_products, 1))
     with sample_loss(trainer, seed) as loss:
         loss.batches, size = draw_sample(trainer, dataset, samples, seed)
-        result: dict[str, Any] = {"samples": size, "radii": radii}
-        gradient, pairs = loss.vectors.zeros(), None
-        result["loss"] = start = loss.add_gradient_(gradient)
-        result["grad_norm"] = loss.vectors.norm(gradient)
+        vectors, pairs = loss.vectors, None
+        gradient = vectors.zeros()
+        start = loss.add_gradient_(gradient)
+        result = {"samples": size, "radii": radii, "loss": start, "grad_norm": vectors.norm(gradient)}
         if k > 0 or probes > 0:
-            hessian = make_hessian(loss, gradient, method, step)
+            hessian = Hessian(loss, gradient, method, step)
             if k > 0:
                 pairs = top_eigenpairs(hessian, k, tolerance, max_products, seed, basis)
                 result |= {"top_eigenvalues": pairs.values, "residuals": pairs.residuals}
             if probes > 0:
-                estimate = trace(hessian.product, loss.vectors, probes, seed, pairs)
-                result["trace"], result["trace_standard_error"] = estimate
+                result["trace"], result["trace_standard_error"] = trace(hessian, probes, seed, pairs)
             result |= {"product_error": hessian.error, "products": hessian.products}
-        result |= _ascents(loss, start, gradient, radii, pairs, probes, seed)
+        result["ascent"] = _rises(loss, start, gradient, radii)
+        if pairs is not None:
+            both = [_rises(loss, start, pairs.vectors[0], [sign * r for r in radii]) for sign in (1, -1)]
+            result["ascent_top_eigenvector"] = np.max(both, axis=0).tolist()
+        if probes > 0:
+            rises = [_rises(loss, start, vectors.random(seed, 2, probe), radii) for probe in range(probes)]
+            result["ascent_random"] = np.mean(rises, axis=0).tolist()
     if log:
         should_log = trainer.control.should_log
         trainer.log(_as_logs(result))
@@ -112,26 +117,6 @@ def check_counts(**counts: tuple[int, int]) -> None:
 def check_positive(**values: Sequence[float]) -> None:
     if not all(value > 0 and math.isfinite(value) for several in values.values() for value in several):
         raise ValueError(f"{' and '.join(values)} must be positive: {', '.join(map(str, values.values()))}.")
-
-
-def _ascents(
-    loss: SampleLoss,
-    start: float,
-    gradient: torch.Tensor,
-    radii: Sequence[float],
-    pairs: Eigenpairs | None,
-    probes: int,
-    seed: int,
-) -> dict[str, list[float]]:
-    """Return the rise of the loss from `start` along the gradient, the top eigenvector and random directions."""
-    result = {"ascent": _rises(loss, start, gradient, radii)}
-    if pairs is not None:
-        both = [_rises(loss, start, pairs.vectors[0], [sign * r for r in radii]) for sign in (1, -1)]
-        result["ascent_top_eigenvector"] = np.max(both, axis=0).tolist()
-    if probes > 0:
-        rises = [_rises(loss, start, loss.vectors.random(seed, 2, probe), radii) for probe in range(probes)]
-        result["ascent_random"] = np.mean(rises, axis=0).tolist()
-    return result
 
 
 def _rises(loss: SampleLoss, start: float, direction: torch.Tensor, radii: Sequence[float]) -> list[float]:

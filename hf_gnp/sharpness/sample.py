@@ -67,37 +67,36 @@ def micro_batches(trainer: Any, chosen: Any, per_batch: int, seed: int) -> list[
         first = number * per_batch if number < count else 0
         set_seed(seed + number)
         inputs = loader.collate_fn([loader.dataset[row] for row in range(first, min(first + per_batch, len(chosen)))])
-        batches.append(WeightedBatch(inputs, count_items(trainer, inputs), float(number < count), number))
+        items = _count_items(trainer, inputs)
+        batches.append(WeightedBatch(inputs, items, float(items) if number < count else 0.0, number))
     return batches
 
 
 def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:
     """
-    Set the shares so that the losses of these micro-batches add up over all ranks to a mean over labels.
+    Scale the shares so that the losses of these micro-batches add up over all ranks to a mean over labels.
 
     Raises:
         ValueError: if nothing in them has a label.
     """
-    counts = [int(batch.items * batch.share) for batch in batches]
-    local = torch.tensor([sum(counts)], device=trainer.accelerator.device)
+    local = torch.tensor(int(sum(batch.share for batch in batches)), device=trainer.accelerator.device)
     total = trainer.accelerator.reduce(local, reduction="sum").item()
     if total == 0:
         raise ValueError("No sample has a label that counts (other than -100): there is no loss to measure.")
     # A mean over no labels is NaN, and 0 times NaN is NaN. Such a micro-batch gets the inputs of another one.
     filled = next((batch for batch in batches if batch.items > 0), batches[0])
     return [
-        (batch if batch.items > 0 else filled)._replace(share=count / total, number=batch.number)
-        for batch, count in zip(batches, counts, strict=True)
+        (batch if batch.items > 0 else filled)._replace(share=batch.share / total, number=batch.number)
+        for batch in batches
     ]
 
 
-def count_items(trainer: Any, inputs: Any) -> int:
+def _count_items(trainer: Any, inputs: Any) -> int:
     """Count the labels in the mean loss of a micro-batch, as `Trainer` does. Without labels count the samples."""
-    labels = inputs.get("labels")
-    if "shift_labels" in inputs:
-        labels = inputs["shift_labels"]
-    elif getattr(trainer, "_loss_shifts_labels", False) and isinstance(labels, torch.Tensor):
+    name = "shift_labels" if "shift_labels" in inputs else "labels"
+    labels = inputs.get(name)
+    if not isinstance(labels, torch.Tensor):
+        return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+    if name == "labels" and getattr(trainer, "_loss_shifts_labels", False):
         labels = labels[..., 1:]
-    if isinstance(labels, torch.Tensor):
-        return int(labels.ne(-100).sum())
-    return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+    return int(labels.ne(-100).sum())

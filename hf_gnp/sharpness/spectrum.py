@@ -1,5 +1,5 @@
 """
-Eigenvalues and trace of a symmetric operator from products with vectors.
+Eigenvalues and trace of the Hessian from its products with vectors.
 
 Reference:
     Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix Anal. 2000.
@@ -7,16 +7,14 @@ Reference:
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .vectors import ShardVectors, precise
+from .hessian import Hessian
+from .vectors import ShardVectors
 
-
-Product = Callable[[torch.Tensor], torch.Tensor]
 
 # A rest below this share of the largest eigenvalue is rounding error: the space is exhausted.
 EXHAUSTED = 1e-10
@@ -38,45 +36,47 @@ class Eigenpairs(NamedTuple):
 
 
 def top_eigenpairs(
-    hessian: Any, k: int, tolerance: float, max_products: int, seed: int, basis: int | None = None
+    hessian: Hessian, k: int, tolerance: float, max_products: int, seed: int, basis: int | None = None
 ) -> Eigenpairs:
     """
     Find the k largest eigenvalues by Lanczos with full reorthogonalisation, restarted when the basis is full.
 
     Args:
-        hessian: An `ExactHessian` or a `DifferenceHessian`.
         tolerance: Stop when the residuals are below this share, at most half, of the largest |eigenvalue| so far. It
             is at least the error of a product.
         max_products: Stop after this number of products. The residuals take k more.
         basis: The largest number of vectors in memory, k + 9 by default.
     """
-    product, space, tolerance = hessian.product, hessian.loss.vectors, max(tolerance, hessian.error)
-    ones = torch.ones_like(space.zeros())
+    space, tolerance = hessian.loss.vectors, min(max(tolerance, hessian.error), LARGEST_TOLERANCE)
+    start = space.random(seed, 0)
+    ones = torch.ones_like(start)
     dimension = round(space.dot(ones, ones))
+    del ones
     k = min(k, dimension)
     limit = min(max(basis or k + 9, k + 2), dimension)
-    start = space.random(seed, 0)
-    vectors, matrix = [start / space.norm(start)], np.zeros((limit, limit))
+    vectors, matrix = [start.div_(space.norm(start))], np.zeros((limit, limit))
     for used in range(1, max_products + 1):
-        rest = product(vectors[-1])
-        coefficients = _orthogonalize_(rest, vectors, space)
-        size = len(vectors)
-        matrix[:size, size - 1] = matrix[size - 1, :size] = coefficients
-        values, rotation = np.linalg.eigh(matrix[:size, :size])
-        values, rotation = values[::-1], rotation[:, ::-1]
+        rest, size = hessian.product(vectors[-1]), len(vectors)
+        matrix[:size, size - 1] = matrix[size - 1, :size] = _orthogonalize_(rest, vectors, space)
+        values, rotation = (array[..., ::-1] for array in np.linalg.eigh(matrix[:size, :size]))
         length, largest = space.norm(rest), np.abs(values).max()
-        residuals = length * np.abs(rotation[-1, :k])
         is_exhausted = size == dimension or length <= EXHAUSTED * largest
-        is_converged = size >= k and residuals.max() <= min(tolerance, LARGEST_TOLERANCE) * largest
+        is_converged = size >= k and length * np.abs(rotation[-1, :k]).max() <= tolerance * largest
         if is_exhausted or is_converged or used == max_products:
             break
         if size == limit:
             kept = k + (limit - k) // 2
-            vectors = _rotated(vectors, rotation[:, :kept])
-            matrix[:] = 0
-            matrix[range(kept), range(kept)] = values[:kept]
+            vectors = _rotated(vectors, rotation[:, :kept], space)
+            matrix = np.diag(np.pad(values[:kept], (0, limit - kept)))
         vectors.append(rest.div_(length))
-    return _with_residuals(product, space, _rotated(vectors, rotation), k, values)
+    vectors, found = _rotated(vectors, rotation, space), []
+    for vector in vectors[:k]:
+        rest = hessian.product(vector)
+        value = space.dot(vector, rest)
+        found.append((value, vector, space.norm(rest.sub_(vector, alpha=value))))
+    found.sort(key=lambda pair: -pair[0])
+    top, best, residuals = (list(column) for column in zip(*found, strict=True))
+    return Eigenpairs(top, best + vectors[k:], residuals, sum(top) + float(values[k:].sum()))
 
 
 def _orthogonalize_(rest: torch.Tensor, vectors: list[torch.Tensor], space: ShardVectors) -> np.ndarray:
@@ -90,47 +90,29 @@ def _orthogonalize_(rest: torch.Tensor, vectors: list[torch.Tensor], space: Shar
     return total
 
 
-def _rotated(vectors: list[torch.Tensor], rotation: np.ndarray) -> list[torch.Tensor]:
+def _rotated(vectors: list[torch.Tensor], rotation: np.ndarray, space: ShardVectors) -> list[torch.Tensor]:
     """Return the combinations of `vectors` in the columns of `rotation`. They overwrite the first `vectors`."""
-    size, block = vectors[0].numel(), 2**22
-    matrix = torch.from_numpy(rotation.copy()).to(vectors[0].device, precise(vectors[0].device))
-    result = vectors[: matrix.shape[1]]
-    for first in range(0, max(size, 1), block):
-        place = slice(first, first + block)
-        rotated = matrix.T @ torch.stack([vector[place] for vector in vectors]).to(matrix.dtype)
+    result = vectors[: rotation.shape[1]]
+    for place, _ in space.blocks:
+        old = space.precise(vectors, place)
+        rotated = torch.from_numpy(rotation.T.copy()).to(old) @ old
         for vector, row in zip(result, rotated, strict=True):
             vector[place] = row
     return result
 
 
-def _with_residuals(
-    product: Product, space: ShardVectors, vectors: list[torch.Tensor], k: int, ritz_values: np.ndarray
-) -> Eigenpairs:
-    found = []
-    for vector in vectors[:k]:
-        rest = product(vector)
-        value = space.dot(vector, rest)
-        found.append((value, vector, space.norm(rest.sub_(vector, alpha=value))))
-    found.sort(key=lambda pair: -pair[0])
-    values, best, residuals = (list(column) for column in zip(*found, strict=True))
-    return Eigenpairs(values, best + vectors[k:], residuals, sum(values) + float(ritz_values[k:].sum()))
-
-
-def trace(
-    product: Product, space: ShardVectors, probes: int, seed: int, known: Eigenpairs | None = None
-) -> tuple[float, float]:
+def trace(hessian: Hessian, probes: int, seed: int, known: Eigenpairs | None = None) -> tuple[float, float]:
     """
     Return tr H by Hutchinson's estimator with random signs, and its standard error.
 
     As in Hutch++, only the trace outside of the known basis is estimated. The largest eigenvalues make up most of the
     variance, so that takes far fewer probes.
     """
-    vectors, exact = (known.vectors, known.trace) if known is not None else ([], 0.0)
-    estimates = []
+    space, estimates = hessian.loss.vectors, []
     for probe in range(probes):
-        z = space.random(seed, 1, probe, signs=True)
-        if vectors:
-            _orthogonalize_(z, vectors, space)
-        estimates.append(space.dot(z, product(z)))
+        z = space.random(seed, 1, probe).sign_()
+        if known is not None:
+            _orthogonalize_(z, known.vectors, space)
+        estimates.append(space.dot(z, hessian.product(z)))
     error = float(np.std(estimates, ddof=1)) / math.sqrt(probes) if probes > 1 else math.nan
-    return exact + float(np.mean(estimates)), error
+    return (0.0 if known is None else known.trace) + float(np.mean(estimates)), error

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .hessian import make_hessian
+from hf_gnp.engines import Shard
+
+from .hessian import Hessian
 from .loss import SampleLoss, sample_loss
 from .pictures import draw_slices
 from .sample import draw_sample
 from .spectrum import top_eigenpairs
-from .vectors import precise
 
 
 # The unit of each axis, for each kind of directions.
@@ -78,25 +79,32 @@ def plot_loss_surface(
     """
     _check(trainer, checkpoints, directions, dimensions, points, distance)
     origins: list[Any] = list(checkpoints) or [None]  # None stands for the trainer's own weights
-    axes = [np.linspace(-distance, distance, points)] * dimensions
+    axes = [np.linspace(-distance, distance, points).tolist()] * dimensions
     if directions == "line":
         origins = [None, *checkpoints][-2:-1]
-        axes = [np.linspace(-distance / 4, 1 + distance / 4, points)]
+        axes = [np.linspace(-distance / 4, 1 + distance / 4, points).tolist()]
     slices = []
     with sample_loss(trainer, seed) as loss:
         loss.batches, size = draw_sample(trainer, dataset, samples, seed)
+        own = loss.origin
         for origin in origins:
-            offset = _way_to(origin, loss)
-            loss.set_origin(offset)
+            loss.origin = own if origin is None else _weights_in(origin, loss)
             item: dict[str, Any] = {"checkpoint": _name(origin)}
             if directions == "line":
-                found, vectors = _line(origin, offset, checkpoints[-1], loss)
+                way = loss.vectors.add_(loss.theta().neg_(), _weights_in(checkpoints[-1], loss))
+                item = {"checkpoint": f"{_name(origin)} (0) to {_name(checkpoints[-1])} (1)"}
+                item["distance"], vectors = loss.vectors.norm(way), [way]
             elif directions == "eigenvectors":
-                found, vectors = _eigenvectors(loss, dimensions, tolerance, max_products, seed)
+                item["eigenvalues"], vectors = _eigenvectors(loss, dimensions, tolerance, max_products, seed)
             else:
                 randoms = [loss.vectors.random(seed, 3, number) for number in range(dimensions)]
-                found, vectors = {}, [filter_normalized_(random, loss) for random in randoms]
-            slices.append(item | found | {"losses": _losses_along(loss, vectors, axes)})
+                vectors = [filter_normalized_(random, loss) for random in randoms]
+            losses = np.empty([points] * dimensions)
+            for index in np.ndindex(losses.shape):
+                place = [axis[i] for axis, i in zip(axes, index, strict=True)]
+                loss.move(sum(x * vector for x, vector in zip(place, vectors, strict=True)))
+                losses[index] = loss.value()
+            slices.append(item | {"losses": losses.tolist()})
     along = {
         "filters": f"filter-normalised random directions (seed {seed})",
         "eigenvectors": "eigenvectors of the largest eigenvalues of the Hessian",
@@ -106,7 +114,7 @@ def plot_loss_surface(
         "caption": f"Loss of {type(trainer.model).__name__}, mean over {size} samples, along {along}",
         "directions": directions,
         "units": list(UNITS[directions][:dimensions]),
-        "axes": [axis.tolist() for axis in axes],
+        "axes": axes,
         "slices": slices,
     }
     if trainer.is_world_process_zero():
@@ -132,22 +140,17 @@ def _check(
         raise NotImplementedError("Checkpoints are read whole, not into ZeRO's shards: use one process, DDP or FSDP2.")
 
 
-def _line(start: Any, offset: torch.Tensor, end: Any, loss: SampleLoss) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Return the name and length of the line between the weights of two checkpoints, and the vector between them."""
-    way = _way_to(end, loss).sub_(offset)
-    return {"checkpoint": f"{_name(start)} (0) to {_name(end)} (1)", "distance": loss.vectors.norm(way)}, [way]
-
-
 def _eigenvectors(
     loss: SampleLoss, count: int, tolerance: float, max_products: int, seed: int
-) -> tuple[dict[str, Any], list[torch.Tensor]]:
+) -> tuple[list[float], list[torch.Tensor]]:
     gradient = loss.vectors.zeros()
+    loss.move(gradient)
     loss.add_gradient_(gradient)
-    pairs = top_eigenpairs(make_hessian(loss, gradient), count, tolerance, max_products, seed)
+    pairs = top_eigenpairs(Hessian(loss, gradient), count, tolerance, max_products, seed)
     vectors = pairs.vectors[:count]
     # An eigenvector has no sign: let the loss rise to the right, so that two pictures show the same.
     ups = loss.vectors.dots(vectors, gradient)
-    return {"eigenvalues": pairs.values}, [-v if up < 0 else v for v, up in zip(vectors, ups, strict=True)]
+    return pairs.values, [-v if up < 0 else v for v, up in zip(vectors, ups, strict=True)]
 
 
 def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
@@ -156,44 +159,24 @@ def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tenso
 
     A filter is a row of a parameter with two or more dimensions. Other parameters become 0.
     """
-    vectors, places = loss.vectors, []
     # ZeRO-3 leaves an empty parameter, and its shape beside it.
     shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in loss.model.parameters()]
-    first_rows = np.cumsum([0, *(shape[0] if len(shape) > 1 else 0 for shape in shapes)]).tolist()
-    sq_norms = torch.zeros(2, first_rows[-1], dtype=precise(vectors.device), device=vectors.device)
-    origin = loss.origin()
-    for place, shard in vectors.placed_shards:
-        shape, first = shard.whole_shape, first_rows[shard.number]
-        if len(shape) < 2:
+    first_rows = np.cumsum([0, *(math.prod(shape[:1]) for shape in shapes)]).tolist()
+    for place, shard in loss.vectors.placed_shards:
+        if len(shard.whole_shape) < 2:
             direction[place] = 0.0
-            continue
-        rows_of_whole = torch.arange(first, first + shape[0]).repeat_interleave(math.prod(shape[1:])).view(shape)
-        rows = shard.part_of(rows_of_whole).reshape(-1).to(vectors.device)
-        places.append((place, rows))
-        filters = torch.stack([origin[place], direction[place]]).to(sq_norms.dtype)
-        sq_norms.index_add_(1, rows, filters.square() / shard.copies)
-    wanted, given = vectors.sum_over_ranks(sq_norms).sqrt().to(vectors.device)
-    scales = torch.where(given > 0, wanted / given, 0.0).to(direction.dtype)
-    for place, rows in places:
-        direction[place] *= scales[rows]
-    return direction
+
+    def rows_of(shard: Shard) -> torch.Tensor:
+        shape, first = shard.whole_shape, first_rows[shard.number]
+        rows = torch.arange(first, first_rows[shard.number + 1]).repeat_interleave(math.prod(shape[1:]))
+        return shard.part_of(rows.view(shape)).reshape(-1)
+
+    return loss.vectors.match_norms_(direction, loss.theta(), rows_of, first_rows[-1])
 
 
-def _losses_along(loss: SampleLoss, directions: Sequence[torch.Tensor], axes: Sequence[np.ndarray]) -> Any:
-    """Return the losses at origin + x d (+ y d') on the grid of the axes, as nested lists: x first."""
-    grid = np.empty([len(axis) for axis in axes])
-    for index in np.ndindex(grid.shape):
-        point: Any = sum(float(axis[i]) * d for axis, i, d in zip(axes, index, directions, strict=True))
-        loss.move(point)
-        grid[index] = loss.value()
-    return grid.tolist()
-
-
-def _way_to(folder: str | Path | None, loss: SampleLoss) -> torch.Tensor:
-    """Return the vector from θ to the trainable weights that are saved in a folder, or 0 without a folder."""
-    model, vectors = loss.trainer.model, loss.vectors
-    if folder is None:
-        return vectors.zeros()
+def _weights_in(folder: str | Path, loss: SampleLoss) -> list[torch.Tensor]:
+    """Return this rank's part of the trainable weights that are saved in a folder."""
+    model = loss.trainer.model
     if isinstance(model, PreTrainedModel):
         saved = [parameter.detach() for parameter in type(model).from_pretrained(folder).parameters()]
     elif (file := Path(folder) / "model.safetensors").is_file():
@@ -201,9 +184,7 @@ def _way_to(folder: str | Path | None, loss: SampleLoss) -> torch.Tensor:
         saved = [named[name] for name, _ in model.named_parameters()]
     else:
         raise ValueError(f"{folder} has no model.safetensors: give folders that save_model or a checkpoint wrote.")
-    way = vectors.theta().neg_()
-    vectors.add_(way, [shard.part_of(saved[shard.number]) for shard in vectors.shards])
-    return way
+    return [shard.part_of(saved[shard.number]).to(shard.weight.device) for shard in loss.vectors.shards]
 
 
 def _name(checkpoint: Any) -> str:
