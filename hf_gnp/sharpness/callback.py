@@ -30,12 +30,11 @@ class SharpnessCallback(TrainerCallback):
         self._trainer: Any = None
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            if self._trainer is None:
-                raise RuntimeError(
-                    "SharpnessCallback needs a trainer with GNPMixin: use GNPTrainer (gnp_alpha=0 too)."
-                )
-            self._trainer.measure_sharpness(**self.options)
+        if state.global_step % self.every != 0 and state.global_step != state.max_steps:
+            return
+        if self._trainer is None:
+            raise RuntimeError("SharpnessCallback needs a trainer with GNPMixin: use GNPTrainer (gnp_alpha=0 too).")
+        self._trainer.measure_sharpness(**self.options)
 
 
 @contextlib.contextmanager

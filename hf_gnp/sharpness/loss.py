@@ -30,13 +30,11 @@ FP16 = (
 
 class SampleLoss:
     """
-    Compute L(θ + v), the mean of the trainer's loss over `batches`, and ∇L(θ + v). Every rank calls each method.
-
-    The gradient of each micro-batch is reduced as in training and added up in float32.
+    Compute the mean L of the trainer's loss over `batches`, and ∇L. Every rank calls each method.
 
     Attributes:
         batches: This rank's micro-batches, to be set before the first pass.
-        vectors: The algebra of vectors such as v and ∇L.
+        vectors: The algebra of vectors such as ∇L.
         origin: θ, one tensor for each shard. It may be set to other weights, such as those of a checkpoint.
     """
 
@@ -53,14 +51,10 @@ class SampleLoss:
 
     @torch.no_grad()
     def move(self, vector: torch.Tensor, scale: float = 1.0) -> None:
-        """
-        Set the weights on all ranks to θ + scale v, rounded once to their dtype.
-
-        The weights stay there until the next move. Under ZeRO-1 and 2 a move is a collective.
-        """
+        """Set the weights on all ranks to θ + scale v, rounded once to their dtype, until the next move."""
         weights = [shard.weight for shard in self.vectors.shards]
         penalty.move_(weights, self.vectors.parts(vector), self.origin, scale)
-        self._engine.publish()
+        self._engine.publish()  # a collective under ZeRO-1 and 2
 
     def value(self) -> float:
         """Return the loss at the current weights."""
@@ -89,13 +83,12 @@ class SampleLoss:
         trainer, items = self.trainer, None
         set_seed(self._seed + batch.number)
         if trainer.compute_loss_func is not None:  # it needs the number of items, which a model counts itself
-            items = torch.tensor(batch.items, device=trainer.accelerator.device)
+            # With `average_tokens_across_devices` it is that of all ranks, and `compute_loss` multiplies by the ranks.
+            ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+            items = torch.tensor(batch.items * ranks, device=trainer.accelerator.device)
         inputs = trainer._prepare_inputs(copied(batch.inputs))
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
-        # `compute_loss` multiplies the loss by the number of ranks, so that the mean over ranks gives the sum.
-        is_scaled = items is not None and trainer.args.average_tokens_across_devices
-        return loss / trainer.accelerator.num_processes if is_scaled else loss
+            return trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
 
     def end_pass(self) -> None:
         """Restore the state, so that each pass finds the same random generators, buffers and attributes."""
@@ -104,9 +97,9 @@ class SampleLoss:
 
     def _mean(self, losses: list[torch.Tensor]) -> float:
         self.end_pass()
-        dtype = self.vectors.sum_dtype
-        shares = [loss.to(dtype) * batch.share for loss, batch in zip(losses, self.batches, strict=True)]
-        return self.trainer.accelerator.reduce(torch.stack(shares).sum(), reduction="sum").item()
+        shares = torch.tensor([batch.share for batch in self.batches], dtype=self.vectors.sum_dtype)
+        mean = torch.stack(losses).to(shares.dtype) @ shares.to(losses[0].device)
+        return self.trainer.accelerator.reduce(mean, reduction="sum").item()
 
 
 @contextlib.contextmanager
@@ -139,9 +132,8 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
 def _refuse_unsupported(trainer: Any) -> None:
     """Raise an error where a gradient would not be that of the mean loss, or where weights cannot be moved."""
     accelerator, sentence = trainer.accelerator, "Sharpness cannot be measured with {}."
-    config = getattr(accelerator.deepspeed_plugin, "hf_ds_config", None)
-    is_fp16 = accelerator.mixed_precision == "fp16" or (config and config.get_value("fp16.enabled") is True)
-    if is_fp16 or any(parameter.dtype == torch.float16 for parameter in trainer.model.parameters()):
+    dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
+    if accelerator.mixed_precision == "fp16" or torch.float16 in dtypes:  # DeepSpeed's `fp16` too
         raise ValueError(FP16)
     refuse_engine(accelerator, trainer.model, sentence)
     if trainer.args.n_gpu > 1:

@@ -10,75 +10,57 @@ from transformers import set_seed
 
 
 class WeightedBatch(NamedTuple):
-    """
-    Hold a collated micro-batch of this rank. `number` is its index among the micro-batches of all ranks.
-
-    Its loss is a mean over `items` labels. `share` is its weight in the mean over all micro-batches.
-    """
+    """Hold a collated micro-batch of this rank."""
 
     inputs: Any
-    items: int
-    share: float
-    number: int
+    items: int  # the number of labels, whose mean is its loss
+    share: float  # its weight in the mean over all micro-batches
+    number: int  # its index among the micro-batches of all ranks
 
 
 def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> tuple[list[WeightedBatch], int]:
-    """
-    Draw a sample of the evaluation data.
-
-    Args:
-        dataset: A dataset or the name of one of several, as in `Trainer.evaluate`. None is the `eval_dataset`.
-        size: The largest number of samples over all ranks.
-
-    Returns:
-        This rank's micro-batches, as many as on each other rank, and the number of samples.
-    """
+    """Return this rank's micro-batches of a sample of at most `size` over all ranks, and the sample's size."""
     available = trainer.eval_dataset
     named = available if isinstance(available, dict) else {None: available}
     dataset = named.get(dataset) if dataset is None or isinstance(dataset, str) else dataset
     if dataset is None:
         names = f" (one of {sorted(available)})" if isinstance(available, dict) else ""
         raise ValueError(f"measure_sharpness needs data: give it a dataset{names}, or the trainer an eval_dataset.")
-    chosen = choose(dataset, size, seed)
-    batches = micro_batches(trainer, chosen, trainer.args.per_device_eval_batch_size, seed)
-    return weighted(trainer, batches), len(chosen)
+    batches, size = draw(trainer, dataset, size, trainer.args.per_device_eval_batch_size, seed)
+    return weighted(trainer, batches), size
 
 
-def choose(dataset: Any, size: int, seed: int, shuffle: bool = False) -> Any:
-    """Choose samples by the seed, in the dataset's order or shuffled. An iterable dataset gives its first samples."""
+def draw(
+    trainer: Any, dataset: Any, size: int, per_batch: int, seed: int, shuffle: bool = False
+) -> tuple[list[WeightedBatch], int]:
+    """
+    Draw at most `size` samples by the seed, shuffled or in the dataset's order, and collate them with random
+    transforms by the seed. An iterable dataset gives its first samples.
+
+    Returns:
+        Every n-th micro-batch, where n is the number of ranks, and the number of samples. Each micro-batch costs a
+        collective, so all ranks have the same number of them. Surplus ones have a share of 0.
+    """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        return list(itertools.islice(dataset, size))
-    rows = np.random.default_rng(seed).permutation(len(dataset))[:size]
-    indices = (rows if shuffle else np.sort(rows)).tolist()
-    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
-
-
-def micro_batches(trainer: Any, chosen: Any, per_batch: int, seed: int) -> list[WeightedBatch]:
-    """
-    Collate every n-th micro-batch, where n is the number of ranks. The seed sets random transforms.
-
-    Each micro-batch costs a collective, so all ranks have the same number. Surplus ones have a share of 0.
-    """
+        chosen: Any = list(itertools.islice(dataset, size))
+    else:
+        rows = np.random.default_rng(seed).permutation(len(dataset))[:size]
+        indices = (rows if shuffle else np.sort(rows)).tolist()
+        chosen = dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
     # It has the trainer's collator and columns. The data loader of `evaluate` may be kept for later evaluations.
     loader = trainer.get_test_dataloader(chosen)
-    rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    count, batches = -(-len(chosen) // per_batch), []
-    for number in range(rank, -(-count // ranks) * ranks, ranks):
+    ranks, count, batches = trainer.accelerator.num_processes, -(-len(chosen) // per_batch), []
+    for number in range(trainer.accelerator.process_index, -(-count // ranks) * ranks, ranks):
         first = number * per_batch if number < count else 0
         set_seed(seed + number)
         inputs = loader.collate_fn([loader.dataset[row] for row in range(first, min(first + per_batch, len(chosen)))])
         items = _count_items(trainer, inputs)
         batches.append(WeightedBatch(inputs, items, float(items) if number < count else 0.0, number))
-    return batches
+    return batches, len(chosen)
 
 
 def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:
-    """
-    Scale the shares so that the losses of these micro-batches add up over all ranks to a mean over labels.
-
-    Raises:
-        ValueError: if nothing in them has a label.
-    """
+    """Scale the shares so that the losses of these micro-batches add up over all ranks to a mean over labels."""
     local = torch.tensor(int(sum(batch.share for batch in batches)), device=trainer.accelerator.device)
     total = trainer.accelerator.reduce(local, reduction="sum").item()
     if total == 0:

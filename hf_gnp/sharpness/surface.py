@@ -13,18 +13,17 @@ from transformers import PreTrainedModel
 
 from hf_gnp.engines import Shard
 
-from .hessian import Hessian
+from .hessian import Hessian, top_eigenpairs
 from .loss import SampleLoss, sample_loss
 from .pictures import draw_slices
 from .sample import draw_sample
-from .spectrum import top_eigenpairs
 
 
 # The unit of each axis, for each kind of directions.
 UNITS = {
-    "filters": ("filter norms along a random direction", "filter norms along another"),
-    "eigenvectors": ("‖Δθ‖ along eigenvector 1", "‖Δθ‖ along eigenvector 2"),
-    "line": ("share of the way",),
+    "filters": ["filter norms along a random direction", "filter norms along another"],
+    "eigenvectors": ["‖Δθ‖ along eigenvector 1", "‖Δθ‖ along eigenvector 2"],
+    "line": ["share of the way"],
 }
 
 
@@ -70,14 +69,17 @@ def plot_loss_surface(
 
     Reference:
         Li et al., "Visualizing the loss landscape of neural nets", NeurIPS 2018, arXiv 1712.09913.
-
-    Example:
-
-    ```python
-    >>> plot_loss_surface(trainer, "surface.png", ["plain", "penalised"], directions="eigenvectors", dimensions=2)
-    ```
     """
-    _check(trainer, checkpoints, directions, dimensions, points, distance)
+    if directions not in UNITS:
+        raise ValueError(f"directions must be one of {tuple(UNITS)}, but it is {directions!r}.")
+    if dimensions not in (1, 2) or points < 2 or not distance > 0:
+        raise ValueError(
+            f"dimensions must be 1 or 2, points at least 2 and distance positive: {dimensions}, {points}, {distance}."
+        )
+    if directions == "line" and (dimensions != 1 or len(checkpoints) not in (1, 2)):
+        raise ValueError("A line has one dimension and two ends: give one or two checkpoints.")
+    if checkpoints and trainer.is_deepspeed_enabled:
+        raise NotImplementedError("Checkpoints are read whole, not into ZeRO's shards: use one process, DDP or FSDP2.")
     origins: list[Any] = list(checkpoints) or [None]  # None stands for the trainer's own weights
     axes = [np.linspace(-distance, distance, points).tolist()] * dimensions
     if directions == "line":
@@ -86,34 +88,31 @@ def plot_loss_surface(
     slices = []
     with sample_loss(trainer, seed) as loss:
         loss.batches, size = draw_sample(trainer, dataset, samples, seed)
-        own = loss.origin
         for origin in origins:
-            loss.origin = own if origin is None else _weights_in(origin, loss)
+            loss.origin = _weights_in(origin, loss)
             item: dict[str, Any] = {"checkpoint": _name(origin)}
             if directions == "line":
-                way = loss.vectors.add_(loss.theta().neg_(), _weights_in(checkpoints[-1], loss))
-                item = {"checkpoint": f"{_name(origin)} (0) to {_name(checkpoints[-1])} (1)"}
-                item["distance"], vectors = loss.vectors.norm(way), [way]
+                vectors = [loss.vectors.add_(loss.theta().neg_(), _weights_in(checkpoints[-1], loss))]
+                length = loss.vectors.norm(vectors[0])
+                item = {"checkpoint": f"{_name(origin)} (0) to {_name(checkpoints[-1])} (1)", "distance": length}
+                along = f"the line between two checkpoints, ‖Δθ‖ = {length:.3g} apart"
             elif directions == "eigenvectors":
                 item["eigenvalues"], vectors = _eigenvectors(loss, dimensions, tolerance, max_products, seed)
+                along = "eigenvectors of the largest eigenvalues of the Hessian"
             else:
                 randoms = [loss.vectors.random(seed, 3, number) for number in range(dimensions)]
                 vectors = [filter_normalized_(random, loss) for random in randoms]
+                along = f"filter-normalised random directions (seed {seed})"
             losses = np.empty([points] * dimensions)
             for index in np.ndindex(losses.shape):
                 place = [axis[i] for axis, i in zip(axes, index, strict=True)]
                 loss.move(sum(x * vector for x, vector in zip(place, vectors, strict=True)))
                 losses[index] = loss.value()
             slices.append(item | {"losses": losses.tolist()})
-    along = {
-        "filters": f"filter-normalised random directions (seed {seed})",
-        "eigenvectors": "eigenvectors of the largest eigenvalues of the Hessian",
-        "line": f"the line between two checkpoints, ‖Δθ‖ = {slices[0].get('distance', 0):.3g} apart",
-    }[directions]
     result = {
         "caption": f"Loss of {type(trainer.model).__name__}, mean over {size} samples, along {along}",
         "directions": directions,
-        "units": list(UNITS[directions][:dimensions]),
+        "units": UNITS[directions][:dimensions],
         "axes": axes,
         "slices": slices,
     }
@@ -125,40 +124,19 @@ def plot_loss_surface(
     return result
 
 
-def _check(
-    trainer: Any, checkpoints: Sequence[Any], directions: str, dimensions: int, points: int, distance: float
-) -> None:
-    if directions not in UNITS:
-        raise ValueError(f"directions must be one of {tuple(UNITS)}, but it is {directions!r}.")
-    if dimensions not in (1, 2) or points < 2 or not distance > 0:
-        raise ValueError(
-            f"dimensions must be 1 or 2, points at least 2 and distance positive: {dimensions}, {points}, {distance}."
-        )
-    if directions == "line" and (dimensions != 1 or len(checkpoints) not in (1, 2)):
-        raise ValueError("A line has one dimension and two ends: give one or two checkpoints.")
-    if checkpoints and trainer.is_deepspeed_enabled:
-        raise NotImplementedError("Checkpoints are read whole, not into ZeRO's shards: use one process, DDP or FSDP2.")
-
-
-def _eigenvectors(
-    loss: SampleLoss, count: int, tolerance: float, max_products: int, seed: int
-) -> tuple[list[float], list[torch.Tensor]]:
+def _eigenvectors(loss: SampleLoss, count: int, tolerance: float, max_products: int, seed: int) -> tuple[Any, Any]:
     gradient = loss.vectors.zeros()
     loss.move(gradient)
     loss.add_gradient_(gradient)
-    pairs = top_eigenpairs(Hessian(loss, gradient), count, tolerance, max_products, seed)
-    vectors = pairs.vectors[:count]
-    # An eigenvector has no sign: let the loss rise to the right, so that two pictures show the same.
-    ups = loss.vectors.dots(vectors, gradient)
-    return pairs.values, [-v if up < 0 else v for v, up in zip(vectors, ups, strict=True)]
+    pairs = top_eigenpairs(Hessian(loss, gradient, "differences", None), count, tolerance, max_products, seed)
+    for vector in pairs.vectors[:count]:  # it has no sign: let the loss rise to the right, so that pictures compare
+        if loss.vectors.dot(vector, gradient) < 0:
+            vector.neg_()
+    return pairs.values, pairs.vectors[:count]
 
 
 def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
-    """
-    Scale each filter of a direction to the norm of the same filter of the weights (Li et al. 2018).
-
-    A filter is a row of a parameter with two or more dimensions. Other parameters become 0.
-    """
+    """Scale each row of a matrix or kernel to the norm of that row of the weights. Other parameters become 0."""
     # ZeRO-3 leaves an empty parameter, and its shape beside it.
     shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in loss.model.parameters()]
     first_rows = np.cumsum([0, *(math.prod(shape[:1]) for shape in shapes)]).tolist()
@@ -167,16 +145,18 @@ def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tenso
             direction[place] = 0.0
 
     def rows_of(shard: Shard) -> torch.Tensor:
-        shape, first = shard.whole_shape, first_rows[shard.number]
-        rows = torch.arange(first, first_rows[shard.number + 1]).repeat_interleave(math.prod(shape[1:]))
-        return shard.part_of(rows.view(shape)).reshape(-1)
+        rows = torch.arange(first_rows[shard.number], first_rows[shard.number + 1])
+        whole = rows.repeat_interleave(math.prod(shard.whole_shape[1:])).view(shard.whole_shape)
+        return shard.part_of(whole).reshape(-1)
 
     return loss.vectors.match_norms_(direction, loss.theta(), rows_of, first_rows[-1])
 
 
-def _weights_in(folder: str | Path, loss: SampleLoss) -> list[torch.Tensor]:
-    """Return this rank's part of the trainable weights that are saved in a folder."""
-    model = loss.trainer.model
+def _weights_in(folder: str | Path | None, loss: SampleLoss) -> list[torch.Tensor]:
+    """Return this rank's part of the trainable weights that are saved in a folder, or of the trainer's own."""
+    model, shards = loss.trainer.model, loss.vectors.shards
+    if folder is None:
+        return [shard.master for shard in shards]
     if isinstance(model, PreTrainedModel):
         saved = [parameter.detach() for parameter in type(model).from_pretrained(folder).parameters()]
     elif (file := Path(folder) / "model.safetensors").is_file():
@@ -184,7 +164,7 @@ def _weights_in(folder: str | Path, loss: SampleLoss) -> list[torch.Tensor]:
         saved = [named[name] for name, _ in model.named_parameters()]
     else:
         raise ValueError(f"{folder} has no model.safetensors: give folders that save_model or a checkpoint wrote.")
-    return [shard.part_of(saved[shard.number]).to(shard.weight.device) for shard in loss.vectors.shards]
+    return [shard.part_of(saved[shard.number]).to(shard.weight.device) for shard in shards]
 
 
 def _name(checkpoint: Any) -> str:
