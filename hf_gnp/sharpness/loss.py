@@ -21,13 +21,6 @@ from .sample import WeightedBatch
 from .vectors import ShardVectors
 
 
-FP16 = (
-    "Sharpness is not measured in fp16: a Hessian-vector product is the small difference of two gradients, and fp16 "
-    "has neither the range for such gradients without a loss scale (below 6e-8 they are 0) nor the digits for their "
-    "difference. Load the model in fp32 or bf16."
-)
-
-
 class SampleLoss:
     """
     Compute the mean L of the trainer's loss over `batches`, and ∇L. Every rank calls each method.
@@ -104,11 +97,7 @@ class SampleLoss:
 
 @contextlib.contextmanager
 def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sharpness") -> Iterator[SampleLoss]:
-    """
-    Yield a `SampleLoss` in evaluation or training mode.
-
-    On leaving, also after an interruption, restore weights, gradients and all other state bit for bit.
-    """
+    """Yield a `SampleLoss`. On leaving, also after an interruption, restore all state bit for bit."""
     _refuse_unsupported(trainer)
     is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
     with _prepared_model(trainer) as model:
@@ -134,7 +123,11 @@ def _refuse_unsupported(trainer: Any) -> None:
     accelerator, sentence = trainer.accelerator, "Sharpness cannot be measured with {}."
     dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
     if accelerator.mixed_precision == "fp16" or torch.float16 in dtypes:  # DeepSpeed's `fp16` too
-        raise ValueError(FP16)
+        raise ValueError(
+            "Sharpness is not measured in fp16: a Hessian-vector product is the small difference of two gradients, "
+            "and fp16 has neither the range for such gradients without a loss scale (below 6e-8 they are 0) nor the "
+            "digits for their difference. Load the model in fp32 or bf16."
+        )
     refuse_engine(accelerator, trainer.model, sentence)
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(sentence.format("DataParallel: start one process a GPU (torchrun)"))

@@ -80,9 +80,11 @@ class ShardVectors:
         """
         sq_norms = torch.zeros(2, count, dtype=self.sum_dtype, device=self.device)
         for place, shard in self.placed_shards:
-            groups = groups_of(shard).to(self.device).expand(shard.weight.numel())
+            groups = groups_of(shard).to(self.device)
             for row, part in zip(sq_norms, (model[place], vector[place]), strict=True):
-                row.index_add_(0, groups, part.to(row).square(), alpha=1 / shard.copies)
+                squares = part.to(row).square()
+                squares = squares if groups.ndim else squares.sum().view(1)
+                row.index_add_(0, groups.view(-1), squares, alpha=1 / shard.copies)
         wanted, given = np.sqrt(self._sum_over_ranks(sq_norms))
         scales = torch.from_numpy(np.divide(wanted, given, out=np.zeros(count), where=given > 0)).to(vector)
         for place, shard in self.placed_shards:
