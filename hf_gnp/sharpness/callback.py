@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 
 class SharpnessCallback(TrainerCallback):
@@ -29,24 +29,21 @@ class SharpnessCallback(TrainerCallback):
         self.every, self.options = every, options
         self._trainer: Any = None
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            if self._trainer is None:
-                raise RuntimeError(
-                    "SharpnessCallback needs a trainer with GNPMixin: use GNPTrainer (gnp_alpha=0 too)."
-                )
-            self._trainer.measure_sharpness(**self.options)
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every != 0 and state.global_step != state.max_steps:
+            return
+        if self._trainer is None:
+            raise RuntimeError("SharpnessCallback needs a trainer with GNPMixin: use GNPTrainer (gnp_alpha=0 too).")
+        self._trainer.measure_sharpness(**self.options)
 
 
 @contextlib.contextmanager
 def callbacks_know(trainer: Any) -> Iterator[None]:
     """Give the trainer to the callbacks of this kind. transformers gives them the model alone."""
     known = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SharpnessCallback)]
-    for callback in known:
-        callback._trainer = trainer
     try:
+        for callback in known:
+            callback._trainer = trainer
         yield
     finally:
         for callback in known:

@@ -10,61 +10,44 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from hf_gnp import penalty
-from hf_gnp.engines import Engine, make_engine
+from hf_gnp.engines import Engine, make_engine, refuse_engine
 from hf_gnp.perturbation import Perturbation
 from hf_gnp.second_pass.inputs import copied
 from hf_gnp.second_pass.window import StateAtHand
 from hf_gnp.signals import DeferredSignals
+from hf_gnp.tensors import gradients_hidden
 
-from .prepared import left_as_found, prepared_model, refuse_unsupported
 from .sample import WeightedBatch
-from .vectors import ShardVectors, precise
+from .vectors import ShardVectors
 
 
 class SampleLoss:
     """
-    Compute L(θ + v), the mean of the trainer's loss over `batches`, and ∇L(θ + v). Every rank calls each method.
-
-    The gradient of each micro-batch is reduced as in training and added up in float32.
+    Compute the mean L of the trainer's loss over `batches`, and ∇L. Every rank calls each method.
 
     Attributes:
         batches: This rank's micro-batches, to be set before the first pass.
-        vectors: The algebra of vectors such as v and ∇L.
+        vectors: The algebra of vectors such as ∇L.
+        origin: θ, one tensor for each shard. It may be set to other weights, such as those of a checkpoint.
     """
 
     def __init__(self, trainer: Any, model: nn.Module, engine: Engine, state: StateAtHand, seed: int, progress: Any):
         self.trainer, self.model, self.progress = trainer, model, progress
         self._engine, self._state, self._seed = engine, state, seed
         self.vectors = ShardVectors(engine.keep_weights(engine.trainable_shards()), engine)
+        self.origin = [shard.master for shard in self.vectors.shards]
         self.batches: list[WeightedBatch] = []
-        self._offset: torch.Tensor | None = None
 
-    def set_origin(self, offset: torch.Tensor) -> None:
-        """Measure around θ + offset instead of θ, such as around another checkpoint."""
-        self._offset = offset
-        self.move()
-
-    def origin(self) -> torch.Tensor:
-        """Return θ + offset as a vector."""
-        theta = self.vectors.theta()
-        return theta if self._offset is None else theta.add_(self._offset)
+    def theta(self) -> torch.Tensor:
+        """Return θ as a vector."""
+        return self.vectors.add_(self.vectors.zeros(), self.origin)
 
     @torch.no_grad()
-    def move(self, vector: torch.Tensor | None = None, scale: float = 1.0) -> None:
-        """
-        Set the weights on all ranks to origin + scale v, rounded once to their dtype. Without a vector v is 0.
-
-        The weights stay there until the next move. Under ZeRO-1 and 2 a move is a collective.
-        """
-        if self._offset is not None:
-            vector, scale = self._offset if vector is None else torch.add(self._offset, vector, alpha=scale), 1.0
+    def move(self, vector: torch.Tensor, scale: float = 1.0) -> None:
+        """Set the weights on all ranks to θ + scale v, rounded once to their dtype, until the next move."""
         weights = [shard.weight for shard in self.vectors.shards]
-        thetas = [shard.master for shard in self.vectors.shards]
-        if vector is None:
-            penalty.copy_(weights, thetas)
-        else:
-            penalty.move_(weights, self.vectors.parts(vector), thetas, scale)
-        self._engine.publish()
+        penalty.move_(weights, self.vectors.parts(vector), self.origin, scale)
+        self._engine.publish()  # a collective under ZeRO-1 and 2
 
     def value(self) -> float:
         """Return the loss at the current weights."""
@@ -74,15 +57,15 @@ class SampleLoss:
     def add_gradient_(self, vector: torch.Tensor, scale: float = 1.0) -> float:
         """Add `scale * ∇L` at the current weights to `vector`, and return the loss."""
         accelerator, engine, losses = self.trainer.accelerator, self._engine, []
-        # Engines average gradients over ranks, and accelerate divides the loss by its accumulation steps.
-        in_deepspeed = self.trainer.is_deepspeed_enabled
-        factor = accelerator.num_processes * (1 if in_deepspeed else accelerator.gradient_accumulation_steps)
-        kwargs = {"scale_wrt_gas": False} if in_deepspeed else {}
         for batch in self.batches:
             with engine.replay(is_last=True):
                 loss = self.micro_batch_loss(batch)
                 losses.append(loss.detach())
-                accelerator.backward(loss * (batch.share * factor), **kwargs)
+                loss = loss * (batch.share * accelerator.num_processes)  # engines average gradients over ranks
+                if self.trainer.is_deepspeed_enabled:
+                    accelerator.backward(loss, scale_wrt_gas=False)
+                else:
+                    loss.backward()
             gradients = engine.gradients_of(self.vectors.shards)
             self.vectors.add_(vector, gradients, scale / float(engine.loss_scale()))
             engine.discard_gradient()
@@ -93,13 +76,12 @@ class SampleLoss:
         trainer, items = self.trainer, None
         set_seed(self._seed + batch.number)
         if trainer.compute_loss_func is not None:  # it needs the number of items, which a model counts itself
-            items = torch.tensor(batch.items, device=trainer.accelerator.device)
+            # With `average_tokens_across_devices` it is that of all ranks, and `compute_loss` multiplies by the ranks.
+            ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+            items = torch.tensor(batch.items * ranks, device=trainer.accelerator.device)
         inputs = trainer._prepare_inputs(copied(batch.inputs))
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
-        # `compute_loss` multiplies the loss by the number of ranks, so that the mean over ranks gives the sum.
-        is_scaled = items is not None and trainer.args.average_tokens_across_devices
-        return loss / trainer.accelerator.num_processes if is_scaled else loss
+            return trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
 
     def end_pass(self) -> None:
         """Restore the state, so that each pass finds the same random generators, buffers and attributes."""
@@ -108,33 +90,74 @@ class SampleLoss:
 
     def _mean(self, losses: list[torch.Tensor]) -> float:
         self.end_pass()
-        dtype = precise(losses[0].device)
-        shares = [loss.to(dtype) * batch.share for loss, batch in zip(losses, self.batches, strict=True)]
-        return self.trainer.accelerator.reduce(torch.stack(shares).sum(), reduction="sum").item()
+        shares = torch.tensor([batch.share for batch in self.batches], dtype=self.vectors.sum_dtype)
+        mean = torch.stack(losses).to(shares.dtype) @ shares.to(losses[0].device)
+        return self.trainer.accelerator.reduce(mean, reduction="sum").item()
 
 
 @contextlib.contextmanager
 def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sharpness") -> Iterator[SampleLoss]:
-    """
-    Yield a `SampleLoss` in evaluation or training mode.
-
-    On leaving, also after an interruption, restore weights, gradients and all other state bit for bit.
-    """
-    refuse_unsupported(trainer)
+    """Yield a `SampleLoss`. On leaving, also after an interruption, restore all state bit for bit."""
+    _refuse_unsupported(trainer)
     is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
-    with prepared_model(trainer) as model:
+    with _prepared_model(trainer) as model:
         # Before the state is recorded: an engine makes the parameters the shards, also after an evaluation.
         engine = make_engine(trainer.accelerator, model, Perturbation(), trainer.optimizer)
-        with (
-            left_as_found(trainer, model, training) as state,
-            tqdm(desc=name, unit=" passes", leave=False, disable=is_silent) as progress,
-        ):
-            gradient = engine.take_gradient()
-            try:
+        state, modes = StateAtHand(trainer, model), [(module, module.training) for module in model.modules()]
+        gradient, progress = engine.take_gradient(), tqdm(desc=name, unit=" passes", leave=False, disable=is_silent)
+        try:
+            with progress, gradients_hidden(state.found.others):
+                model.train(training)
                 yield SampleLoss(trainer, model, engine, state, seed, progress)
-            finally:
-                with DeferredSignals():
-                    try:
-                        engine.abandon()
-                    finally:
-                        engine.add_gradient(gradient)
+        finally:
+            with DeferredSignals(), contextlib.ExitStack() as stack:  # from last to first, also after one that raises
+                for module, is_training in modes:
+                    stack.callback(setattr, module, "training", is_training)
+                stack.callback(state.put_back)
+                stack.callback(engine.add_gradient, gradient)
+                stack.callback(engine.abandon)
+
+
+def _refuse_unsupported(trainer: Any) -> None:
+    """Raise an error where a gradient would not be that of the mean loss, or where weights cannot be moved."""
+    accelerator, sentence = trainer.accelerator, "Sharpness cannot be measured with {}."
+    dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
+    if accelerator.mixed_precision == "fp16" or torch.float16 in dtypes:  # DeepSpeed's `fp16` too
+        raise ValueError(
+            "Sharpness is not measured in fp16: a Hessian-vector product is the small difference of two gradients, "
+            "and fp16 has neither the range for such gradients without a loss scale (below 6e-8 they are 0) nor the "
+            "digits for their difference. Load the model in fp32 or bf16."
+        )
+    refuse_engine(accelerator, trainer.model, sentence)
+    if trainer.args.n_gpu > 1:
+        raise NotImplementedError(sentence.format("DataParallel: start one process a GPU (torchrun)"))
+    if trainer.get_tp_size() > 1:
+        raise NotImplementedError(sentence.format("tensor parallelism: use FSDP2 or DeepSpeed ZeRO"))
+    if trainer.is_in_train and not accelerator.sync_gradients:
+        raise RuntimeError("Sharpness is measured between optimizer steps, not between the micro-batches of one.")
+
+
+@contextlib.contextmanager
+def _prepared_model(trainer: Any) -> Iterator[nn.Module]:
+    """Yield the model as `train` prepared it. Before `train`, prepare it for this context."""
+    accelerator, model = trainer.accelerator, trainer.model
+    is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if is_sharded and not accelerator._optimizers:  # `evaluate` prepares the model alone
+        raise RuntimeError(
+            f"{'DeepSpeed' if trainer.is_deepspeed_enabled else 'FSDP'} shards a model together with its optimizer, "
+            "which `train` makes: measure during or after training (SharpnessCallback does), or before it on one "
+            "process."
+        )
+    if is_sharded or trainer.model_wrapped is not model:
+        yield trainer.model_wrapped
+        return
+    models, names = list(accelerator._models), ("forward", "_original_forward")  # accelerate sets them for autocast
+    attributes = {name: vars(model)[name] for name in names if name in vars(model)}
+    is_placed = getattr(model, "is_distributed_loading_by_transformers", False)  # and sharded
+    try:
+        yield accelerator.prepare_model(model, device_placement=not is_placed, evaluation_mode=is_placed)
+    finally:
+        accelerator._models[:] = models
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(attributes)

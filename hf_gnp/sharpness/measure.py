@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .hessian import make_hessian
+from .hessian import Hessian, top_eigenpairs, trace
 from .loss import SampleLoss, sample_loss
 from .sample import draw_sample
-from .spectrum import Eigenpairs, top_eigenpairs, trace
 
 
 def measure_sharpness(
@@ -33,9 +32,9 @@ def measure_sharpness(
     Measure the flatness of the loss at the trainer's weights \\(\theta\\): the gradient norm, the spectrum of the
     Hessian \\(H = \nabla^2 L\\), and the rise of the loss at distances r.
 
-    \\(L\\) is the trainer's own loss in evaluation mode, a mean over the labels of a sample. Weights, buffers, random
-    generators and gradients are afterwards bit for bit as before, also after an interruption. Every rank calls this.
-    A seed gives the same sample and the same random directions on every engine and number of ranks.
+    \\(L\\) is the trainer's own loss in evaluation mode, a mean over the labels of a sample. A seed gives the same
+    sample and directions on every engine and number of ranks. Weights, buffers, random generators and gradients are
+    afterwards bit for bit as before, also after an interruption. Every rank calls this.
 
     Memory: θ, the gradient and at most `basis` + 4 vectors, in float32, of this rank's trainable shard. A product
     costs two gradients of the sample.
@@ -59,8 +58,8 @@ def measure_sharpness(
     Returns:
         loss, grad_norm (‖∇L‖), top_eigenvalues and residuals (largest first), trace and trace_standard_error,
         product_error (the estimated relative error of a product), products, samples, radii. For each r the rise of
-        the loss along the gradient (ascent) and its mean over random directions (ascent_random). For each r the
-        larger one of the rises up and down the top eigenvector (ascent_top_eigenvector).
+        the loss along the gradient (ascent), its mean over random directions (ascent_random), and the larger one up
+        and down the top eigenvector (ascent_top_eigenvector).
 
     Raises:
         ValueError: for an argument out of range, missing data, or a model in fp16.
@@ -68,34 +67,32 @@ def measure_sharpness(
         NotImplementedError: for an engine on which the weights cannot be moved.
 
     Reference:
-        Central differences: Pearlmutter 1994. Spectrum and trace: see `spectrum.py`.
-
-    Example:
-
-    ```python
-    >>> trainer = GNPTrainer(model, args, eval_dataset=eval_dataset)
-    >>> trainer.measure_sharpness(k=2)["top_eigenvalues"]
-    ```
+        Pearlmutter, "Fast exact multiplication by the Hessian", 1994. Spectrum and trace: see `hessian.py`.
     """
     radii = [float(r) for r in (radii if isinstance(radii, Sequence) else [radii])]
     check_positive(radii=radii, tolerance=[tolerance])
     check_counts(k=(k, 0), samples=(samples, 1), probes=(probes, 0), max_products=(max_products, 1))
     with sample_loss(trainer, seed) as loss:
         loss.batches, size = draw_sample(trainer, dataset, samples, seed)
-        result: dict[str, Any] = {"samples": size, "radii": radii}
-        gradient, pairs = loss.vectors.zeros(), None
-        result["loss"] = start = loss.add_gradient_(gradient)
-        result["grad_norm"] = loss.vectors.norm(gradient)
+        vectors, pairs = loss.vectors, None
+        gradient = vectors.zeros()
+        start = loss.add_gradient_(gradient)
+        result = {"samples": size, "radii": radii, "loss": start, "grad_norm": vectors.norm(gradient)}
         if k > 0 or probes > 0:
-            hessian = make_hessian(loss, gradient, method, step)
+            hessian = Hessian(loss, gradient, method, step)
             if k > 0:
                 pairs = top_eigenpairs(hessian, k, tolerance, max_products, seed, basis)
                 result |= {"top_eigenvalues": pairs.values, "residuals": pairs.residuals}
             if probes > 0:
-                estimate = trace(hessian.product, loss.vectors, probes, seed, pairs)
-                result["trace"], result["trace_standard_error"] = estimate
+                result["trace"], result["trace_standard_error"] = trace(hessian, probes, seed, pairs)
             result |= {"product_error": hessian.error, "products": hessian.products}
-        result |= _ascents(loss, start, gradient, radii, pairs, probes, seed)
+        result["ascent"] = _rises(loss, start, gradient, radii)
+        if pairs is not None:
+            both = [_rises(loss, start, pairs.vectors[0], [sign * r for r in radii]) for sign in (1, -1)]
+            result["ascent_top_eigenvector"] = np.max(both, axis=0).tolist()
+        if probes > 0:
+            rises = [_rises(loss, start, vectors.random(seed, 2, probe), radii) for probe in range(probes)]
+            result["ascent_random"] = np.mean(rises, axis=0).tolist()
     if log:
         should_log = trainer.control.should_log
         trainer.log(_as_logs(result))
@@ -114,32 +111,9 @@ def check_positive(**values: Sequence[float]) -> None:
         raise ValueError(f"{' and '.join(values)} must be positive: {', '.join(map(str, values.values()))}.")
 
 
-def _ascents(
-    loss: SampleLoss,
-    start: float,
-    gradient: torch.Tensor,
-    radii: Sequence[float],
-    pairs: Eigenpairs | None,
-    probes: int,
-    seed: int,
-) -> dict[str, list[float]]:
-    """Return the rise of the loss from `start` along the gradient, the top eigenvector and random directions."""
-    result = {"ascent": _rises(loss, start, gradient, radii)}
-    if pairs is not None:
-        both = [_rises(loss, start, pairs.vectors[0], [sign * r for r in radii]) for sign in (1, -1)]
-        result["ascent_top_eigenvector"] = np.max(both, axis=0).tolist()
-    if probes > 0:
-        rises = [_rises(loss, start, loss.vectors.random(seed, 2, probe), radii) for probe in range(probes)]
-        result["ascent_random"] = np.mean(rises, axis=0).tolist()
-    return result
-
-
 def _rises(loss: SampleLoss, start: float, direction: torch.Tensor, radii: Sequence[float]) -> list[float]:
     """Return L(θ + r v/‖v‖) - L(θ) for each r."""
-    norm = loss.vectors.norm(direction)
-    if norm == 0:
-        return [0.0 for _ in radii]
-    rises = []
+    norm, rises = loss.vectors.norm(direction) or math.inf, []
     for r in radii:
         loss.move(direction, r / norm)
         rises.append(loss.value() - start)

@@ -15,36 +15,29 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def draw_slices(result: dict[str, Any], path: Path) -> None:
-    """Draw the curves of `plot_loss_surface` in one picture, or a map for each checkpoint."""
-    if len(result["axes"]) == 1:
+    """Draw the curves of `plot_loss_surface` in one panel, or a map for each checkpoint, all with one colour bar."""
+    slices, axes, units = result["slices"], result["axes"], result["units"]
+    if len(axes) == 1:
         figure = new_figure(7, 4.5)
         panel = figure.subplots()
-        for item in result["slices"]:
-            panel.plot(result["axes"][0], item["losses"], marker=".", label=_label(item))
-        panel.set(xlabel=f"x, {result['units'][0]}", ylabel="loss")
+        for item in slices:
+            panel.plot(*axes, item["losses"], marker=".", label=_label(item))
+        panel.set(xlabel=f"x, {units[0]}", ylabel="loss")
         panel.legend()
     else:
-        figure = new_figure(1 + 5 * len(result["slices"]), 4.8)
-        _draw_maps(figure, result)
+        figure = new_figure(1 + 5 * len(slices), 4.8)
+        panels = figure.subplots(1, len(slices), squeeze=False)[0]
+        losses = np.ma.masked_invalid([item["losses"] for item in slices])
+        levels = np.linspace(losses.min(), losses.max(), 25)
+        for panel, item, grid in zip(panels, slices, losses, strict=True):
+            filled = panel.contourf(*axes, grid.T, levels=levels, cmap="viridis")  # it wants the first axis last
+            panel.contour(*axes, grid.T, levels=levels[::2], colors="white", linewidths=0.4)
+            panel.plot(0, 0, marker="+", color="red", markersize=10)
+            panel.set(xlabel=f"x, {units[0]}", ylabel=f"y, {units[1]}", title=_label(item), aspect="equal")
+            panel.locator_params(nbins=5)
+        figure.colorbar(filled, ax=list(panels), label="loss", format="%.3g")
     figure.suptitle(result["caption"], fontsize=9, wrap=True)
     figure.savefig(path, dpi=120)
-
-
-def _draw_maps(figure: Any, result: dict[str, Any]) -> None:
-    """Draw the maps with one colour bar, so that their colours can be compared."""
-    slices, (x_unit, y_unit) = result["slices"], result["units"]
-    losses = np.array([item["losses"] for item in slices])
-    finite = losses[np.isfinite(losses)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    levels = np.linspace(low, high if high > low else low + 1e-12, 25)
-    panels = figure.subplots(1, len(slices), squeeze=False)[0]
-    for panel, item, grid in zip(panels, slices, losses, strict=True):
-        filled = panel.contourf(*result["axes"], grid.T, levels=levels, cmap="viridis")  # it wants the first axis last
-        panel.contour(*result["axes"], grid.T, levels=levels[::2], colors="white", linewidths=0.4)
-        panel.plot(0, 0, marker="+", color="red", markersize=10)
-        panel.set(xlabel=f"x, {x_unit}", ylabel=f"y, {y_unit}", title=_label(item), aspect="equal")
-        panel.locator_params(nbins=5)
-    figure.colorbar(filled, ax=list(panels), label="loss", format="%.3g")
 
 
 def _label(item: dict[str, Any]) -> str:
@@ -67,8 +60,7 @@ def draw_radii(result: dict[str, Any], limits: dict[str, float], model: str, pat
     right.set(ylabel="rise / loss", yscale="log")
     suggestion = result["suggestion"]
     panel.axvline(suggestion, color="black", linestyle="--", label=f"suggestion: {suggestion:.2g}")
-    handles = [handle for each in (panel, right) for handle in each.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     loss, norm = result["loss"], result["grad_norm"]
     figure.suptitle(f"{model}: loss {loss:.3g}, gradient norm {norm:.3g}, {result['batches']} batches", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

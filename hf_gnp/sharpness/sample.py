@@ -10,94 +10,75 @@ from transformers import set_seed
 
 
 class WeightedBatch(NamedTuple):
-    """
-    Hold a collated micro-batch of this rank. `number` is its index among the micro-batches of all ranks.
-
-    Its loss is a mean over `items` labels. `share` is its weight in the mean over all micro-batches.
-    """
+    """Hold a collated micro-batch of this rank."""
 
     inputs: Any
-    items: int
-    share: float
-    number: int
+    items: int  # the number of labels, whose mean is its loss
+    share: float  # its weight in the mean over all micro-batches
+    number: int  # its index among the micro-batches of all ranks
 
 
 def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> tuple[list[WeightedBatch], int]:
-    """
-    Draw a sample of the evaluation data.
-
-    Args:
-        dataset: A dataset or the name of one of several, as in `Trainer.evaluate`. None is the `eval_dataset`.
-        size: The largest number of samples over all ranks.
-
-    Returns:
-        This rank's micro-batches, as many as on each other rank, and the number of samples.
-    """
+    """Return this rank's micro-batches of a sample of at most `size` over all ranks, and the sample's size."""
     available = trainer.eval_dataset
     named = available if isinstance(available, dict) else {None: available}
     dataset = named.get(dataset) if dataset is None or isinstance(dataset, str) else dataset
     if dataset is None:
         names = f" (one of {sorted(available)})" if isinstance(available, dict) else ""
         raise ValueError(f"measure_sharpness needs data: give it a dataset{names}, or the trainer an eval_dataset.")
-    chosen = choose(dataset, size, seed)
-    batches = micro_batches(trainer, chosen, trainer.args.per_device_eval_batch_size, seed)
-    return weighted(trainer, batches), len(chosen)
+    batches, size = draw(trainer, dataset, size, trainer.args.per_device_eval_batch_size, seed)
+    return weighted(trainer, batches), size
 
 
-def choose(dataset: Any, size: int, seed: int, shuffle: bool = False) -> Any:
-    """Choose samples by the seed, in the dataset's order or shuffled. An iterable dataset gives its first samples."""
+def draw(
+    trainer: Any, dataset: Any, size: int, per_batch: int, seed: int, shuffle: bool = False
+) -> tuple[list[WeightedBatch], int]:
+    """
+    Draw at most `size` samples by the seed, shuffled or in the dataset's order, and collate them with random
+    transforms by the seed. An iterable dataset gives its first samples.
+
+    Returns:
+        Every n-th micro-batch, where n is the number of ranks, and the number of samples. Each micro-batch costs a
+        collective, so all ranks have the same number of them. Surplus ones have a share of 0.
+    """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        return list(itertools.islice(dataset, size))
-    rows = np.random.default_rng(seed).permutation(len(dataset))[:size]
-    indices = (rows if shuffle else np.sort(rows)).tolist()
-    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
-
-
-def micro_batches(trainer: Any, chosen: Any, per_batch: int, seed: int) -> list[WeightedBatch]:
-    """
-    Collate every n-th micro-batch, where n is the number of ranks. The seed sets random transforms.
-
-    Each micro-batch costs a collective, so all ranks have the same number. Surplus ones have a share of 0.
-    """
+        chosen: Any = list(itertools.islice(dataset, size))
+    else:
+        rows = np.random.default_rng(seed).permutation(len(dataset))[:size]
+        indices = (rows if shuffle else np.sort(rows)).tolist()
+        chosen = dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
     # It has the trainer's collator and columns. The data loader of `evaluate` may be kept for later evaluations.
     loader = trainer.get_test_dataloader(chosen)
-    rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    count, batches = -(-len(chosen) // per_batch), []
-    for number in range(rank, -(-count // ranks) * ranks, ranks):
+    ranks, count, batches = trainer.accelerator.num_processes, -(-len(chosen) // per_batch), []
+    for number in range(trainer.accelerator.process_index, -(-count // ranks) * ranks, ranks):
         first = number * per_batch if number < count else 0
         set_seed(seed + number)
         inputs = loader.collate_fn([loader.dataset[row] for row in range(first, min(first + per_batch, len(chosen)))])
-        batches.append(WeightedBatch(inputs, count_items(trainer, inputs), float(number < count), number))
-    return batches
+        items = _count_items(trainer, inputs)
+        batches.append(WeightedBatch(inputs, items, float(items) if number < count else 0.0, number))
+    return batches, len(chosen)
 
 
 def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:
-    """
-    Set the shares so that the losses of these micro-batches add up over all ranks to a mean over labels.
-
-    Raises:
-        ValueError: if nothing in them has a label.
-    """
-    counts = [int(batch.items * batch.share) for batch in batches]
-    local = torch.tensor([sum(counts)], device=trainer.accelerator.device)
+    """Scale the shares so that the losses of these micro-batches add up over all ranks to a mean over labels."""
+    local = torch.tensor(int(sum(batch.share for batch in batches)), device=trainer.accelerator.device)
     total = trainer.accelerator.reduce(local, reduction="sum").item()
     if total == 0:
         raise ValueError("No sample has a label that counts (other than -100): there is no loss to measure.")
     # A mean over no labels is NaN, and 0 times NaN is NaN. Such a micro-batch gets the inputs of another one.
     filled = next((batch for batch in batches if batch.items > 0), batches[0])
     return [
-        (batch if batch.items > 0 else filled)._replace(share=count / total, number=batch.number)
-        for batch, count in zip(batches, counts, strict=True)
+        (batch if batch.items > 0 else filled)._replace(share=batch.share / total, number=batch.number)
+        for batch in batches
     ]
 
 
-def count_items(trainer: Any, inputs: Any) -> int:
+def _count_items(trainer: Any, inputs: Any) -> int:
     """Count the labels in the mean loss of a micro-batch, as `Trainer` does. Without labels count the samples."""
-    labels = inputs.get("labels")
-    if "shift_labels" in inputs:
-        labels = inputs["shift_labels"]
-    elif getattr(trainer, "_loss_shifts_labels", False) and isinstance(labels, torch.Tensor):
+    name = "shift_labels" if "shift_labels" in inputs else "labels"
+    labels = inputs.get(name)
+    if not isinstance(labels, torch.Tensor):
+        return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+    if name == "labels" and getattr(trainer, "_loss_shifts_labels", False):
         labels = labels[..., 1:]
-    if isinstance(labels, torch.Tensor):
-        return int(labels.ne(-100).sum())
-    return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+    return int(labels.ne(-100).sum())

@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from .hessian import make_hessian
+from hf_gnp.engines import Shard
+
+from .hessian import Hessian, top_eigenpairs
 from .loss import SampleLoss, sample_loss
 from .pictures import draw_slices
 from .sample import draw_sample
-from .spectrum import top_eigenpairs
-from .vectors import precise
 
 
 # The unit of each axis, for each kind of directions.
 UNITS = {
-    "filters": ("filter norms along a random direction", "filter norms along another"),
-    "eigenvectors": ("‖Δθ‖ along eigenvector 1", "‖Δθ‖ along eigenvector 2"),
-    "line": ("share of the way",),
+    "filters": ["filter norms along a random direction", "filter norms along another"],
+    "eigenvectors": ["‖Δθ‖ along eigenvector 1", "‖Δθ‖ along eigenvector 2"],
+    "line": ["share of the way"],
 }
 
 
@@ -69,57 +69,7 @@ def plot_loss_surface(
 
     Reference:
         Li et al., "Visualizing the loss landscape of neural nets", NeurIPS 2018, arXiv 1712.09913.
-
-    Example:
-
-    ```python
-    >>> plot_loss_surface(trainer, "surface.png", ["plain", "penalised"], directions="eigenvectors", dimensions=2)
-    ```
     """
-    _check(trainer, checkpoints, directions, dimensions, points, distance)
-    origins: list[Any] = list(checkpoints) or [None]  # None stands for the trainer's own weights
-    axes = [np.linspace(-distance, distance, points)] * dimensions
-    if directions == "line":
-        origins = [None, *checkpoints][-2:-1]
-        axes = [np.linspace(-distance / 4, 1 + distance / 4, points)]
-    slices = []
-    with sample_loss(trainer, seed) as loss:
-        loss.batches, size = draw_sample(trainer, dataset, samples, seed)
-        for origin in origins:
-            offset = _way_to(origin, loss)
-            loss.set_origin(offset)
-            item: dict[str, Any] = {"checkpoint": _name(origin)}
-            if directions == "line":
-                found, vectors = _line(origin, offset, checkpoints[-1], loss)
-            elif directions == "eigenvectors":
-                found, vectors = _eigenvectors(loss, dimensions, tolerance, max_products, seed)
-            else:
-                randoms = [loss.vectors.random(seed, 3, number) for number in range(dimensions)]
-                found, vectors = {}, [filter_normalized_(random, loss) for random in randoms]
-            slices.append(item | found | {"losses": _losses_along(loss, vectors, axes)})
-    along = {
-        "filters": f"filter-normalised random directions (seed {seed})",
-        "eigenvectors": "eigenvectors of the largest eigenvalues of the Hessian",
-        "line": f"the line between two checkpoints, ‖Δθ‖ = {slices[0].get('distance', 0):.3g} apart",
-    }[directions]
-    result = {
-        "caption": f"Loss of {type(trainer.model).__name__}, mean over {size} samples, along {along}",
-        "directions": directions,
-        "units": list(UNITS[directions][:dimensions]),
-        "axes": [axis.tolist() for axis in axes],
-        "slices": slices,
-    }
-    if trainer.is_world_process_zero():
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(result), encoding="utf-8")
-        draw_slices(result, path.with_suffix(".png"))
-    return result
-
-
-def _check(
-    trainer: Any, checkpoints: Sequence[Any], directions: str, dimensions: int, points: int, distance: float
-) -> None:
     if directions not in UNITS:
         raise ValueError(f"directions must be one of {tuple(UNITS)}, but it is {directions!r}.")
     if dimensions not in (1, 2) or points < 2 or not distance > 0:
@@ -130,70 +80,83 @@ def _check(
         raise ValueError("A line has one dimension and two ends: give one or two checkpoints.")
     if checkpoints and trainer.is_deepspeed_enabled:
         raise NotImplementedError("Checkpoints are read whole, not into ZeRO's shards: use one process, DDP or FSDP2.")
+    origins: list[Any] = list(checkpoints) or [None]  # None stands for the trainer's own weights
+    axes = [np.linspace(-distance, distance, points).tolist()] * dimensions
+    if directions == "line":
+        origins = [None, *checkpoints][-2:-1]
+        axes = [np.linspace(-distance / 4, 1 + distance / 4, points).tolist()]
+    slices = []
+    with sample_loss(trainer, seed) as loss:
+        loss.batches, size = draw_sample(trainer, dataset, samples, seed)
+        for origin in origins:
+            loss.origin = _weights_in(origin, loss)
+            item: dict[str, Any] = {"checkpoint": _name(origin)}
+            if directions == "line":
+                vectors = [loss.vectors.add_(loss.theta().neg_(), _weights_in(checkpoints[-1], loss))]
+                length = loss.vectors.norm(vectors[0])
+                item = {"checkpoint": f"{_name(origin)} (0) to {_name(checkpoints[-1])} (1)", "distance": length}
+                along = f"the line between two checkpoints, ‖Δθ‖ = {length:.3g} apart"
+            elif directions == "eigenvectors":
+                item["eigenvalues"], vectors = _eigenvectors(loss, dimensions, tolerance, max_products, seed)
+                along = "eigenvectors of the largest eigenvalues of the Hessian"
+            else:
+                randoms = [loss.vectors.random(seed, 3, number) for number in range(dimensions)]
+                vectors = [filter_normalized_(random, loss) for random in randoms]
+                along = f"filter-normalised random directions (seed {seed})"
+            losses = np.empty([points] * dimensions)
+            for index in np.ndindex(losses.shape):
+                place = [axis[i] for axis, i in zip(axes, index, strict=True)]
+                loss.move(sum(x * vector for x, vector in zip(place, vectors, strict=True)))
+                losses[index] = loss.value()
+            slices.append(item | {"losses": losses.tolist()})
+    result = {
+        "caption": f"Loss of {type(trainer.model).__name__}, mean over {size} samples, along {along}",
+        "directions": directions,
+        "units": UNITS[directions][:dimensions],
+        "axes": axes,
+        "slices": slices,
+    }
+    if trainer.is_world_process_zero():
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(result), encoding="utf-8")
+        draw_slices(result, path.with_suffix(".png"))
+    return result
 
 
-def _line(start: Any, offset: torch.Tensor, end: Any, loss: SampleLoss) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Return the name and length of the line between the weights of two checkpoints, and the vector between them."""
-    way = _way_to(end, loss).sub_(offset)
-    return {"checkpoint": f"{_name(start)} (0) to {_name(end)} (1)", "distance": loss.vectors.norm(way)}, [way]
-
-
-def _eigenvectors(
-    loss: SampleLoss, count: int, tolerance: float, max_products: int, seed: int
-) -> tuple[dict[str, Any], list[torch.Tensor]]:
+def _eigenvectors(loss: SampleLoss, count: int, tolerance: float, max_products: int, seed: int) -> tuple[Any, Any]:
     gradient = loss.vectors.zeros()
+    loss.move(gradient)
     loss.add_gradient_(gradient)
-    pairs = top_eigenpairs(make_hessian(loss, gradient), count, tolerance, max_products, seed)
-    vectors = pairs.vectors[:count]
-    # An eigenvector has no sign: let the loss rise to the right, so that two pictures show the same.
-    ups = loss.vectors.dots(vectors, gradient)
-    return {"eigenvalues": pairs.values}, [-v if up < 0 else v for v, up in zip(vectors, ups, strict=True)]
+    pairs = top_eigenpairs(Hessian(loss, gradient, "differences", None), count, tolerance, max_products, seed)
+    for vector in pairs.vectors[:count]:  # it has no sign: let the loss rise to the right, so that pictures compare
+        if loss.vectors.dot(vector, gradient) < 0:
+            vector.neg_()
+    return pairs.values, pairs.vectors[:count]
 
 
 def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
-    """
-    Scale each filter of a direction to the norm of the same filter of the weights (Li et al. 2018).
-
-    A filter is a row of a parameter with two or more dimensions. Other parameters become 0.
-    """
-    vectors, places = loss.vectors, []
+    """Scale each row of a matrix or kernel to the norm of that row of the weights. Other parameters become 0."""
     # ZeRO-3 leaves an empty parameter, and its shape beside it.
     shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in loss.model.parameters()]
-    first_rows = np.cumsum([0, *(shape[0] if len(shape) > 1 else 0 for shape in shapes)]).tolist()
-    sq_norms = torch.zeros(2, first_rows[-1], dtype=precise(vectors.device), device=vectors.device)
-    origin = loss.origin()
-    for place, shard in vectors.placed_shards:
-        shape, first = shard.whole_shape, first_rows[shard.number]
-        if len(shape) < 2:
+    first_rows = np.cumsum([0, *(math.prod(shape[:1]) for shape in shapes)]).tolist()
+    for place, shard in loss.vectors.placed_shards:
+        if len(shard.whole_shape) < 2:
             direction[place] = 0.0
-            continue
-        rows_of_whole = torch.arange(first, first + shape[0]).repeat_interleave(math.prod(shape[1:])).view(shape)
-        rows = shard.part_of(rows_of_whole).reshape(-1).to(vectors.device)
-        places.append((place, rows))
-        filters = torch.stack([origin[place], direction[place]]).to(sq_norms.dtype)
-        sq_norms.index_add_(1, rows, filters.square() / shard.copies)
-    wanted, given = vectors.sum_over_ranks(sq_norms).sqrt().to(vectors.device)
-    scales = torch.where(given > 0, wanted / given, 0.0).to(direction.dtype)
-    for place, rows in places:
-        direction[place] *= scales[rows]
-    return direction
+
+    def rows_of(shard: Shard) -> torch.Tensor:
+        rows = torch.arange(first_rows[shard.number], first_rows[shard.number + 1])
+        whole = rows.repeat_interleave(math.prod(shard.whole_shape[1:])).view(shard.whole_shape)
+        return shard.part_of(whole).reshape(-1)
+
+    return loss.vectors.match_norms_(direction, loss.theta(), rows_of, first_rows[-1])
 
 
-def _losses_along(loss: SampleLoss, directions: Sequence[torch.Tensor], axes: Sequence[np.ndarray]) -> Any:
-    """Return the losses at origin + x d (+ y d') on the grid of the axes, as nested lists: x first."""
-    grid = np.empty([len(axis) for axis in axes])
-    for index in np.ndindex(grid.shape):
-        point: Any = sum(float(axis[i]) * d for axis, i, d in zip(axes, index, directions, strict=True))
-        loss.move(point)
-        grid[index] = loss.value()
-    return grid.tolist()
-
-
-def _way_to(folder: str | Path | None, loss: SampleLoss) -> torch.Tensor:
-    """Return the vector from θ to the trainable weights that are saved in a folder, or 0 without a folder."""
-    model, vectors = loss.trainer.model, loss.vectors
+def _weights_in(folder: str | Path | None, loss: SampleLoss) -> list[torch.Tensor]:
+    """Return this rank's part of the trainable weights that are saved in a folder, or of the trainer's own."""
+    model, shards = loss.trainer.model, loss.vectors.shards
     if folder is None:
-        return vectors.zeros()
+        return [shard.master for shard in shards]
     if isinstance(model, PreTrainedModel):
         saved = [parameter.detach() for parameter in type(model).from_pretrained(folder).parameters()]
     elif (file := Path(folder) / "model.safetensors").is_file():
@@ -201,9 +164,7 @@ def _way_to(folder: str | Path | None, loss: SampleLoss) -> torch.Tensor:
         saved = [named[name] for name, _ in model.named_parameters()]
     else:
         raise ValueError(f"{folder} has no model.safetensors: give folders that save_model or a checkpoint wrote.")
-    way = vectors.theta().neg_()
-    vectors.add_(way, [shard.part_of(saved[shard.number]) for shard in vectors.shards])
-    return way
+    return [shard.part_of(saved[shard.number]).to(shard.weight.device) for shard in shards]
 
 
 def _name(checkpoint: Any) -> str:

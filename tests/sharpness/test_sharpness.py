@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from hf_gnp import GNPTrainer, SharpnessCallback
 from hf_gnp.sharpness import measure_sharpness
-from hf_gnp.sharpness.hessian import ExactHessian
+from hf_gnp.sharpness.hessian import Hessian
 from hf_gnp.sharpness.loss import SampleLoss
 
 
@@ -152,7 +152,7 @@ def test_batch_norm_uses_its_statistics_and_does_not_move_them(tmp_path):
 def test_very_noisy_products_do_not_accept_the_random_start(tmp_path, monkeypatch, seed):
     """A small model's products are exact here. They only claim an error that any residual is below."""
     model, data = make_model("vit"), make_data("vit", size=SAMPLES)
-    monkeypatch.setattr(ExactHessian, "error", math.inf)
+    monkeypatch.setattr(Hessian, "error", math.inf)
     result = trainer_of(tmp_path, model, "vit").measure_sharpness(method="exact", probes=0, seed=seed, log=False)
     # An eigenvalue lies within the residual, which is at most half of the result: the result is at least 2/3 of it.
     assert result["top_eigenvalues"][0] == pytest.approx(Exact(model, data).top(1)[0], rel=1 / 3)
