@@ -120,13 +120,14 @@ def find_r(
 def _draw_steps(trainer: Any, dataset: Any, count: int, seed: int, scope: str) -> list[list[WeightedBatch]]:
     """Draw this rank's micro-batches of at most `count` steps of training, from shuffled data."""
     args, dataset = trainer.args, trainer.train_dataset if dataset is None else dataset
+    dataset = [] if dataset is None else dataset
     if isinstance(dataset, dict):
         raise ValueError(
             f"find_r needs one dataset, and these are several: give it dataset=...[{next(iter(dataset))!r}]."
         )
     accumulation = args.gradient_accumulation_steps if scope in ("step", "rank") else 1
     size = args.per_device_train_batch_size * accumulation * trainer.accelerator.num_processes
-    drawn, found = draw(trainer, dataset or [], count * size, args.per_device_train_batch_size, seed, shuffle=True)
+    drawn, found = draw(trainer, dataset, count * size, args.per_device_train_batch_size, seed, shuffle=True)
     if found < 2 * size:
         raise ValueError(f"find_r needs data for two steps: {2 * size} samples, but it has {found}.")
     starts = range(0, found // size * accumulation, accumulation)

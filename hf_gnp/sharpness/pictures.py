@@ -28,7 +28,8 @@ def draw_slices(result: dict[str, Any], path: Path) -> None:
         figure = new_figure(1 + 5 * len(slices), 4.8)
         panels = figure.subplots(1, len(slices), squeeze=False)[0]
         losses = np.ma.masked_invalid([item["losses"] for item in slices])
-        levels = np.linspace(losses.min(), losses.max(), 25)
+        low, high = (losses.min(), losses.max()) if losses.count() else (0.0, 0.0)
+        levels = np.linspace(low, high if high > low else low + 1.0, 25)  # a flat map has one colour
         for panel, item, grid in zip(panels, slices, losses, strict=True):
             filled = panel.contourf(*axes, grid.T, levels=levels, cmap="viridis")  # it wants the first axis last
             panel.contour(*axes, grid.T, levels=levels[::2], colors="white", linewidths=0.4)
