@@ -91,11 +91,13 @@ class GNPMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gnp_args = self.args if isinstance(self.args, GNPArguments) else GNPArguments()
+        self.gnp_args = GNPArguments()  # unless `args` has its own
         self._gnp_check()
 
     def _gnp_check(self) -> None:
         """Refuse gnp arguments out of range, and engines and optimizers that the penalty does not support."""
+        if isinstance(self.args, GNPArguments):
+            self.gnp_args = self.args  # which the user may have replaced
         update_arguments(self.gnp_args, self.args)
         perturbation = Perturbation.from_args(self.gnp_args, self.model)
         if self.gnp_args.gnp_alpha != 0:
@@ -125,8 +127,16 @@ class GNPMixin(_Base):
         finally:
             self._gnp_end_run()
 
+    @_documented_as(Trainer.hyperparameter_search)
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        self._gnp_before_search = {n: v for n, v in vars(self.gnp_args).items() if n.startswith(("gnp_", "_gnp_"))}
+        return super().hyperparameter_search(*args, **kwargs)
+
     def _hp_search_setup(self, trial: Any) -> None:
         # Trainer calls this at the beginning of each run. From here on its arguments are final.
+        if trial is not None:
+            before = getattr(self, "_gnp_before_search", {})
+            vars(self.gnp_args).update(before)  # transformers keeps the values of the last trial
         super()._hp_search_setup(trial)
         if trial is not None and self.gnp_args is not self.args:
             is_optuna = hasattr(trial, "params")

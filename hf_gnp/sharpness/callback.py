@@ -6,13 +6,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
+from .sample import find_dataset
+
 
 class SharpnessCallback(TrainerCallback):
     """
     Measure the sharpness during training, and log it as any metric: `sharpness_top_eigenvalue_1`, and so on.
 
     Args:
-        every: The number of optimizer steps between measurements. There is one at the end of training too.
+        every: The number of optimizer steps between measurements. There is one after the last step too, unless the
+            run stops early.
         options: Arguments of `measure_sharpness`.
 
     Example:
@@ -29,12 +32,14 @@ class SharpnessCallback(TrainerCallback):
         self.every, self.options = every, options
         self._trainer: Any = None
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every != 0 and state.global_step != state.max_steps:
-            return
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer is None:
             raise RuntimeError("SharpnessCallback needs a trainer with GNPMixin: use GNPTrainer (gnp_alpha=0 too).")
-        self._trainer.measure_sharpness(**self.options)
+        find_dataset(self._trainer, self.options.get("dataset"))  # raises an error where there is none
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._trainer.measure_sharpness(**self.options)
 
 
 @contextlib.contextmanager

@@ -81,7 +81,8 @@ def find_r(
             that is 0 or not finite, or a model in fp16.
         RuntimeError, NotImplementedError: as in `measure_sharpness`.
     """
-    gnp_args = getattr(trainer, "gnp_args", None) or GNPArguments(gnp_metric="l2")
+    is_own = isinstance(trainer.args, GNPArguments)
+    gnp_args = trainer.args if is_own else getattr(trainer, "gnp_args", None) or GNPArguments(gnp_metric="l2")
     update_arguments(gnp_args, trainer.args)  # which the user may have set since the last run
     if gnp_args.gnp_direction == "momentum":
         raise ValueError(
@@ -91,7 +92,7 @@ def find_r(
     metric = metric or gnp_args.gnp_metric
     if metric not in GRIDS:
         raise ValueError(f"metric must be one of {tuple(GRIDS)}, but it is {metric!r}.")
-    radii = np.logspace(*GRIDS[metric]).tolist() if radii is None else sorted(float(r) for r in radii)
+    radii = sorted(float(r) for r in np.atleast_1d(np.logspace(*GRIDS[metric]) if radii is None else radii))
     check_positive(radii=radii)
     check_counts(batches=(batches, 1))
     if path is not None:
@@ -217,4 +218,6 @@ def _table(result: dict[str, Any]) -> str:
         )
         lines.append(f"{r:>9.3g} {cosine:>16} {rise:>20} {result['rise_share'][i]:>10.1%} {kept:>16}")
     setting = f"gnp_r={result['suggestion']:.2g} with gnp_metric={result['metric']}"
-    return "\n".join([*lines, f"suggestion: {setting} (limited by {result['limited_by']})"])
+    is_too_large = result["suggestion"] == result["radii"][0]
+    note = ", and may be too large: give smaller radii" if is_too_large else ""
+    return "\n".join([*lines, f"suggestion: {setting} (limited by {result['limited_by']}{note})"])

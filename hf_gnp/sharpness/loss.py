@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import Trainer, set_seed
 
 from hf_gnp import penalty
 from hf_gnp.engines import Engine, make_engine, refuse_engine
 from hf_gnp.perturbation import Perturbation
 from hf_gnp.second_pass.inputs import copied
+from hf_gnp.second_pass.probe import replaced
 from hf_gnp.second_pass.window import StateAtHand
 from hf_gnp.signals import DeferredSignals
 from hf_gnp.tensors import gradients_hidden
@@ -75,7 +76,8 @@ class SampleLoss:
         """Return the mean loss over the labels of a micro-batch, with the same random numbers in each pass."""
         trainer, items = self.trainer, None
         set_seed(self._seed + batch.number)
-        if trainer.compute_loss_func is not None:  # it needs the number of items, which a model counts itself
+        is_users = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss
+        if is_users and "labels" in batch.inputs:  # it may divide by the number of items, which a model counts itself
             # With `average_tokens_across_devices` it is that of all ranks, and `compute_loss` multiplies by the ranks.
             ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
             items = torch.tensor(batch.items * ranks, device=trainer.accelerator.device)
@@ -105,8 +107,9 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
         engine = make_engine(trainer.accelerator, model, Perturbation(), trainer.optimizer)
         state, modes = StateAtHand(trainer, model), [(module, module.training) for module in model.modules()]
         gradient, progress = engine.take_gradient(), tqdm(desc=name, unit=" passes", leave=False, disable=is_silent)
+        not_logged = replaced(trainer, log=lambda *_, **__: None)  # as in the second pass
         try:
-            with progress, gradients_hidden(state.found.others):
+            with progress, gradients_hidden(state.found.others), not_logged:
                 model.train(training)
                 yield SampleLoss(trainer, model, engine, state, seed, progress)
         finally:
@@ -148,10 +151,13 @@ def _prepared_model(trainer: Any) -> Iterator[nn.Module]:
             "which `train` makes: measure during or after training (SharpnessCallback does), or before it on one "
             "process."
         )
-    if is_sharded or trainer.model_wrapped is not model:
-        yield trainer.model_wrapped
+    wrapped = trainer.model_wrapped
+    is_of_model = wrapped is not model and accelerator.unwrap_model(wrapped, keep_torch_compile=False) is model
+    if is_sharded or is_of_model:  # else the user has set another model since `train`
+        yield wrapped
         return
-    models, names = list(accelerator._models), ("forward", "_original_forward")  # accelerate sets them for autocast
+    # accelerate sets these on the model.
+    models, names = list(accelerator._models), ("forward", "_original_forward", "_is_accelerate_prepared")
     attributes = {name: vars(model)[name] for name in names if name in vars(model)}
     is_placed = getattr(model, "is_distributed_loading_by_transformers", False)  # and sharded
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import Trainer
 
 from .hessian import Hessian, top_eigenpairs, trace
 from .loss import SampleLoss, sample_loss
@@ -69,7 +70,7 @@ def measure_sharpness(
     Reference:
         Pearlmutter, "Fast exact multiplication by the Hessian", 1994. Spectrum and trace: see `hessian.py`.
     """
-    radii = [float(r) for r in (radii if isinstance(radii, Sequence) else [radii])]
+    radii = [float(r) for r in np.atleast_1d(radii)]
     check_positive(radii=radii, tolerance=[tolerance])
     check_counts(k=(k, 0), samples=(samples, 1), probes=(probes, 0), max_products=(max_products, 1))
     with sample_loss(trainer, seed) as loss:
@@ -95,7 +96,7 @@ def measure_sharpness(
             result["ascent_random"] = np.mean(rises, axis=0).tolist()
     if log:
         should_log = trainer.control.should_log
-        trainer.log(_as_logs(result))
+        Trainer.log(trainer, _as_logs(result))  # TRL's own would add, and clear, the metrics of its training
         trainer.control.should_log = should_log  # without this, a callback would suppress the log of the step
     return result
 

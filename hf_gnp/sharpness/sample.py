@@ -1,6 +1,7 @@
 """The sample of a measurement, its micro-batches, and the weight of each micro-batch in the mean."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,14 +21,20 @@ class WeightedBatch(NamedTuple):
 
 def draw_sample(trainer: Any, dataset: Any, size: int, seed: int) -> tuple[list[WeightedBatch], int]:
     """Return this rank's micro-batches of a sample of at most `size` over all ranks, and the sample's size."""
+    dataset = find_dataset(trainer, dataset)
+    batches, size = draw(trainer, dataset, size, trainer.args.per_device_eval_batch_size, seed)
+    return weighted(trainer, batches), size
+
+
+def find_dataset(trainer: Any, dataset: Any) -> Any:
+    """Return a dataset, the evaluation dataset of that name, or the only one. Raise a ValueError if there is none."""
     available = trainer.eval_dataset
     named = available if isinstance(available, dict) else {None: available}
     dataset = named.get(dataset) if dataset is None or isinstance(dataset, str) else dataset
     if dataset is None:
         names = f" (one of {sorted(available)})" if isinstance(available, dict) else ""
         raise ValueError(f"measure_sharpness needs data: give it a dataset{names}, or the trainer an eval_dataset.")
-    batches, size = draw(trainer, dataset, size, trainer.args.per_device_eval_batch_size, seed)
-    return weighted(trainer, batches), size
+    return dataset
 
 
 def draw(
@@ -75,6 +82,11 @@ def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:
 
 def _count_items(trainer: Any, inputs: Any) -> int:
     """Count the labels in the mean loss of a micro-batch, as `Trainer` does. Without labels count the samples."""
+    if not isinstance(inputs, Mapping):
+        raise NotImplementedError(
+            f"Sharpness cannot be measured with {type(trainer).__name__}: its micro-batches are not mappings of "
+            f"tensors but {type(inputs).__name__}, of which its training_step makes the inputs of the loss."
+        )
     name = "shift_labels" if "shift_labels" in inputs else "labels"
     labels = inputs.get(name)
     if not isinstance(labels, torch.Tensor):

@@ -158,13 +158,20 @@ def _weights_in(folder: str | Path | None, loss: SampleLoss) -> list[torch.Tenso
     if folder is None:
         return [shard.master for shard in shards]
     if isinstance(model, PreTrainedModel):
-        saved = [parameter.detach() for parameter in type(model).from_pretrained(folder).parameters()]
-    elif (file := Path(folder) / "model.safetensors").is_file():
-        named = load_file(file)
-        saved = [named[name] for name, _ in model.named_parameters()]
+        pair: Any = type(model).from_pretrained(folder, output_loading_info=True)
+        loaded, info = pair
+        named, missing = dict(loaded.named_parameters()), {*info["missing_keys"], *info["mismatched_keys"]}
     else:
-        raise ValueError(f"{folder} has no model.safetensors: give folders that save_model or a checkpoint wrote.")
-    return [shard.part_of(saved[shard.number]).to(shard.weight.device) for shard in shards]
+        file = Path(folder) / "model.safetensors"
+        named, missing = load_file(file) if file.is_file() else {}, set()
+    names = [name for name, _ in model.named_parameters()]
+    missing |= {name for name in names if name not in named}
+    if missing:
+        raise ValueError(
+            f"{folder} has not all weights of {type(model).__name__}, such as {min(missing)}: give folders that "
+            "save_model or a checkpoint wrote, of a model whose modules are those of its configuration."
+        )
+    return [shard.part_of(named[names[shard.number]].detach()).to(shard.weight.device) for shard in shards]
 
 
 def _name(checkpoint: Any) -> str:
