@@ -123,7 +123,7 @@ class PenalisedSteps:
             with self.move.perturbed(penalty, self.noise_key, measure) as perturbed:
                 yield
         if self.move.has_direction and is_first:
-            self.logs.add(fidelity=perturbed.fidelity)
+            self.logs.add(perturbed.fidelity)
 
     # The second pass.
 
@@ -178,8 +178,8 @@ class PenalisedSteps:
         # Summed as `Trainer` sums them, in order and dtype.
         firsts: list[Any] = [micro_batch.loss for micro_batch in window.micro_batches]
         perturbed_loss, loss = (functools.reduce(operator.add, each) for each in (losses, firsts))
-        sharpness = perturbed_loss - loss
-        self.logs.add(norm, perturbed_loss, sharpness, perturbed.cosine, perturbed.fidelity)
+        metrics = {"grad_norm": norm, "perturbed_loss": perturbed_loss, "sharpness": perturbed_loss - loss}
+        self.logs.add(perturbed.fidelity, **metrics, cosine=perturbed.cosine)
 
     def _run_all_again(self) -> list[torch.Tensor]:
         losses: list[torch.Tensor] = []
