@@ -22,7 +22,7 @@ class StepLogs:
         self.penalty: Penalty | None = None
         self._is_counted = False  # whether this step is among the penalised ones
         self._sums: dict[str, torch.Tensor | float] = {}
-        self._fidelity: torch.Tensor | None = None  # the last one
+        self._fidelity: torch.Tensor | None = None  # this rank's (⟨θ̃-θ, e⟩, ‖e‖²) of the last move
         self.dropped: torch.Tensor | int = 0  # steps with a gradient that is not finite, counted on the device
 
     def begin(self, penalty: Penalty | None) -> None:
@@ -31,12 +31,7 @@ class StepLogs:
         self.penalty, self._is_counted = penalty, False
 
     def add(self, fidelity: torch.Tensor | None, **metrics: torch.Tensor | float | None) -> None:
-        """
-        Add the metrics of a penalised step, or of one of its micro-batches with a direction of its own.
-
-        The loss of a micro-batch is its share of the step's. So the sums over a step are means over micro-batches.
-        `fidelity` is this rank's (⟨θ̃-θ, e⟩, ‖e‖²) of the move.
-        """
+        """Add the metrics of a penalised step, or a micro-batch's shares of them if it has a direction of its own."""
         for name, value in metrics.items():
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0.0) + value
