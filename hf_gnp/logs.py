@@ -22,36 +22,20 @@ class StepLogs:
         self.penalty: Penalty | None = None
         self._is_counted = False  # whether this step is among the penalised ones
         self._sums: dict[str, torch.Tensor | float] = {}
-        self._fidelity: torch.Tensor | None = None
+        self._fidelity: torch.Tensor | None = None  # this rank's (⟨θ̃-θ, e⟩, ‖e‖²) of the last move
         self.dropped: torch.Tensor | int = 0  # steps with a gradient that is not finite, counted on the device
 
     def begin(self, penalty: Penalty | None) -> None:
         """Begin a step, with the penalty that the schedule has for it."""
         self.steps += 1
-        self.penalty = penalty
-        self._is_counted = False
+        self.penalty, self._is_counted = penalty, False
 
-    def add(
-        self,
-        grad_norm: float | None = None,
-        perturbed_loss: torch.Tensor | None = None,
-        sharpness: torch.Tensor | None = None,
-        cosine: torch.Tensor | None = None,
-        fidelity: torch.Tensor | None = None,
-    ) -> None:
-        """
-        Add the metrics of a penalised step, or of one of its micro-batches with a direction of its own.
-
-        The loss of a micro-batch is its share of the step's. So the sums over a step are means over micro-batches.
-
-        Args:
-            fidelity: This rank's (⟨θ̃-θ, e⟩, ‖e‖²) of the move. The last one is logged.
-        """
-        values = {"gnp_grad_norm": grad_norm, "gnp_perturbed_loss": perturbed_loss, "gnp_sharpness": sharpness}
-        for name, value in (values | {"gnp_cosine": cosine}).items():
+    def add(self, fidelity: torch.Tensor | None, **metrics: torch.Tensor | float | None) -> None:
+        """Add the metrics of a penalised step, or a micro-batch's shares of them if it has a direction of its own."""
+        for name, value in metrics.items():
             if value is not None:
                 self._sums[name] = self._sums.get(name, 0.0) + value
-        self._cosines += cosine is not None
+        self._cosines += metrics.get("cosine") is not None
         self._fidelity = self._fidelity if fidelity is None else fidelity
         self.penalised_steps += not self._is_counted
         self._is_counted = True
@@ -60,16 +44,14 @@ class StepLogs:
         """Return the last step's penalty, and means over penalised steps and over ranks. A collective."""
         if self.steps == 0:
             return {}
-        logs = {
-            "gnp_r": self.penalty.r if self.penalty else 0.0,
-            "gnp_alpha": self.penalty.alpha if self.penalty else 0.0,
-            "gnp_on": self.penalised_steps / self.steps,
-        }
+        r, alpha = (self.penalty.r, self.penalty.alpha) if self.penalty else (0.0, 0.0)
+        logs = {"gnp_r": r, "gnp_alpha": alpha, "gnp_on": self.penalised_steps / self.steps}
         if self._sums:
             sums = [torch.as_tensor(value).float().to(accelerator.device) for value in self._sums.values()]
-            counts = [self._cosines if name == "gnp_cosine" else self.penalised_steps for name in self._sums]
+            counts = [self._cosines if name == "cosine" else self.penalised_steps for name in self._sums]
             means = torch.stack(sums) / torch.tensor(counts, device=accelerator.device)
-            logs |= dict(zip(self._sums, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+            means = accelerator.reduce(means, reduction="mean").tolist()
+            logs |= {f"gnp_{name}": mean for name, mean in zip(self._sums, means, strict=True)}
         if self._fidelity is not None:
             kept, moved = accelerator.reduce(self._fidelity.to(accelerator.device), reduction="sum").tolist()
             if moved > 0:
@@ -96,29 +78,24 @@ class RadiusHint:
 
     def after(self, logs: dict[str, float]) -> str | None:
         """Return the hint after a log with the `gnp_*` metrics, or None."""
-        r, cosine = logs.get("gnp_r"), logs.get("gnp_cosine", math.nan)
+        names = ("gnp_r", "gnp_cosine", "gnp_sharpness", "loss")
+        r, cosine, rise, loss = (logs.get(name, math.nan) for name in names)
         if self._is_given or math.isnan(cosine) or logs["gnp_on"] == 0:
             return None
         is_small = r == self.default_r and cosine > self.STRAIGHT
         kind = "large" if cosine < self.TURNED else "small" if is_small else ""
         self._before, self._seen = kind, self._seen + 1 if kind == self._before else 1
-        if not kind or self._seen < self.LOGS:
+        self._is_given = kind != "" and self._seen == self.LOGS
+        if not self._is_given:
             return None
-        self._is_given = True
         if is_small:
             return (
                 f"gnp_r={r:g}, the default, changes little: the cosine of both gradients (gnp_cosine) is "
                 f"{cosine:.3f}. If some labels are wrong, a larger gnp_r with gnp_metric={self.metric} may help: see "
                 "trainer.find_r(), and compare accuracies on clean validation data."
             )
-        return self._too_large(logs)
-
-    def _too_large(self, logs: dict[str, float]) -> str:
-        names = ("gnp_r", "gnp_cosine", "gnp_sharpness", "loss")
-        r, cosine, rise, loss = (logs.get(name, math.nan) for name in names)
         shares = [math.acos(self.COSINE) / math.acos(max(cosine, -1.0))]
-        if rise > 0 and loss > 0:
-            shares.append(self.RISE_SHARE * loss / rise)
+        shares += [self.RISE_SHARE * loss / rise] if rise > 0 and loss > 0 else []
         return (
             f"gnp_r={r:g} is too large for this model: the cosine of both gradients (gnp_cosine) is {cosine:.2f}, and "
             f"the move raises the loss of {loss:.3g} by {rise:.3g} (gnp_sharpness). Try gnp_r={r * min(shares):.1g} "

@@ -1,11 +1,8 @@
 """A user's own calls of backward: gradients that are not of the window's loss, such as a regulariser's."""
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from .engines import Engine
 from .second_pass.probe import is_called_by_training_step, replaced
@@ -15,17 +12,11 @@ class OwnBackward:
     """
     Watch `accelerator.backward`. Set the gradient of a user's own call aside before the next backward of the window,
     and add it to the gradient of the step after the second pass. Engines without `sets_gradients_aside` refuse it.
-
-    Args:
-        after_loss: Called after each backward of the window's loss.
-
-    Attributes:
-        losses: The number of backward passes by `Trainer.training_step` in this window.
     """
 
     def __init__(self, engine: Engine, accelerator: Any, trainer_name: str, after_loss: Callable[[], None]):
         self._engine, self._accelerator, self._trainer_name = engine, accelerator, trainer_name
-        self._after_loss = after_loss
+        self._after_loss = after_loss  # called after each backward of the window's loss
         self._watching = contextlib.ExitStack()
         self.clear()
 
@@ -34,11 +25,10 @@ class OwnBackward:
         self._aside: list[Any] = []
         self._is_within = False  # whether a backward inside compute_loss made a gradient
         self._marks: Any = None  # the gradient's marks after the window's last backward
-        self.losses = 0
+        self.losses = 0  # backward passes by `Trainer.training_step` in this window
 
     def begin_window(self) -> None:
         """Start watching, and set aside the gradient that exists before the window."""
-        self._watching.close()
         self._watching.enter_context(replaced(self._accelerator, backward=self._backward))
         self._set_aside()
 
@@ -56,36 +46,29 @@ class OwnBackward:
         if self._engine.hides_gradient():
             raise NotImplementedError(self._refusal())
         gradient = self._engine.take_gradient()
-        if gradient:
-            self._aside.append(gradient)
+        self._aside += [gradient] if gradient else []
         return bool(gradient)
 
-    def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        call = functools.partial(original, loss, *args, **kwargs)
-        if not is_called_by_training_step():
-            self._of_user(call)
-            return
-        if self._marks is None:
-            self._is_within = self._set_aside()
-        else:
+    def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        engine, is_first = self._engine, self._marks is None
+        if is_called_by_training_step():
+            if is_first:
+                self._is_within = self._set_aside()
             self.refuse_changes()
-        call()
-        self._engine.after_backward()
-        self._after_loss()
-        self._marks = self._engine.gradient_marks()
-        self.losses += 1
-
-    def _of_user(self, call: Callable[[], None]) -> None:
-        if not self._engine.sets_gradients_aside():
+            original(*args, **kwargs)
+            engine.after_backward()
+            self._after_loss()
+            self.losses += 1
+        elif not engine.sets_gradients_aside():
             raise NotImplementedError(self._refusal())
-        if self._marks is None:
-            call()  # the window's first backward sets the gradient aside
-            return
-        ours = self._engine.take_gradient()
-        call()
-        self._aside.append(self._engine.take_gradient())
-        self._engine.add_gradient(ours)
-        self._marks = self._engine.gradient_marks()
+        else:
+            ours = None if is_first else engine.take_gradient()
+            original(*args, **kwargs)
+            if is_first:  # the window's first backward sets the gradient aside
+                return
+            self._aside.append(engine.take_gradient())
+            engine.add_gradient(ours)
+        self._marks = engine.gradient_marks()
 
     def refuse_changes(self) -> None:
         """Raise a RuntimeError if the gradient has changed since the window's last backward."""
@@ -99,15 +82,10 @@ class OwnBackward:
             )
 
     def sees_other_gradient(self, is_known_to_reach: bool) -> bool:
-        """
-        Return whether there is a gradient besides the window's own and those that were set aside.
-
-        DeepSpeed has no marks. It has none if a micro-batch of this run has reached `Trainer.training_step`.
-        """
+        """Return whether there is a gradient besides the window's own and those that were set aside."""
         marks = self._engine.gradient_marks()
-        if marks is None:
-            return not is_known_to_reach
-        return marks != (self._marks or [])
+        # DeepSpeed has no marks. It has none if a micro-batch of this run has reached `Trainer.training_step`.
+        return not is_known_to_reach if marks is None else marks != (self._marks or [])
 
     def refuse_lone(self) -> None:
         """Raise a NotImplementedError if only a backward inside compute_loss gave a gradient, and the loss none."""

@@ -124,7 +124,7 @@ class PenalisedSteps:
             with self.move.perturbed(penalty, self.noise_key, measure):
                 yield
         if self.move.has_direction and is_first:
-            self.logs.add(fidelity=self.move.fidelity)
+            self.logs.add(self.move.fidelity)
 
     # The second pass.
 
@@ -179,8 +179,8 @@ class PenalisedSteps:
         # Summed as `Trainer` sums them, in order and dtype.
         firsts: list[Any] = [micro_batch.loss for micro_batch in window.micro_batches]
         perturbed_loss, loss = (functools.reduce(operator.add, each) for each in (losses, firsts))
-        sharpness = perturbed_loss - loss
-        self.logs.add(norm, perturbed_loss, sharpness, move.cosine, move.fidelity)
+        metrics = {"grad_norm": norm, "perturbed_loss": perturbed_loss, "sharpness": perturbed_loss - loss}
+        self.logs.add(move.fidelity, **metrics, cosine=move.cosine)
 
     def _run_all_again(self) -> list[torch.Tensor]:
         losses: list[torch.Tensor] = []

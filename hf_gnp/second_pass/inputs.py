@@ -15,18 +15,12 @@ def copied(inputs: Any, copies: dict[int, Any] | None = None) -> Any:
     """
     Return inputs with copies of their tensors and arrays, in new mappings, lists, tuples and dataclasses.
 
-    Parameters and other objects are not copied.
-
-    Args:
-        copies: The copies so far, by the id of the original. A tensor in two places is copied once.
-
-    Raises:
-        NotImplementedError: for a tensor that has a graph.
+    Parameters and other objects are not copied. A tensor in two places is copied once, by its id in `copies`.
     """
     copies = {} if copies is None else copies
     if isinstance(inputs, torch.Tensor | np.ndarray):
         if id(inputs) not in copies:
-            copies[id(inputs)] = _copy_of(inputs)
+            copies[id(inputs)] = inputs.copy() if isinstance(inputs, np.ndarray) else _copy_of(inputs)
         return copies[id(inputs)]
     if isinstance(inputs, dict | UserDict):  # keeps attributes, such as those of a BatchEncoding
         result: Any = copy.copy(inputs)
@@ -47,14 +41,10 @@ def copied(inputs: Any, copies: dict[int, Any] | None = None) -> Any:
     return inputs
 
 
-def _copy_of(tensor: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
-    if isinstance(tensor, np.ndarray):
-        return tensor.copy()
-    if isinstance(tensor, nn.Parameter):
-        return tensor
+def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.grad_fn is not None:
         raise NotImplementedError(
             "The inputs of compute_loss have a graph: what was computed from weights before cannot be computed again "
             "at moved ones. Compute it in compute_loss or in the model's forward, detach it, or set gnp_alpha=0."
         )
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone().requires_grad_(tensor.requires_grad)

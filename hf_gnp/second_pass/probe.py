@@ -26,11 +26,7 @@ TOLERANCE_NORM = 1e-6  # relative, of ‖g₂‖ = ‖g₁‖, each rounded to f
 
 @contextlib.contextmanager
 def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
-    """
-    Let `owner.name(...)` call `methods[name](original, ...)`.
-
-    The replacement is an attribute of the instance, so that it precedes the method of any class.
-    """
+    """Let `owner.name(...)` call `methods[name](original, ...)`, by an attribute of the instance."""
     kept = {name: vars(owner)[name] for name in methods if name in vars(owner)}
     try:
         for name, method in methods.items():
@@ -50,24 +46,17 @@ def is_called_by_training_step() -> bool:
 def probe_same_forward(
     trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager[Any], is_low: bool
 ) -> None:
-    """
-    Run the forward of a micro-batch again at θ, in its restored state, and compare the loss with the first pass.
-
-    Args:
-        around: `Engine.probed()`.
-        is_low: Whether the engine computes in 16 bit, whatever the weights' dtype.
-
-    Raises:
-        RuntimeError: if the losses differ.
-    """
+    """Run a micro-batch again at θ, in its restored state. Raise a RuntimeError if the loss differs."""
     inputs = copied(micro_batch.inputs)
     model.train()  # as `Trainer.training_step` does: a loss may have changed the mode
     not_logged = replaced(trainer, log=lambda *_, **__: None)
     with around, not_logged, trainer.compute_loss_context_manager(), micro_batch.autocast():
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
     first: Any = micro_batch.forward_loss
-    loss, expected = loss.detach().double(), first.double()
-    tolerance = _tolerance(model, first.device.type, is_low)
+    loss, expected, tolerance = loss.detach().double(), first.double(), TOLERANCE_CPU
+    if first.device.type != "cpu":
+        is_low = is_low or any(p.requires_grad and p.dtype.itemsize <= 2 for p in model.parameters())
+        tolerance = TOLERANCE_LOW if is_low else TOLERANCE
     if torch.allclose(loss, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True):
         return
     raise RuntimeError(
@@ -79,13 +68,6 @@ def probe_same_forward(
         "the trainer or of your module, change it only `if not trainer.in_second_pass`, or set gnp_alpha=0. See "
         "docs/second_pass.md."
     )
-
-
-def _tolerance(model: nn.Module, device_type: str, is_low: bool) -> float:
-    if device_type == "cpu":
-        return TOLERANCE_CPU
-    is_low = is_low or any(p.requires_grad and p.dtype.itemsize <= 2 for p in model.parameters())
-    return TOLERANCE_LOW if is_low else TOLERANCE
 
 
 def is_same_pass(micro_batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]) -> bool:

@@ -1,6 +1,8 @@
 """The random generators that a forward may draw from."""
 
+import functools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,26 +10,17 @@ import torch
 from torch import nn
 
 
-class RandomState:
-    """Record the global random generators of Python, NumPy, and torch on the CPU and on `devices`."""
-
-    def __init__(self, devices: list[torch.device]):
-        self.devices = devices
-        self.python = random.getstate()
-        self.numpy = np.random.get_state()
-        self.cpu = torch.get_rng_state()
-        self.accelerators = [torch.get_device_module(device).get_rng_state(*_index(device)) for device in devices]
-
-    def restore(self) -> None:
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        for device, state in zip(self.devices, self.accelerators, strict=True):
-            torch.get_device_module(device).set_rng_state(state, *_index(device))
-
-
-def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # MPS has a single generator
+def global_generators(devices: list[torch.device]) -> list[Callable[[], Any]]:
+    """Return functions that restore the global generators of Python, NumPy, and torch on the CPU and on `devices`."""
+    restorers: list[Callable[[], Any]] = [
+        functools.partial(random.setstate, random.getstate()),
+        functools.partial(np.random.set_state, np.random.get_state()),
+        functools.partial(torch.set_rng_state, torch.get_rng_state()),
+    ]
+    for device in devices:
+        module, index = torch.get_device_module(device), () if device.type == "mps" else (device,)  # MPS has one
+        restorers.append(functools.partial(module.set_rng_state, module.get_rng_state(*index), *index))
+    return restorers
 
 
 def random_devices(trainer: Any, model: nn.Module) -> list[torch.device]:

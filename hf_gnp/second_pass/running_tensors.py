@@ -7,7 +7,7 @@ tell which change: `batch_norm` and `.data` write without a new version.
 
 - In the first `LEARNING` penalised steps of a run, candidates are copied before the first pass and compared after it.
   The smallest come first, up to `BUDGET` or the size of the trainable weights (that of a teacher) if it is larger.
-- From then on, copies are made of those that changed, of small buffers, and of statistics of normalisation layers.
+- From then on, copies are made of those that changed, and of small buffers.
 - The others, such as quantised base weights, are watched. One that is replaced, gets a new version, or changes in a
   sample of its elements is copied from the next window on.
 """
@@ -18,37 +18,52 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from hf_gnp import penalty
 from hf_gnp.tensors import local_part
 
-from .contents import addresses, is_dense, storage_address
 
-
+SMALL = 2**14  # elements: buffers, and tensors in attributes, up to this size are copied in each window
 BUDGET = 2**26  # bytes
-SMALL_BUFFER = 2**16  # bytes: buffers up to this size are copied in each window
 LEARNING = 2  # penalised steps: a teacher that starts as a copy of the weights does not change in the first
 SAMPLE = 256  # elements at most
+TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor, and a copy
+Buffers = tuple[nn.Module, dict[str, torch.Tensor | None]]  # a module, and its buffers by name
 
 
-class _Watched(NamedTuple):
-    """Hold a tensor, and its state before the window: a `copy` of all of it, or a `sample` of its elements."""
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether the elements can be copied, compared as bytes and written in place, and ZeRO-3 leaves them."""
+    local = local_part(tensor)
+    if type(local) not in TENSORS or local.layout != torch.strided or local.device.type == "meta":
+        return False
+    if local.is_quantized or local.is_nested or local.is_inference() or hasattr(tensor, "ds_id"):
+        return False
+    return tensor.grad_fn is None and 0 not in local.stride()  # 0: expanded, with one element in several places
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Return the address of a plain tensor's storage, which its views share."""
+    return local_part(tensor).untyped_storage().data_ptr()
+
+
+def storage_addresses(tensors: Iterable[torch.Tensor | None]) -> set[int]:
+    """Return the addresses of the storages of plain tensors that have elements."""
+    return {storage_address(tensor) for tensor in tensors if tensor is not None and is_plain(tensor)} - {0}
+
+
+class _Candidate(NamedTuple):
+    """Hold a tensor, and its elements before the window: all of them, or a sample."""
 
     tensor: torch.Tensor
-    storage: int
-    version: int
-    copy: torch.Tensor | None
-    sample: torch.Tensor | None
+    mark: tuple[int, int] | None  # of the tensor before the window. None if it is copied in each
+    elements: torch.Tensor
+    is_whole: bool
 
-    def has_moved(self) -> torch.Tensor | bool:
+    def has_changed(self) -> torch.Tensor:
         local = local_part(self.tensor)
-        if (local.data_ptr(), self.tensor._version) != (self.storage, self.version):
-            return True  # a write counts even if no element changes, as in a teacher that still equals the weights
-        now, before = (local, self.copy) if self.sample is None else (_sample(local), self.sample)
-        return before is not None and (_bytes(now) != _bytes(before)).any()
+        return (_bytes(local if self.is_whole else _sample(local)) != _bytes(self.elements)).any()
 
 
 class RunningTensors:
@@ -57,144 +72,117 @@ class RunningTensors:
     def __init__(self) -> None:
         self._moving: set[int] = set()  # ids of tensors that have changed
         self._unreached: set[int] = set()  # ids of parameters that had no gradient in the last window
-        self._step: int | None = None
-        self._steps = 0  # penalised steps so far
-        self._left = 0  # bytes left of the budget
+        self._steps: set[int] = set()  # the first penalised ones
         self.forget()
+
+    @property
+    def is_learning(self) -> bool:
+        return len(self._steps) <= LEARNING
 
     def forget(self) -> None:
         """Release all tensors, but remember which change."""
         self._trained: Sequence[nn.Parameter] = ()
-        self._buffers: list[tuple[nn.Module, dict[str, torch.Tensor | None]]] = []
-        self._always: list[Pair] = []  # copied in each window
-        self._watched: list[_Watched] = []
-        self._flags: list[torch.Tensor | bool] = []
+        self._buffers: list[Buffers] = []
+        self._candidates: list[_Candidate] = []
+        self._unsure: list[_Candidate] = []
         self._still: list[Pair] = []
 
     @torch.no_grad()
     def start(
         self,
-        modules: Sequence[nn.Module],
+        modules: Iterable[nn.Module],
         trained: Sequence[nn.Parameter] = (),
         others: Iterable[torch.Tensor] = (),
         step: int = 0,
     ) -> None:
-        """
-        Copy or watch all candidates before the first pass of a window.
-
-        Args:
-            trained: The trainable parameters of the model and of the optimizer. The engine restores them.
-            others: Other tensors that a pass may write into.
-            step: The number of the window's step.
-        """
-        self._steps += step != self._step
-        self._step, self._trained = step, trained
-        # Buffers of TorchScript modules cannot be replaced, only written in place.
-        self._buffers = [(m, dict(m._buffers)) for m in modules if m._buffers and isinstance(m._buffers, dict)]
-        self._left = budget_of(trained) if self._steps <= LEARNING else -1
-        self._always, self._watched = [], []
-        found, always = self._find(modules, others)
-        for tensor in sorted(found, key=_size):
-            self._left -= _size(tensor)
-            if id(tensor) in always or id(tensor) in self._moving:
-                self._always.append((local_part(tensor), local_part(tensor).clone()))
-                continue
-            local = local_part(tensor)
-            copy = local.clone() if self._left >= 0 else None
-            sample = _sample(local) if copy is None else None
-            self._watched.append(_Watched(tensor, local.data_ptr(), tensor._version, copy, sample))
-
-    def _find(
-        self, modules: Iterable[nn.Module], others: Iterable[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], set[int]]:
-        """Return the candidates that share no memory with weights, and the ids of those that are always copied."""
-        reached = {id(parameter) for parameter in self._trained} - self._unreached
+        """Copy or watch all candidates before the first pass of a window. The engine restores the `trained` ones."""
+        self.forget()
+        self._trained = trained
+        if self.is_learning:
+            self._steps.add(step)
+        reached = {id(parameter): parameter for parameter in trained if id(parameter) not in self._unreached}
         found = {id(tensor): tensor for tensor in others}
-        always: set[int] = set()
+        copied = set(self._moving)
         for module in modules:
             for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in reached and not hasattr(parameter, "ds_id"):
+                if parameter is not None and id(parameter) not in reached:
                     found[id(parameter)] = parameter
-            if module._buffers:
-                is_norm = isinstance(module, _NormBase)
-                for buffer in module._buffers.values():
-                    if buffer is not None:
-                        found[id(buffer)] = buffer
-                        if is_norm or _size(buffer) <= SMALL_BUFFER:
-                            always.add(id(buffer))
-        weights = set()
-        if any(tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in found.values()):  # as weights
-            weights = addresses(parameter for parameter in self._trained if id(parameter) in reached)
-        return [t for t in found.values() if is_dense(t) and storage_address(t) not in weights], always
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    found[id(buffer)] = buffer
+                    if buffer.numel() <= SMALL:
+                        copied.add(id(buffer))
+            if module._buffers and isinstance(module._buffers, dict):  # TorchScript's cannot be replaced
+                self._buffers.append((module, dict(module._buffers)))
+        may_share = any(tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in found.values())
+        weights = storage_addresses(reached.values()) if may_share else set()
+        plain = [tensor for tensor in found.values() if is_plain(tensor) and storage_address(tensor) not in weights]
+        self._left = max(BUDGET, sum(map(_size, trained))) if self.is_learning else -1  # bytes left of the budget
+        for tensor in sorted(plain, key=_size):
+            local, mark = local_part(tensor), None if id(tensor) in copied else _mark(tensor)
+            is_whole = self._affords(tensor) or mark is None
+            self._candidates.append(_Candidate(tensor, mark, local.clone() if is_whole else _sample(local), is_whole))
+
+    def _affords(self, tensor: torch.Tensor) -> bool:
+        """Take the size of the tensor from the budget, and return whether it fits."""
+        self._left -= _size(tensor)
+        return self._left >= 0
 
     @torch.no_grad()
     def compare(self) -> torch.Tensor:
         """Return flags on the device that tell which tensors the first pass changed. `end` takes them on the host."""
-        self._flags = [watched.has_moved() for watched in self._watched]
-        tensors = [flag for flag in self._flags if isinstance(flag, torch.Tensor)]
-        return torch.stack([flag.to(tensors[0].device) for flag in tensors]) if tensors else torch.zeros(0)
+        # A write counts even if no element changes, as in a teacher that still equals the weights.
+        self._unsure = [candidate for candidate in self._candidates if candidate.mark == _mark(candidate.tensor)]
+        flags = [candidate.has_changed() for candidate in self._unsure]
+        return torch.stack([flag.to(flags[0].device) for flag in flags]) if flags else torch.zeros(0)
 
     @torch.no_grad()
     def end(self, compared: Sequence[bool]) -> None:
         """Learn from the flags of `compare`, read from the device, which tensors the first pass changed."""
-        read = iter(compared)
-        moved = [next(read) if isinstance(flag, torch.Tensor) else flag for flag in self._flags]
-        reached = {id(parameter) for parameter in self._trained if parameter.grad is not None}
-        mine = [pair for pair in zip(self._watched, moved, strict=True) if id(pair[0].tensor) not in reached]
-        self._watched = [watched for watched, has_moved in mine if has_moved]
-        self._moving |= {id(watched.tensor) for watched in self._watched}
-        unreached = [p for p in self._trained if id(p) not in reached] if reached else []  # ZeRO keeps no `grad`
-        if self._steps <= LEARNING:
-            # If a teacher still equals the weights, only the second pass, at θ + e, changes it.
-            still = [(local_part(w.tensor), w.copy) for w, has_moved in mine if w.copy is not None and not has_moved]
-            self._still = [(tensor, copy) for tensor, copy in still if copy.is_floating_point()]
-            self._still += self._copies_of([p for p in unreached if id(p) not in self._unreached])
-        self._unreached = {id(parameter) for parameter in unreached}
-
-    def _copies_of(self, tensors: Iterable[torch.Tensor]) -> Iterator[Pair]:
-        """Yield copies, of the smallest tensors first, up to the rest of the budget."""
-        for tensor in sorted(filter(is_dense, tensors), key=_size):
-            self._left -= _size(tensor)
-            if self._left >= 0:
-                yield local_part(tensor), local_part(tensor).clone()
+        still = {id(c.tensor): c for c, has_changed in zip(self._unsure, compared, strict=True) if not has_changed}
+        self._candidates = [candidate for candidate in self._candidates if id(candidate.tensor) not in still]
+        self._moving |= {id(candidate.tensor) for candidate in self._candidates if candidate.mark is not None}
+        reaches = any(parameter.grad is not None for parameter in self._trained)  # ZeRO keeps no `grad`
+        unreached = {id(p): p for p in self._trained if p.grad is None} if reaches else {}
+        # If a teacher still equals the weights, only the second pass, at θ + e, changes it.
+        whole = [c for c in still.values() if c.is_whole and c.elements.is_floating_point()]
+        new = [p for number, p in unreached.items() if number not in self._unreached and is_plain(p)]
+        self._still = [(local_part(c.tensor), c.elements) for c in whole]
+        self._still += [(local_part(p), local_part(p).clone()) for p in sorted(new, key=_size) if self._affords(p)]
+        self._unreached, self._unsure = set(unreached), []
 
     def rewind(self) -> None:
         """Restore the state before the first pass."""
-        copies = [(local_part(w.tensor), w.copy) for w in self._watched if w.copy is not None]
-        _put_back(self._buffers, [*self._always, *copies])
+        put_back([(local_part(c.tensor), c.elements) for c in self._candidates if c.is_whole], self._buffers)
 
     @contextlib.contextmanager
     def left_as_found(self) -> Iterator[None]:
         """Restore the present state, that after the first pass, on leaving."""
         buffers = [(module, dict(module._buffers)) for module, _ in self._buffers]
-        tensors = [tensor for tensor, _ in self._always] + [local_part(w.tensor) for w in self._watched]
-        old = {id(buffer) for _, before in self._buffers for buffer in before.values()}
-        replaced = (b for _, now in buffers for b in now.values() if b is not None and id(b) not in old)
-        tensors += [buffer for buffer in replaced if is_dense(buffer)]
-        values = [(tensor, tensor.clone()) for tensor in tensors] + self._still
+        tensors = [local_part(candidate.tensor) for candidate in self._candidates]
+        values = [(tensor, tensor.detach().clone()) for tensor in tensors] + self._still
         try:
             yield
         finally:
-            _put_back(buffers, values)
+            put_back(values, buffers)
 
 
 @torch.no_grad()
-def _put_back(buffers: list[tuple[nn.Module, dict[str, torch.Tensor | None]]], values: list[Pair]) -> None:
+def put_back(values: list[Pair], buffers: Iterable[Buffers] = ()) -> None:
+    """Set tensors to their copies, and the buffers of modules to the same tensors as before."""
     for module, before in buffers:
         now = module._buffers
         if now.keys() != before.keys() or any(now[name] is not buffer for name, buffer in before.items()):
             now.clear()
             now.update(before)
-    same = [(tensor, value) for tensor, value in values if tensor.shape == value.shape]
-    penalty.copy_([tensor for tensor, _ in same], [value for _, value in same])
     for tensor, value in values:
         if tensor.shape != value.shape:  # resized in place, as observers for quantisation do
-            tensor.data = value.clone()
+            tensor.data = torch.empty_like(value)
+    penalty.copy_([tensor for tensor, _ in values], [value for _, value in values])
 
 
-def budget_of(trained: Iterable[torch.Tensor]) -> int:
-    """Return how many bytes of tensors may be copied, and of attributes held, in a window."""
-    return max(BUDGET, sum(map(_size, trained)))
+def _mark(tensor: torch.Tensor) -> tuple[int, int]:
+    return local_part(tensor).data_ptr(), tensor._version
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,42 +1,28 @@
 """
 State around the second pass: it begins in the state before the first pass, and ends in the state after it.
 
-Restored, besides inputs (inputs.py) and the global random generators (randomness.py):
-
-- attributes of the trainer, its `state`, the loss object, modules of a user's class, and objects of a user's class in
-  these attributes: numbers, containers, small tensors and arrays, generators. Also optimizers and learning-rate
-  schedulers other than the trainer's, such as a critic's.
-- buffers and frozen parameters of all modules, and large tensors in these attributes (running_tensors.py).
-- gradients of parameters that the trainer's optimizer does not step, such as a Lagrange multiplier.
-
-A user's class has a base outside of `LIBRARIES`. The probe stops a run if the restored state does not give the same
-loss (probe.py). docs/second_pass.md lists what is not restored, and what to write instead.
+docs/second_pass.md is the contract: it lists what is restored, what is not, and what to write instead. This file
+restores attributes and generators. running_tensors.py restores buffers, frozen parameters and large tensors.
 """
 
 import functools
+import operator
+import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from hf_gnp.tensors import modules_of, parameters_of, parameters_outside
+from hf_gnp.tensors import local_part, modules_of, parameters_of, parameters_outside
 
-from .contents import (
-    CONTAINERS,
-    DEEP,
-    GENERATORS,
-    OPAQUE,
-    SMALL,
-    VALUES,
-    addresses,
-    is_small,
-    is_state,
-    items,
-    restorers,
-)
+from .randomness import global_generators
+from .running_tensors import SMALL, Pair, is_plain, put_back, storage_address, storage_addresses
 
 
 # The packages of torch, transformers, engines, quantised weights and data.
@@ -50,104 +36,93 @@ NOT_OF_A_STEP = {
     *("train_dataset", "eval_dataset", "log_history", "callback_handler", "stateful_callbacks", "control"),
     *("compute_loss", "log", "_prepare_inputs", "_tr_loss"),
 }
-# A library's objects that a loss may step itself, such as for an adversary.
-STEPPED = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 OF_EVERY_MODULE = set(vars(nn.Module()))
 # The attributes that DeepSpeed and FSDP set on modules and parameters.
 OF_ENGINES = ("ds_", "_ds_", "_fsdp", "_external_params", "_original_parameters", "_in_forward", "_local_tensor")
+
+SCALARS = (int, float, complex, str, bytes, type(None))
+FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+OPAQUE = {*SCALARS, *FUNCTIONS, bool, torch.dtype, torch.device}  # most attributes: nothing in them can change
+CONTAINERS = (dict, list, tuple, set, deque)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+STEPPED = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)  # a loss may step its own, as for an adversary
+LONG = 2**12  # items: longer containers are not inspected
 OBJECTS = 3  # objects within objects
 
 
-def is_users(value: Any) -> bool:
-    """Return whether the value's class has a base outside of `LIBRARIES`."""
-    cls: Any = type(value)
-    return _is_users(cls)  # not `__class__`, which some objects compute
+def _has_own_base(cls: type) -> bool:
+    return any((base.__module__ or "").partition(".")[0] not in LIBRARIES for base in cls.__mro__)
 
 
-@functools.cache
-def _is_users(cls: Any) -> bool:
-    return any((base.__module__ or "").partition(".")[0] not in LIBRARIES for base in getattr(cls, "__mro__", ()))
+is_users: Callable[[type], bool] = functools.cache(_has_own_base)  # whether a base is outside of `LIBRARIES`
 
 
 @functools.cache
 def _is_watched(name: str, of_module: bool) -> bool:
-    if of_module and (name.startswith(OF_ENGINES) or name in OF_EVERY_MODULE):
-        return False
-    return name not in NOT_OF_A_STEP and not name.startswith(("_gnp", "__"))
+    is_engines = of_module and (name.startswith(OF_ENGINES) or name in OF_EVERY_MODULE)
+    return not (is_engines or name in NOT_OF_A_STEP or name.startswith(("_gnp", "__")))
 
 
-def attributes_of(owner: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that a step may change."""
+def attributes_of(owner: Any) -> dict[str, Any]:
+    """Return the attributes that a step may change."""
     of_module = isinstance(owner, nn.Module)
-    return ((name, value) for name, value in vars(owner).items() if _is_watched(name, of_module))
+    return {name: value for name, value in vars(owner).items() if _is_watched(name, of_module)}
+
+
+def values_in(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
+    """Yield values and what their containers contain, each once. `seen` gains their ids."""
+    left = list(values)
+    while left:
+        value = left.pop()
+        kind = type(value)  # not `__class__`, which some objects compute
+        if kind in OPAQUE or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if issubclass(kind, CONTAINERS):
+            if len(value) > LONG:
+                continue
+            left.extend(value.values() if issubclass(kind, dict) else value)
+        yield value
 
 
 class Found:
-    """
-    Find the objects that a step of a trainer may change.
-
-    Attributes:
-        owners: Objects whose attributes are restored.
-        modules: The model's modules, and modules in these attributes with their children: losses, teachers, critics.
-        tensors: Large tensors in these attributes.
-        trained: Trainable parameters of the model, and other parameters of the trainer's optimizer.
-        others: Trainable parameters that the trainer's optimizer does not step.
-    """
+    """Find the objects that a step of a trainer may change."""
 
     def __init__(self, trainer: Any):
-        self.owners: list[Any] = []
-        self.modules: list[nn.Module] = []
-        self.tensors: list[torch.Tensor] = []
-        self._parameters: list[nn.Parameter] = []
+        self.modules: dict[nn.Module, None] = {}  # of the model, and of losses, teachers and critics in attributes
+        self.tensors: list[torch.Tensor] = []  # large ones in attributes
         optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler  # only the trainer's own step changes these
         own = (optimizer, getattr(optimizer, "optimizer", None), scheduler, getattr(scheduler, "scheduler", None))
-        self._seen = {id(value) for value in (*own, trainer, trainer.state)}
-        self._add_module(trainer.model)
+        seen = {id(value) for value in (*own, trainer, trainer.state)}
+        of_loss = SimpleNamespace(held=held_by(trainer.compute_loss_func))
+        owners = [(root, OBJECTS) for root in (trainer, trainer.state, of_loss)] + self._add_module(trainer.model)
         of_model = len(self.modules)
-        for root in (trainer, trainer.state):
-            self._add_owner(root, OBJECTS)
-        if held := held_by(trainer.compute_loss_func):
-            self._add_owner(SimpleNamespace(held=held), OBJECTS)
-        mine = parameters_of(self.modules[:of_model])
+        mine = parameters_of(self.modules)
         mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions
-        self.trained = [parameter for parameter in mine if parameter.requires_grad]
-        others = self._parameters + parameters_of(self.modules[of_model:])
+        others: list[nn.Parameter] = []
+        for owner, objects in owners:  # grows
+            for value in values_in(attributes_of(owner).values(), seen):
+                kind = type(value)
+                if issubclass(kind, nn.Module):
+                    owners += self._add_module(value)
+                elif issubclass(kind, torch.Tensor):
+                    others += [value] if isinstance(value, nn.Parameter) else []
+                    self.tensors += [value] if value.numel() > SMALL and is_plain(value) else []
+                elif objects and (is_users(kind) or issubclass(kind, STEPPED)) and not issubclass(kind, type):
+                    owners += [(value, objects - 1)] if hasattr(value, "__dict__") else []
+        others += parameters_of(list(self.modules)[of_model:])
         known = set(map(id, mine)) if others else set()
-        self.others = [p for p in others if p.requires_grad and id(p) not in known]
+        self.owners = [owner for owner, _ in owners]  # whose attributes are restored
+        self.trained = [parameter for parameter in mine if parameter.requires_grad]
+        self.others = [
+            p for p in others if p.requires_grad and id(p) not in known
+        ]  # the optimizer does not step these
 
-    def _add_module(self, module: nn.Module) -> None:
-        for part in modules_of(module):
-            if id(part) not in self._seen:
-                self._seen.add(id(part))
-                self.modules.append(part)
-                if is_users(part):
-                    self._add_owner(part, OBJECTS - 1)
-
-    def _add_owner(self, owner: Any, objects: int) -> None:
-        self.owners.append(owner)
-        for _, value in list(attributes_of(owner)):
-            if type(value) not in OPAQUE:
-                self._add(value, objects, DEEP)
-
-    def _add(self, value: Any, objects: int, depth: int) -> None:
-        kind = type(value)
-        if kind in OPAQUE or depth == 0 or id(value) in self._seen:
-            return
-        if issubclass(kind, nn.Module):
-            self._add_module(value)
-        elif issubclass(kind, torch.Tensor):
-            if isinstance(value, nn.Parameter) and value.requires_grad:
-                self._parameters.append(value)
-            if is_state(value) and value.numel() > SMALL:
-                self.tensors.append(value)
-        elif issubclass(kind, CONTAINERS):
-            self._seen.add(id(value))
-            for item in items(value):
-                self._add(item, objects, depth - 1)
-        elif objects and not issubclass(kind, type) and (is_users(value) or issubclass(kind, STEPPED)):
-            self._seen.add(id(value))
-            if hasattr(value, "__dict__"):
-                self._add_owner(value, objects - 1)
+    def _add_module(self, module: nn.Module) -> list[tuple[Any, int]]:
+        """Add a module and its children, and return those whose attributes are restored."""
+        new = [] if module in self.modules else [m for m in modules_of(module) if m not in self.modules]
+        self.modules.update(dict.fromkeys(new))
+        return [(module, OBJECTS - 1) for module in new if is_users(type(module))]
 
 
 def held_by(function: Any) -> list[Any]:
@@ -157,57 +132,83 @@ def held_by(function: Any) -> list[Any]:
     return [function.__self__] if hasattr(function, "__self__") else []
 
 
-class Attributes:
-    """
-    Record at construction the attributes of `found.owners`, and restore them in `put_back`.
+class Snapshot:
+    """Record the random generators, and the attributes of `found.owners`, at construction."""
 
-    Args:
-        holds: Decides which values to hold, so that `put_back` can set an attribute to the same object again.
-    """
-
-    def __init__(self, found: Found, holds: Callable[[Any], bool]):
+    def __init__(self, found: Found, devices: list[torch.device]):
         self._attributes: list[tuple[Any, set[str], dict[str, Any]]] = []
-        self._contents: list[Callable[[], Any]] = []
-        self._versions: dict[int, int] = {}  # version counters of large tensors, by id
-        aliases = functools.cache(lambda: addresses(t for p in found.trained for t in (p, p.grad)))
+        self._contents = global_generators(devices)
+        self._tensors: list[Pair] = []
+        self._large: list[tuple[torch.Tensor, int]] = []  # with version counters
+        weights = functools.cache(lambda: storage_addresses(t for p in found.trained for t in (p, p.grad)))
         seen: set[int] = set()
         for owner in found.owners:
-            held = {}
-            for name, value in attributes_of(owner):
-                if type(value) in OPAQUE:
-                    held[name] = value
-                elif holds(value):
-                    is_tensor = isinstance(value, torch.Tensor)
-                    held[name] = value.detach() if is_tensor and value.grad_fn is not None else value  # without graph
-                    self._contents += restorers(value, aliases, holds, seen)
-                    if is_tensor and not is_small(value) and not value.is_inference():
-                        self._versions[id(held[name])] = value._version
+            attributes = attributes_of(owner)
+            for value in values_in(attributes.values(), seen):
+                if not isinstance(value, torch.Tensor):
+                    self._contents += restorers(value)
+                elif is_plain(value) and value.numel() > SMALL:
+                    self._large.append((value, value._version))
+                elif is_plain(value) and storage_address(value) not in weights():
+                    self._tensors.append((local_part(value), local_part(value).detach().clone()))
+            tensors = [(name, value) for name, value in attributes.items() if isinstance(value, torch.Tensor)]
+            held = attributes | {name: tensor.detach() for name, tensor in tensors if tensor.grad_fn is not None}
             self._attributes.append((owner, set(vars(owner)), held))
 
     def put_back(self, written: bool = True) -> None:
-        """
-        Restore the attributes.
-
-        Args:
-            written: Whether to reassign large tensors that were written in place since the record. False after the
-                first micro-batch, as the second pass may have created new ones.
-        """
+        """Restore all of it. Without `written`, large tensors that were written since are not assigned again."""
+        stale = {id(tensor) for tensor, version in self._large if tensor._version != version and not written}
         for owner, names, held in self._attributes:
             attributes = vars(owner)
             for name, value in held.items():
-                if name in attributes and (attributes[name] is value or _is_same(attributes[name], value)):
-                    continue
-                if written or id(value) not in self._versions or value._version == self._versions[id(value)]:
+                now = attributes.get(name, held)
+                if now is not value and (now is held or not (id(value) in stale or _is_detached(value, now))):
                     attributes[name] = value
             if not names.issuperset(attributes):
-                for name, value in list(attributes_of(owner)):
+                for name, value in attributes_of(owner).items():
                     if name not in names and _is_made_anew(value):
                         del attributes[name]  # the pass created it
-        for put_back in self._contents:
-            put_back()
+        put_back(self._tensors)
+        for restore in self._contents:
+            restore()
 
 
-def _is_same(value: Any, held: Any) -> bool:
+def restorers(value: Any) -> Iterator[Callable[[], Any]]:
+    """Yield what restores, in place, the present contents of a container, an array or a generator."""
+    if isinstance(value, dict):
+        yield functools.partial(_put_back_dict, value, dict(value.items()))
+    elif isinstance(value, list | set | deque):
+        yield functools.partial(_put_back_items, value, list(value))
+    elif isinstance(value, np.ndarray):
+        if value.size <= SMALL and value.dtype != object and value.flags.writeable:
+            yield functools.partial(operator.setitem, value, ..., value.copy())
+    elif isinstance(value, random.Random):
+        yield functools.partial(value.setstate, value.getstate())
+    elif isinstance(value, np.random.Generator):
+        yield functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    elif isinstance(value, torch.Generator | np.random.RandomState):
+        generator: Any = value
+        yield functools.partial(generator.set_state, generator.get_state())
+
+
+def _put_back_dict(value: dict[Any, Any], held: dict[Any, Any]) -> None:
+    is_same = len(value) == len(held) and all(map(operator.is_, value, held))
+    if is_same and all(map(operator.is_, value.values(), held.values())):
+        return
+    # The methods of its own class may refuse, such as those of a ModelOutput.
+    own: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    own.clear(value)
+    for key, item in held.items():
+        own.__setitem__(value, key, item)
+
+
+def _put_back_items(value: Any, held: list[Any]) -> None:
+    if len(held) != len(value) or not all(map(operator.is_, held, value)):
+        value.clear()
+        (value.update if isinstance(value, set) else value.extend)(held)
+
+
+def _is_detached(held: Any, value: Any) -> bool:
     """Return whether `held` is `value` without its graph."""
     are_tensors = isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor)
     return are_tensors and value.grad_fn is not None and value.data_ptr() == held.data_ptr()
@@ -215,9 +216,8 @@ def _is_same(value: Any, held: Any) -> bool:
 
 def _is_made_anew(value: Any) -> bool:
     """Return whether a pass creates a missing attribute again. False for modules and objects of libraries."""
-    if isinstance(value, nn.Module):
-        return False
-    return isinstance(value, (*VALUES, *CONTAINERS, *GENERATORS)) or is_users(value)
+    is_value = isinstance(value, (*SCALARS, torch.Tensor, np.ndarray, *CONTAINERS, *GENERATORS))
+    return is_value or (is_users(type(value)) and not isinstance(value, nn.Module))
 
 
 def tensors_on_parameters(parameters: Sequence[nn.Parameter]) -> dict[tuple[int, str], tuple[int, int]]:

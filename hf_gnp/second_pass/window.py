@@ -12,11 +12,10 @@ from torch import nn
 
 from hf_gnp.tensors import gradients_hidden
 
-from .contents import Budget
 from .inputs import copied
-from .randomness import RandomState, random_devices
-from .running_tensors import RunningTensors, budget_of
-from .state import Attributes, Found, tensors_on_parameters
+from .randomness import random_devices
+from .running_tensors import RunningTensors
+from .state import Found, Snapshot, tensors_on_parameters
 
 
 class StateAtHand:
@@ -24,16 +23,14 @@ class StateAtHand:
 
     def __init__(self, trainer: Any, model: nn.Module):
         self.found = Found(trainer)
-        self._random_state = RandomState(random_devices(trainer, model))
-        self._attributes = Attributes(self.found, Budget(lambda: budget_of(self.found.trained)).holds)
+        self._snapshot = Snapshot(self.found, random_devices(trainer, model))
         self._tensors = RunningTensors()
         self._tensors.start(self.found.modules, self.found.trained, self.found.tensors)
 
     def put_back(self) -> None:
         """Restore all of it."""
         self._tensors.rewind()
-        self._random_state.restore()
-        self._attributes.put_back()
+        self._snapshot.put_back()
 
 
 @dataclass
@@ -43,17 +40,10 @@ class MicroBatch:
     inputs: Any
     num_items_in_batch: torch.Tensor | int | None
     accumulation_steps: int | None
-    random_state: RandomState
-    attributes: Attributes
-    autocast: Callable[[], AbstractContextManager[Any]]
+    snapshot: Snapshot
+    autocast: Callable[[], AbstractContextManager[Any]]  # as a user's `training_step` may have set it
     forward_loss: torch.Tensor | None = None  # what compute_loss returned
     loss: torch.Tensor | None = None  # what training_step returned
-
-
-def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Return a function whose context has autocast as it is now, as a user's `training_step` may have set it."""
-    is_on = torch.is_autocast_enabled(device_type)
-    return functools.partial(torch.autocast, device_type, torch.get_autocast_dtype(device_type), is_on)
 
 
 class Window:
@@ -63,42 +53,36 @@ class Window:
         self._trainer = trainer
         self._devices = random_devices(trainer, model)
         self.tensors = RunningTensors()
-        self._found: Found | None = None
-        self._is_first_window = True
         self.in_second_pass = False
         self.clear()
 
     def clear(self) -> None:
         """Forget everything except which tensors change."""
         self.micro_batches: list[MicroBatch] = []
-        self._is_first_window &= self._found is None
-        self._found = None
+        self._found: Found | None = None
         self._on_parameters: dict[tuple[int, str], tuple[int, int]] = {}
-        self._budget = Budget(int)
         self.tensors.forget()
 
     def record(self, inputs: Any, num_items_in_batch: torch.Tensor | int | None) -> MicroBatch:
         """Record a micro-batch before its first pass."""
-        is_first = self._found is None
-        if is_first or self._is_first_window:  # a loss may create its objects there
-            self._found = Found(self._trainer)
-        found = self._found
-        assert found is not None
+        trainer, found = self._trainer, self._found
+        is_first = found is None
+        if found is None or self.tensors.is_learning:  # in its first passes a loss may create objects
+            found = self._found = Found(trainer)
         if is_first:
-            self._budget = Budget(lambda: budget_of(found.trained))
             self._on_parameters = tensors_on_parameters(found.trained)
-            self.tensors.start(found.modules, found.trained, found.tensors, self._trainer.state.global_step)
-        self.micro_batches.append(
-            MicroBatch(
-                copied(inputs),
-                num_items_in_batch,
-                self._trainer.current_gradient_accumulation_steps,
-                RandomState(self._devices),
-                Attributes(found, self._budget.holds),
-                autocast_as_now(self._trainer.accelerator.device.type),
-            )
+            self.tensors.start(found.modules, found.trained, found.tensors, trainer.state.global_step)
+        device = trainer.accelerator.device.type
+        autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        micro_batch = MicroBatch(
+            copied(inputs),
+            num_items_in_batch,
+            trainer.current_gradient_accumulation_steps,
+            Snapshot(found, self._devices),
+            functools.partial(torch.autocast, device, *autocast),
         )
-        return self.micro_batches[-1]
+        self.micro_batches.append(micro_batch)
+        return micro_batch
 
     def refuse_tensors_on_parameters(self) -> None:
         """Raise a NotImplementedError if the first pass wrote into tensors that are attributes of parameters."""
@@ -120,20 +104,18 @@ class Window:
     def left_as_found(self) -> Iterator[None]:
         """Restore the state after the first pass on leaving. Call `tensors.end` before it."""
         assert self._found is not None
-        random_state, attributes = RandomState(self._devices), Attributes(self._found, lambda value: True)
+        after = Snapshot(self._found, self._devices)
         try:
             with self.tensors.left_as_found(), gradients_hidden(self._found.others):
                 self.in_second_pass = True
                 yield
         finally:
             self.in_second_pass = False
-            random_state.restore()
-            attributes.put_back()
+            after.put_back()
 
     def replayed(self) -> Iterator[MicroBatch]:
         """Yield the micro-batches again, each in the state of its first pass."""
         self.tensors.rewind()
         for number, micro_batch in enumerate(tuple(self.micro_batches)):
-            micro_batch.random_state.restore()
-            micro_batch.attributes.put_back(written=number == 0)
+            micro_batch.snapshot.put_back(written=number == 0)  # later, the second pass may have made new ones
             yield micro_batch
