@@ -111,5 +111,6 @@ def logs_after(args: TrainingArguments, state: TrainerState) -> bool:
         return True
     interval = state.logging_steps
     if args.logging_strategy == IntervalStrategy.EPOCH:
-        interval = max(1, round(state.max_steps / state.num_train_epochs))
+        epochs = state.num_train_epochs if args.max_steps > 0 else args.num_train_epochs  # the first is rounded up
+        interval = max(1, round(state.max_steps / epochs))
     return (state.global_step + 1) % interval == 0

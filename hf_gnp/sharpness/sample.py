@@ -1,13 +1,16 @@
 """The sample of a measurement, its micro-batches, and the weight of each micro-batch in the mean."""
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Subset
 from transformers import set_seed
+
+from hf_gnp.second_pass.state import GENERATORS, restorers
 
 
 class WeightedBatch(NamedTuple):
@@ -48,22 +51,41 @@ def draw(
         Every n-th micro-batch, where n is the number of ranks, and the number of samples. Each micro-batch costs a
         collective, so all ranks have the same number of them. Surplus ones have a share of 0.
     """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        chosen: Any = list(itertools.islice(dataset, size))
-    else:
-        rows = np.random.default_rng(seed).permutation(len(dataset))[:size]
-        indices = (rows if shuffle else np.sort(rows)).tolist()
-        chosen = dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
-    # It has the trainer's collator and columns. The data loader of `evaluate` may be kept for later evaluations.
-    loader = trainer.get_test_dataloader(chosen)
-    ranks, count, batches = trainer.accelerator.num_processes, -(-len(chosen) // per_batch), []
-    for number in range(trainer.accelerator.process_index, -(-count // ranks) * ranks, ranks):
-        first = number * per_batch if number < count else 0
-        set_seed(seed + number)
-        inputs = loader.collate_fn([loader.dataset[row] for row in range(first, min(first + per_batch, len(chosen)))])
-        items = _count_items(trainer, inputs)
-        batches.append(WeightedBatch(inputs, items, float(items) if number < count else 0.0, number))
-    return batches, len(chosen)
+    with _generators_left(dataset, trainer.data_collator):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            chosen: Any = list(itertools.islice(dataset, size))
+        else:
+            order = np.random.default_rng(seed).permutation(len(dataset))[:size]
+            indices = (order if shuffle else np.sort(order)).tolist()
+            chosen = dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
+        # It has the trainer's collator and columns. The data loader of `evaluate` may be kept for later evaluations.
+        loader = trainer.get_test_dataloader(chosen)
+        ranks, count, batches = trainer.accelerator.num_processes, -(-len(chosen) // per_batch), []
+        for number in range(trainer.accelerator.process_index, -(-count // ranks) * ranks, ranks):
+            first = number * per_batch if number < count else 0
+            set_seed(seed + number)
+            rows = range(first, min(first + per_batch, len(chosen)))
+            inputs = loader.collate_fn([loader.dataset[row] for row in rows])
+            items = _count_items(trainer, inputs)
+            batches.append(WeightedBatch(inputs, items, float(items) if number < count else 0.0, number))
+        return batches, len(chosen)
+
+
+@contextlib.contextmanager
+def _generators_left(*owners: Any) -> Iterator[None]:
+    """Leave the random generators in attributes of the data and the collator as they are, also a missing one."""
+    attributes_of = [vars(owner) for owner in owners if hasattr(owner, "__dict__") and not isinstance(owner, type)]
+    before = [(attributes, dict(attributes)) for attributes in attributes_of]
+    found = [value for _, values in before for value in values.values() if isinstance(value, GENERATORS)]
+    restore = [restorer for generator in found for restorer in restorers(generator)]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            made = [name for name, value in attributes.items() if isinstance(value, GENERATORS)]
+            attributes.update({name: values.get(name) for name in made})
+        for restorer in restore:
+            restorer()
 
 
 def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:

@@ -234,6 +234,8 @@ def test_table_and_picture(tmp_path, capsys):
     assert find_r(stock, batches=2, log=False) == result
     trainer.find_r(batches=2, log=False)
     assert not capsys.readouterr().out
+    assert trainer.find_r(radii=np.array([10.0, 30.0]), batches=2)["suggestion"] == 10
+    assert "may be too large: give smaller radii" in capsys.readouterr().out
 
 
 def test_kept_is_unknown_without_descent_on_other_batches(tmp_path):

@@ -4,19 +4,22 @@ import copy
 import gc
 import math
 import random
+import types
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import is_compiled_module
 from runs import assert_identical, generators, make_trainer, run, snapshot
 from scipy.sparse.linalg import LinearOperator, eigsh
 from tiny import Net, collate, make_data, make_model
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer
 
-from hf_gnp import GNPTrainer, SharpnessCallback
+from hf_gnp import GNPTrainer, SharpnessCallback, plot_loss_surface
 from hf_gnp.sharpness import measure_sharpness
 from hf_gnp.sharpness.hessian import Hessian
 from hf_gnp.sharpness.loss import SampleLoss
@@ -273,6 +276,104 @@ def test_random_transforms_draw_by_the_seed_and_leave_the_generators(tmp_path):
     assert trainer.measure_sharpness(k=0, probes=0) == first
 
 
+class Augmented(Dataset):
+    """Samples with noise from a generator of its own."""
+
+    def __init__(self):
+        self.samples, self.generator = make_data("net", size=SAMPLES), np.random.default_rng(0)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, row):
+        sample = self.samples[row]
+        return {**sample, "x": sample["x"] + float(self.generator.normal())}
+
+
+class NoisyCollator:
+    """Makes its generator at the first batch, as that of masked language models does."""
+
+    def __init__(self):
+        self.generator = None
+
+    def __call__(self, samples):
+        self.generator = self.generator or torch.Generator().manual_seed(3)
+        batch = collate(samples)
+        return {**batch, "x": batch["x"] + torch.randn(1, generator=self.generator)}
+
+
+MEASUREMENTS = {
+    "measure_sharpness": lambda trainer, folder: trainer.measure_sharpness(k=0, probes=0, log=False),
+    "find_r": lambda trainer, folder: trainer.find_r(radii=[0.1], batches=1, log=False),
+    "plot_loss_surface": lambda trainer, folder: plot_loss_surface(trainer, folder / "slice.png", points=2),
+}
+
+
+@pytest.mark.parametrize("args", [{}, {"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}])
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_training_after_a_measurement_is_the_same(tmp_path, name, args):
+    results = []
+    for is_measured in (True, False):
+        data = Augmented()
+        trainer = trainer_of(tmp_path, Net(nn.Tanh), data=data, max_steps=2, **args)
+        trainer.data_collator = NoisyCollator()
+        if is_measured:
+            MEASUREMENTS[name](trainer, tmp_path)
+        results.append(run(trainer))
+        assert is_compiled_module(trainer.model_wrapped) == ("torch_compile" in args)
+    assert_identical(*results)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_model_set_by_the_user_is_measured(tmp_path, is_trained):
+    trainer = trainer_of(tmp_path, Net(nn.Tanh), bf16=True, max_steps=1, torch_compile_backend="eager")
+    if is_trained:
+        trainer.train()
+    trainer.measure_sharpness(k=0, probes=0)
+    trainer.model = Net(nn.Softsign)
+    expected = trainer_of(tmp_path, Net(nn.Softsign), bf16=True).measure_sharpness(k=0, probes=0)
+    assert trainer.measure_sharpness(k=0, probes=0) == expected
+
+
+def test_loss_that_counts_its_items(tmp_path):
+    class Counting(GNPTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = functional.cross_entropy(outputs["logits"], inputs["labels"], reduction="sum") / num_items_in_batch
+            self.log({"part": loss.item()})
+            return (loss, outputs) if return_outputs else loss
+
+    options = {"k": 0, "probes": 0, "samples": SAMPLES, "log": False}
+    data = make_data("net", size=SAMPLES)
+    trainer = make_trainer(tmp_path, "net", cls=Counting, model=Net(nn.Tanh), data=data, eval_dataset=data)
+    trainer.model_accepts_loss_kwargs = True  # as a model of transformers has it
+    expected = trainer_of(tmp_path, Net(nn.Tanh)).measure_sharpness(**options)
+    assert trainer.measure_sharpness(**options)["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert trainer.state.log_history == []
+
+
+def test_metrics_of_training_stay_in_its_log(tmp_path):
+    class Merging(GNPTrainer):
+        """Adds its metrics to the next log, as TRL's trainers do."""
+
+        metrics = types.MappingProxyType({})
+
+        def compute_loss(self, *args, **kwargs):
+            self.metrics = {"own": 1.0}
+            return super().compute_loss(*args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            logs, self.metrics = {**logs, **self.metrics}, {}
+            super().log(logs, *args, **kwargs)
+
+    data = make_data("net", size=SAMPLES)
+    options = {"eval_dataset": data, "callbacks": [SharpnessCallback(every=1, k=0, probes=0)], "max_steps": 2}
+    trainer = make_trainer(tmp_path, "net", cls=Merging, model=Net(nn.Tanh), data=data, logging_steps=1, **options)
+    trainer.train()
+    assert ["own" in entry for entry in trainer.state.log_history if "loss" in entry] == [True, True]
+    assert not any("own" in entry for entry in trainer.state.log_history if "sharpness_loss" in entry)
+
+
 class Interrupted(Exception):
     pass
 
@@ -359,3 +460,11 @@ def test_refusals_say_what_to_do(tmp_path):
     stock = make_trainer(tmp_path, "net", cls=Trainer, model=Net(), data=data, callbacks=[SharpnessCallback(every=1)])
     with pytest.raises(RuntimeError, match="use GNPTrainer"):
         stock.train()
+    assert stock.state.global_step == 0
+    blind = make_trainer(tmp_path, "net", model=Net(), data=data, callbacks=[SharpnessCallback(every=10)])
+    with pytest.raises(ValueError, match="trainer an eval_dataset"):
+        blind.train()
+    assert blind.state.global_step == 0
+    trainer.data_collator = list  # as that of GRPO
+    with pytest.raises(NotImplementedError, match="not mappings of tensors but list"):
+        trainer.measure_sharpness()

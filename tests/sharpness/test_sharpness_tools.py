@@ -1,6 +1,7 @@
 """Pictures of the loss."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from PIL import Image
 from runs import assert_identical, snapshot
 from safetensors.torch import save_file
 from test_sharpness import SAMPLES, Exact, mean_loss, trainer_of
-from tiny import Net, make_data
+from tiny import Net, make_data, make_model
 from torch import nn
 
 from hf_gnp import plot_loss_surface
 from hf_gnp.sharpness.loss import sample_loss
+from hf_gnp.sharpness.pictures import draw_slices
 from hf_gnp.sharpness.surface import filter_normalized_
 
 
@@ -97,7 +99,24 @@ def test_pictures_refuse_what_they_cannot_draw(tmp_path):
         ({"directions": "up"}, "directions"),
         ({"dimensions": 3}, "dimensions"),
         ({"directions": "line"}, "two ends"),
-        ({"checkpoints": [tmp_path]}, "model.safetensors"),
+        ({"checkpoints": [tmp_path]}, "has not all weights of Net"),
     ):
         with pytest.raises(ValueError, match=message):
             plot_loss_surface(trainer, tmp_path / "s.png", **options)
+
+
+def test_checkpoint_of_other_modules_is_refused(tmp_path):
+    """`from_pretrained` would draw random weights for the head."""
+    model = make_model("vit")
+    model.classifier = nn.Sequential(nn.Dropout(), model.classifier)
+    trainer = trainer_of(tmp_path, model, "vit")
+    trainer.save_model(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"such as classifier\.1\.bias"):
+        plot_loss_surface(trainer, tmp_path / "s.png", [tmp_path / "saved"])
+
+
+@pytest.mark.parametrize("losses", [[[1.0, 1.0], [1.0, 1.0]], [[math.nan, math.inf], [math.nan, math.nan]]])
+def test_flat_map(tmp_path, losses):
+    slices = [{"checkpoint": "x", "losses": losses}]
+    draw_slices({"slices": slices, "axes": 2 * [[0, 1]], "units": ["", ""], "caption": ""}, tmp_path / "map.png")
+    assert_is_picture(tmp_path / "map.png", 500)

@@ -217,6 +217,47 @@ def test_hyperparameter_search(tmp_path):
     assert seen == 2 * [(r, alpha, "layer") for r, alpha in values]
 
 
+@pytest.mark.parametrize("args_cls", [TrainingArguments, GNPTrainingArguments])
+def test_trial_begins_with_the_users_values(tmp_path, args_cls):
+    """transformers keeps the values of the trial before, which a pair of arguments may refuse."""
+    pytest.importorskip("optuna", reason="a client of the dev extra")
+    trials = [
+        {"gnp_metric": "layer", "gnp_r": 0.2},
+        {"gnp_r": 0.1},
+        {"gnp_warmup_type": "zero", "gnp_warmup_steps": 0.5},
+        {"gnp_warmup_type": "none"},
+    ]
+    seen, data = [], make_data("net")
+
+    class Recording(GNPTrainer):
+        def _hp_search_setup(self, trial):
+            super()._hp_search_setup(trial)
+            seen.append((self.gnp_args.gnp_r, self.gnp_args.gnp_metric, self.gnp_args.gnp_warmup_steps))
+
+    default = {"gnp_r": None} if args_cls is GNPTrainingArguments else {}
+    trainer = Recording(
+        args=make_args(tmp_path, args_cls, max_steps=1, eval_strategy="steps", eval_steps=1, **default),
+        data_collator=collate,
+        train_dataset=data,
+        eval_dataset=data,
+        model_init=lambda: Net(nn.Tanh),
+    )
+    trainer.hyperparameter_search(lambda trial: trials[trial.number], n_trials=len(trials), backend="optuna")
+    expected = [(0.2, "layer", None), (0.1, "l2", None), (0.05, "layer", 0.5), (0.05, "layer", None)]
+    assert seen == expected
+
+
+def test_args_replaced_between_runs(tmp_path):
+    plain = make_args(tmp_path, GNPTrainingArguments, max_steps=1, gnp_alpha=0.0)
+    trainer = make(tmp_path, args_cls=GNPTrainingArguments, max_steps=1, gnp_r=0.1, gnp_alpha=1.0)
+    penalised, logs = trainer.args, []
+    for trainer.args in (penalised, plain, penalised):
+        trainer.train()
+        logs.append("gnp_r" in trainer.state.log_history[0])
+    assert logs == [True, False, True]
+    assert (penalised.gnp_r, penalised.gnp_alpha) == (0.1, 1.0)
+
+
 def test_no_resume_warning_without_resume(tmp_path, caplog):
     trainer = make(tmp_path, max_steps=1)
     trainer.args.gnp_alpha = 0.5

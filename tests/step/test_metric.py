@@ -185,12 +185,16 @@ def test_cosine_of_16_bit_weights(tmp_path, kind_of_metric, alpha, rounding):
     assert cosines == pytest.approx(expected, abs=tolerance)
 
 
-def test_cosine_is_taken_at_logging_steps_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("args", [{"logging_steps": 5}, {"logging_strategy": "epoch", "num_train_epochs": 2.5}])
+def test_cosine_is_taken_at_logging_steps_only(tmp_path, monkeypatch, args):
     taken, measure = [], Move._measure_cosine
-    monkeypatch.setattr(Move, "_measure_cosine", lambda self, alpha: taken.append(1) or measure(self, alpha))
-    trainer = make_trainer(tmp_path, "vit", logging_steps=5)
+    trainer = make_trainer(tmp_path, "vit", **args)
+    step = lambda: trainer.state.global_step + 1  # noqa: E731
+    monkeypatch.setattr(Move, "_measure_cosine", lambda self, alpha: taken.append(step()) or measure(self, alpha))
     trainer.train()
-    assert len(taken) == len(logs_of(trainer, "gnp_cosine")["gnp_cosine"]) == 2
+    logged = [entry["step"] for entry in trainer.state.log_history if "gnp_cosine" in entry]
+    assert taken == [step for step in logged if step != trainer.state.max_steps or "logging_steps" in args]
+    assert len(taken) == 2
 
 
 def test_cosine_in_parts(tmp_path, monkeypatch):
