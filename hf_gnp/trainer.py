@@ -91,13 +91,16 @@ class GNPMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gnp_args = GNPArguments()  # unless `args` has its own
+        self._gnp_own_args = GNPArguments()
         self._gnp_check()
+
+    @property
+    def gnp_args(self) -> GNPArguments:
+        """Return the trainer's `args`, or the `gnp_*` arguments beside plain `TrainingArguments`."""
+        return self.args if isinstance(self.args, GNPArguments) else self._gnp_own_args
 
     def _gnp_check(self) -> None:
         """Refuse gnp arguments out of range, and engines and optimizers that the penalty does not support."""
-        if isinstance(self.args, GNPArguments):
-            self.gnp_args = self.args  # which the user may have replaced
         update_arguments(self.gnp_args, self.args)
         perturbation = Perturbation.from_args(self.gnp_args, self.model)
         if self.gnp_args.gnp_alpha != 0:

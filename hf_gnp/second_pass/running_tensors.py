@@ -40,7 +40,8 @@ def is_plain(tensor: torch.Tensor) -> bool:
         return False
     if local.is_quantized or local.is_nested or local.is_inference() or hasattr(tensor, "ds_id"):
         return False
-    return tensor.grad_fn is None and 0 not in local.stride()  # 0: expanded, with one element in several places
+    # An expanded tensor has one element in several places.
+    return all(stride > 0 or size == 1 for stride, size in zip(local.stride(), local.shape, strict=True))
 
 
 def storage_address(tensor: torch.Tensor) -> int:
@@ -140,10 +141,11 @@ class RunningTensors:
     def end(self, compared: Sequence[bool]) -> None:
         """Learn from the flags of `compare`, read from the device, which tensors the first pass changed."""
         still = {id(c.tensor): c for c, has_changed in zip(self._unsure, compared, strict=True) if not has_changed}
-        self._candidates = [candidate for candidate in self._candidates if id(candidate.tensor) not in still]
+        reached = {id(p) for p in self._trained if p.grad is not None}  # the engine restores these
+        self._candidates = [c for c in self._candidates if id(c.tensor) not in still and id(c.tensor) not in reached]
         self._moving |= {id(candidate.tensor) for candidate in self._candidates if candidate.mark is not None}
-        reaches = any(parameter.grad is not None for parameter in self._trained)  # ZeRO keeps no `grad`
-        unreached = {id(p): p for p in self._trained if p.grad is None} if reaches else {}
+        # ZeRO keeps no `grad`.
+        unreached = {id(p): p for p in self._trained if id(p) not in reached} if reached else {}
         # If a teacher still equals the weights, only the second pass, at θ + e, changes it.
         whole = [c for c in still.values() if c.is_whole and c.elements.is_floating_point()]
         new = [p for number, p in unreached.items() if number not in self._unreached and is_plain(p)]

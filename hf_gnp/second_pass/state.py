@@ -107,7 +107,8 @@ class Found:
                     owners += self._add_module(value)
                 elif issubclass(kind, torch.Tensor):
                     others += [value] if isinstance(value, nn.Parameter) else []
-                    self.tensors += [value] if value.numel() > SMALL and is_plain(value) else []
+                    is_large = value.numel() > SMALL and value.grad_fn is None and is_plain(value)
+                    self.tensors += [value] if is_large else []
                 elif objects and (is_users(kind) or issubclass(kind, STEPPED)) and not issubclass(kind, type):
                     owners += [(value, objects - 1)] if hasattr(value, "__dict__") else []
         others += parameters_of(list(self.modules)[of_model:])
@@ -139,7 +140,7 @@ class Snapshot:
         self._attributes: list[tuple[Any, set[str], dict[str, Any]]] = []
         self._contents = global_generators(devices)
         self._tensors: list[Pair] = []
-        self._large: list[tuple[torch.Tensor, int]] = []  # with version counters
+        self._uncopied: list[tuple[torch.Tensor, int]] = []  # large or with a graph; with version counters
         weights = functools.cache(lambda: storage_addresses(t for p in found.trained for t in (p, p.grad)))
         seen: set[int] = set()
         for owner in found.owners:
@@ -147,17 +148,19 @@ class Snapshot:
             for value in values_in(attributes.values(), seen):
                 if not isinstance(value, torch.Tensor):
                     self._contents += restorers(value)
-                elif is_plain(value) and value.numel() > SMALL:
-                    self._large.append((value, value._version))
-                elif is_plain(value) and storage_address(value) not in weights():
-                    self._tensors.append((local_part(value), local_part(value).detach().clone()))
+                elif value.numel() <= SMALL and value.grad_fn is None and is_plain(value):
+                    if storage_address(value) not in weights():
+                        self._tensors.append((local_part(value), local_part(value).detach().clone()))
+                elif not value.is_inference():
+                    self._uncopied.append((value, value._version))
             tensors = [(name, value) for name, value in attributes.items() if isinstance(value, torch.Tensor)]
-            held = attributes | {name: tensor.detach() for name, tensor in tensors if tensor.grad_fn is not None}
-            self._attributes.append((owner, set(vars(owner)), held))
+            detached = {name: tensor.detach() for name, tensor in tensors if tensor.grad_fn is not None}
+            self._uncopied += [(tensor, tensor._version) for tensor in detached.values()]
+            self._attributes.append((owner, set(vars(owner)), attributes | detached))
 
     def put_back(self, written: bool = True) -> None:
-        """Restore all of it. Without `written`, large tensors that were written since are not assigned again."""
-        stale = {id(tensor) for tensor, version in self._large if tensor._version != version and not written}
+        """Restore all of it. Without `written`, uncopied tensors that were written since are not assigned again."""
+        stale = {id(tensor) for tensor, version in self._uncopied if tensor._version != version and not written}
         for owner, names, held in self._attributes:
             attributes = vars(owner)
             for name, value in held.items():

@@ -81,8 +81,7 @@ def find_r(
             that is 0 or not finite, or a model in fp16.
         RuntimeError, NotImplementedError: as in `measure_sharpness`.
     """
-    is_own = isinstance(trainer.args, GNPArguments)
-    gnp_args = trainer.args if is_own else getattr(trainer, "gnp_args", None) or GNPArguments(gnp_metric="l2")
+    gnp_args = getattr(trainer, "gnp_args", None) or GNPArguments(gnp_metric="l2")
     update_arguments(gnp_args, trainer.args)  # which the user may have set since the last run
     if gnp_args.gnp_direction == "momentum":
         raise ValueError(
@@ -184,7 +183,7 @@ def _summary(rows: np.ndarray) -> dict[str, Any]:
         for name, values in by_batch.items():
             result[name] = values.mean(axis=0)[1:].tolist()
             result[f"{name}_standard_error"] = (values.std(axis=0) / np.sqrt(len(rows) - 1))[1:].tolist()
-    result["rise_share"] = [rise / loss for rise in result["rise"]]
+        result["rise_share"] = (np.array(result["rise"]) / loss).tolist()
     return result
 
 

@@ -76,7 +76,8 @@ class SampleLoss:
         """Return the mean loss over the labels of a micro-batch, with the same random numbers in each pass."""
         trainer, items = self.trainer, None
         set_seed(self._seed + batch.number)
-        is_users = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss
+        is_overridden = type(trainer).compute_loss is not Trainer.compute_loss
+        is_users = trainer.compute_loss_func is not None or (is_overridden and trainer.model_accepts_loss_kwargs)
         if is_users and "labels" in batch.inputs:  # it may divide by the number of items, which a model counts itself
             # With `average_tokens_across_devices` it is that of all ranks, and `compute_loss` multiplies by the ranks.
             ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1

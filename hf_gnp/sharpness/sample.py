@@ -83,7 +83,9 @@ def _generators_left(*owners: Any) -> Iterator[None]:
     finally:
         for attributes, values in before:
             made = [name for name, value in attributes.items() if isinstance(value, GENERATORS)]
-            attributes.update({name: values.get(name) for name in made})
+            for name in made:
+                del attributes[name]
+            attributes.update({name: values[name] for name in made if name in values})
         for restorer in restore:
             restorer()
 

@@ -277,7 +277,7 @@ def test_random_transforms_draw_by_the_seed_and_leave_the_generators(tmp_path):
 
 
 class Augmented(Dataset):
-    """Samples with noise from a generator of its own."""
+    """Samples with noise from generators of its own, of which it makes one at the first sample."""
 
     def __init__(self):
         self.samples, self.generator = make_data("net", size=SAMPLES), np.random.default_rng(0)
@@ -287,7 +287,9 @@ class Augmented(Dataset):
 
     def __getitem__(self, row):
         sample = self.samples[row]
-        return {**sample, "x": sample["x"] + float(self.generator.normal())}
+        if not hasattr(self, "late"):
+            self.late = np.random.default_rng(1)
+        return {**sample, "x": sample["x"] + float(self.generator.normal() + self.late.normal())}
 
 
 class NoisyCollator:
@@ -335,18 +337,22 @@ def test_model_set_by_the_user_is_measured(tmp_path, is_trained):
     assert trainer.measure_sharpness(k=0, probes=0) == expected
 
 
-def test_loss_that_counts_its_items(tmp_path):
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_loss_that_counts_its_items(tmp_path, is_counted):
+    """`Trainer` gives it the count if the model accepts arguments of the loss."""
+
     class Counting(GNPTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            outputs = model(**inputs)
-            loss = functional.cross_entropy(outputs["logits"], inputs["labels"], reduction="sum") / num_items_in_batch
+            assert (num_items_in_batch is not None) == is_counted
+            outputs, count = model(**inputs), num_items_in_batch if is_counted else len(inputs["labels"])
+            loss = functional.cross_entropy(outputs["logits"], inputs["labels"], reduction="sum") / count
             self.log({"part": loss.item()})
             return (loss, outputs) if return_outputs else loss
 
     options = {"k": 0, "probes": 0, "samples": SAMPLES, "log": False}
     data = make_data("net", size=SAMPLES)
     trainer = make_trainer(tmp_path, "net", cls=Counting, model=Net(nn.Tanh), data=data, eval_dataset=data)
-    trainer.model_accepts_loss_kwargs = True  # as a model of transformers has it
+    trainer.model_accepts_loss_kwargs = is_counted
     expected = trainer_of(tmp_path, Net(nn.Tanh)).measure_sharpness(**options)
     assert trainer.measure_sharpness(**options)["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert trainer.state.log_history == []

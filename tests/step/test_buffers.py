@@ -79,6 +79,30 @@ class Late(nn.Module):
         return centred
 
 
+class WithGraph(nn.Module):
+    """Forgets `no_grad`. The loss does not use the buffer, so no backward reaches it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(7))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+        return x
+
+
+class Counter(nn.Module):
+    """Counts in a buffer of one element with stride 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0).expand(1))
+
+    def forward(self, x):
+        self.count += 1
+        return x
+
+
 WITH_BUFFERS = {
     "batch_norm": lambda: nn.BatchNorm1d(7),
     "batch_norm_without_momentum": lambda: nn.BatchNorm1d(7, momentum=None),
@@ -87,6 +111,8 @@ WITH_BUFFERS = {
     "old_spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(7, 7)),
     "replaced": MovingMean,
     "growing": History,
+    "with_a_graph": WithGraph,
+    "stride_0": Counter,
     "starting_late": Late,
     "functional": functools.partial(NamedStatistics, "running_mean", "running_var"),
     "functional_of_other_names": functools.partial(NamedStatistics, "average", "spread"),

@@ -258,6 +258,29 @@ def test_args_replaced_between_runs(tmp_path):
     assert (penalised.gnp_r, penalised.gnp_alpha) == (0.1, 1.0)
 
 
+def test_search_with_other_args(tmp_path):
+    pytest.importorskip("optuna", reason="a client of the dev extra")
+    seen, data = [], make_data("net")
+
+    class Recording(GNPTrainer):
+        def _hp_search_setup(self, trial):
+            super()._hp_search_setup(trial)
+            seen.append((self.gnp_args.gnp_r, self.gnp_args.gnp_metric))
+
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    later = make_args(tmp_path, gnp_r=0.5, gnp_metric="layer", **settings)
+    trainer = Recording(
+        args=make_args(tmp_path, **settings),
+        data_collator=collate,
+        train_dataset=data,
+        eval_dataset=data,
+        model_init=lambda: Net(nn.Tanh),
+    )
+    trainer.args = later
+    trainer.hyperparameter_search(lambda trial: {"learning_rate": 0.1}, n_trials=2, backend="optuna")
+    assert seen == 2 * [(0.5, "layer")]
+
+
 def test_no_resume_warning_without_resume(tmp_path, caplog):
     trainer = make(tmp_path, max_steps=1)
     trainer.args.gnp_alpha = 0.5

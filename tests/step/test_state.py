@@ -215,6 +215,15 @@ def multiplier_that_the_loss_updates(self, model, inputs):
     return loss
 
 
+@loss_case(accumulation=2)
+def sum_of_losses_with_their_graph(self, model, inputs):
+    loss = model(**inputs)["loss"]
+    if not self.accelerator.sync_gradients:
+        self.total = 0.0
+    self.total += loss  # in place, from the second micro-batch on
+    return loss * (1 + self.total.detach())
+
+
 @loss_case(attributes(bank=lambda trainer: nn.Parameter(torch.zeros(20_000))))
 def large_parameter_that_the_loss_writes(self, model, inputs):
     outputs = model(**inputs)

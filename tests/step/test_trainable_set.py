@@ -100,3 +100,37 @@ def test_gradient_of_heads_switched_in_a_window(tmp_path, r, alpha):
         torch.testing.assert_close(result[name], (1 - alpha) * g1 + alpha * g2, rtol=1e-5, atol=1e-7)
         if r < 1e-20:
             torch.testing.assert_close(result[name], plain[name], rtol=1e-6, atol=1e-8)
+
+
+class Renormalised(nn.Module):
+    """Uses its embedding in every other step, whose rows its forward shortens in place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.out = nn.Embedding(3, 5, max_norm=1.0), nn.Linear(5, 3)
+        self.is_used = False
+
+    def forward(self, x, labels):
+        if self.is_used:
+            x = x + self.embedding(labels)
+        logits = self.out(x)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+class EveryOtherStep(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.is_used = state.global_step % 2 == 1
+
+
+def test_weight_that_a_forward_writes_moves(tmp_path):
+    """It had no gradient in the window before, when it counted as frozen."""
+    model, passes = Renormalised(), ([], [])
+    trainer = make_trainer(tmp_path, "net", model=model, max_steps=6, gnp_r=0.5, callbacks=[EveryOtherStep()])
+    weight = model.embedding.weight
+    model.embedding.register_forward_pre_hook(
+        lambda *_: passes[trainer.in_second_pass].append(weight.detach().clone())
+    )
+    trainer.train()
+    assert [len(weights) for weights in passes] == [3, 3]
+    assert all((first - second).norm() > 0.05 for first, second in zip(*passes, strict=True))
