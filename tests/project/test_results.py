@@ -73,7 +73,8 @@ def test_table_of_the_defaults_is_that_of_its_studies():
     for case, *shown in rows:
         data, wrong = case.rsplit(", ", 1)
         full = (DOCS / "figures" / f"study_{CASES[data]}.md").read_text(encoding="utf-8")
-        lines = full.split(f"## {wrong} wrong: accuracy")[1].split("\n## ")[0].splitlines()
+        share, _, size = wrong.removesuffix(")").partition(" (")
+        lines = full.split(f"## {share} wrong{', ' * bool(size)}{size}: accuracy")[1].split("\n## ")[0].splitlines()
         by_method = {cells(line)[0]: cells(line) for line in lines if line.startswith("|")}
         for method, cell in zip(header[1:], shown, strict=True):
             if method in ("plain", "twice the epochs"):
