@@ -14,7 +14,10 @@ from .schedule import Penalty
 class StepLogs:
     """Sums the metrics of steps on the device. Nothing is read back until they are logged."""
 
+    FIDELITY_FLOOR = 0.9  # the least share of the perturbation that may survive rounding without a hint
+
     def __init__(self) -> None:
+        self._is_rounding_told = False
         self.reset()
 
     def reset(self) -> None:
@@ -58,6 +61,16 @@ class StepLogs:
                 logs["gnp_fidelity"] = kept / moved
         self.reset()
         return logs
+
+    def fidelity_hint(self, logs: dict[str, float]) -> str | None:
+        """Return, once, a hint if rounding loses much of the perturbation."""
+        if self._is_rounding_told or logs.get("gnp_fidelity", 1.0) >= self.FIDELITY_FLOOR:
+            return None
+        self._is_rounding_told = True
+        return (
+            f"Less than {self.FIDELITY_FLOOR:.0%} of the perturbation survives rounding to the weights' dtype "
+            "(gnp_fidelity): raise gnp_r, set gnp_stochastic_rounding, or use fp32 weights and bf16=True."
+        )
 
 
 class RadiusHint:

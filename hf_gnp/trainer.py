@@ -28,10 +28,7 @@ from .step import PenalisedSteps, never_reached
 
 logger = logging.get_logger(__name__)
 
-# Minimum share of the perturbation that must survive rounding before a warning.
-FIDELITY_FLOOR = 0.9
 NOT_FINITE = "the gradient is not finite; the weights stay as they are."
-
 
 # For type checkers: the methods that the mixin calls are those of a subclass of Trainer.
 _Base: Any = object
@@ -75,7 +72,6 @@ class GNPMixin(_Base):
     """
 
     _gnp_run: PenalisedSteps | None = None
-    _gnp_warned: set[str]
     _gnp_is_trainers_log = False
     current_gradient_accumulation_steps: Any
 
@@ -153,7 +149,6 @@ class GNPMixin(_Base):
         if run is None or run.state is not self.state or run.model is not model:
             schedule = self._gnp_schedule()
             self._gnp_run = run = PenalisedSteps(self, model, schedule)
-            self._gnp_warned = set()
             warning = remember_values(self.state, self.gnp_args.gnp_values())
             if warning is not None:
                 logger.warning(warning)
@@ -180,10 +175,7 @@ class GNPMixin(_Base):
                 self._gnp_run = None
 
     def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run the first pass of a micro-batch and, at the window's end, the second pass. Return the clean loss."""
         if self.gnp_args.gnp_alpha == 0 or not self.is_in_train:  # outside of `train` no optimizer step follows
@@ -249,14 +241,9 @@ class GNPMixin(_Base):
             if self._gnp_run is not None:
                 self._gnp_tell_dropped()
                 logs.update(self._gnp_run.logs.drain(self.accelerator))
-                if hint := self._gnp_run.radius_hint.after(logs):
-                    logger.warning(hint)
-            if logs.get("gnp_fidelity", 1.0) < FIDELITY_FLOOR and "fidelity" not in self._gnp_warned:
-                self._gnp_warned.add("fidelity")
-                logger.warning(
-                    f"Less than {FIDELITY_FLOOR:.0%} of the perturbation survives rounding to the weights' dtype "
-                    "(gnp_fidelity): raise gnp_r, set gnp_stochastic_rounding, or use fp32 weights and bf16=True."
-                )
+                for hint in (self._gnp_run.radius_hint.after(logs), self._gnp_run.logs.fidelity_hint(logs)):
+                    if hint is not None:
+                        logger.warning(hint)
         super().log(logs, *args, **kwargs)
 
     def _gnp_tell_dropped(self) -> None:
