@@ -510,6 +510,30 @@ def test_read_by_the_loss(tmp_path, kind):
     assert_unmoved_is_plain(make)
 
 
+class Codebook(nn.Module):
+    """Follows the mean of its inputs, in another parameter after each forward, or in the same one."""
+
+    def __init__(self, is_replaced: bool):
+        super().__init__()
+        self.mean, self.is_replaced = nn.Parameter(torch.zeros(7), requires_grad=is_replaced), is_replaced
+
+    def forward(self, x):
+        mean = self.mean.detach().clone()
+        new = 0.5 * mean + 0.5 * x.detach().mean(0)
+        if self.is_replaced:
+            self.mean = nn.Parameter(new)
+        else:
+            self.mean.data.copy_(new)
+        return x - mean
+
+
+@row("a parameter that a forward replaces, as in some VQ-VAE codebooks", "the probe stops the run")
+def test_replaced_parameter(tmp_path):
+    model = Net(functools.partial(Codebook, True))
+    assert_refused(tmp_path, None, REFUSED_BY_THE_PROBE, model=model)
+    assert_unmoved_is_plain(lambda cls: make_unmoved(tmp_path, cls, model=Net(functools.partial(Codebook, False))))
+
+
 @row("random numbers of the operating system, as in Reformer", "the probe stops the run")
 def test_numbers_of_the_operating_system(tmp_path):
     source = random.SystemRandom()
