@@ -108,7 +108,8 @@ class RadiusHint:
                 "trainer.find_r(), and compare accuracies on clean validation data."
             )
         shares = [math.acos(self.COSINE) / math.acos(max(cosine, -1.0))]
-        shares += [self.RISE_SHARE * loss / rise] if rise > 0 and loss > 0 else []
+        if rise > 0 and loss > 0:
+            shares.append(self.RISE_SHARE * loss / rise)
         return (
             f"gnp_r={r:g} is too large for this model: the cosine of both gradients (gnp_cosine) is {cosine:.2f}, and "
             f"the move raises the loss of {loss:.3g} by {rise:.3g} (gnp_sharpness). Try gnp_r={r * min(shares):.1g} "

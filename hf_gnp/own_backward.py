@@ -46,7 +46,8 @@ class OwnBackward:
         if self._engine.hides_gradient():
             raise NotImplementedError(self._refusal())
         gradient = self._engine.take_gradient()
-        self._aside += [gradient] if gradient else []
+        if gradient:
+            self._aside.append(gradient)
         return bool(gradient)
 
     def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -29,7 +29,7 @@ class TakenGradient(NamedTuple):
 
 class ParamGradEngine(Engine):
     """
-    Mix gradients in `param.grad`, of the model's parameters and of those that the optimizer has beside them.
+    Mix gradients in `param.grad`, of the model's parameters and of the optimizer's others.
 
     The second pass adds g₂ to the scaled g₁, so there is no second gradient buffer. There is one for 16-bit gradients,
     where rounding would lose a small α g₂, and where a communication hook of DDP or a hook of a parameter changes

@@ -106,24 +106,34 @@ class Found:
                 if issubclass(kind, nn.Module):
                     owners += self._add_module(value)
                 elif issubclass(kind, torch.Tensor):
-                    others += [value] if isinstance(value, nn.Parameter) else []
-                    is_large = value.numel() > SMALL and value.grad_fn is None and is_plain(value)
-                    self.tensors += [value] if is_large else []
-                elif objects and (is_users(kind) or issubclass(kind, STEPPED)) and not issubclass(kind, type):
-                    owners += [(value, objects - 1)] if hasattr(value, "__dict__") else []
+                    if isinstance(value, nn.Parameter):
+                        others.append(value)
+                    if value.numel() > SMALL and _is_state(value):
+                        self.tensors.append(value)
+                elif (
+                    objects
+                    and (is_users(kind) or issubclass(kind, STEPPED))
+                    and not issubclass(kind, type)
+                    and hasattr(value, "__dict__")
+                ):
+                    owners.append((value, objects - 1))
         others += parameters_of(list(self.modules)[of_model:])
         known = set(map(id, mine)) if others else set()
         self.owners = [owner for owner, _ in owners]  # whose attributes are restored
         self.trained = [parameter for parameter in mine if parameter.requires_grad]
-        self.others = [
-            p for p in others if p.requires_grad and id(p) not in known
-        ]  # the optimizer does not step these
+        # The trainer's optimizer does not step these.
+        self.others = [p for p in others if p.requires_grad and id(p) not in known]
 
     def _add_module(self, module: nn.Module) -> list[tuple[Any, int]]:
         """Add a module and its children, and return those whose attributes are restored."""
         new = [] if module in self.modules else [m for m in modules_of(module) if m not in self.modules]
         self.modules.update(dict.fromkeys(new))
         return [(module, OBJECTS - 1) for module in new if is_users(type(module))]
+
+
+def _is_state(tensor: torch.Tensor) -> bool:
+    """Return whether the elements can be restored, and are not part of a graph."""
+    return tensor.grad_fn is None and is_plain(tensor)
 
 
 def held_by(function: Any) -> list[Any]:
@@ -148,7 +158,7 @@ class Snapshot:
             for value in values_in(attributes.values(), seen):
                 if not isinstance(value, torch.Tensor):
                     self._contents += restorers(value)
-                elif value.numel() <= SMALL and value.grad_fn is None and is_plain(value):
+                elif value.numel() <= SMALL and _is_state(value):
                     if storage_address(value) not in weights():
                         self._tensors.append((local_part(value), local_part(value).detach().clone()))
                 elif not value.is_inference():

@@ -82,10 +82,11 @@ def _generators_left(*owners: Any) -> Iterator[None]:
         yield
     finally:
         for attributes, values in before:
-            made = [name for name, value in attributes.items() if isinstance(value, GENERATORS)]
-            for name in made:
-                del attributes[name]
-            attributes.update({name: values[name] for name in made if name in values})
+            for name in [name for name, value in attributes.items() if isinstance(value, GENERATORS)]:
+                if name in values:
+                    attributes[name] = values[name]
+                else:
+                    del attributes[name]
         for restorer in restore:
             restorer()
 

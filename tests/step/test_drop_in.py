@@ -188,24 +188,30 @@ def test_alpha_set_late_is_checked(tmp_path, monkeypatch):
         trainer.train()
 
 
+OF_A_TRIAL = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+
+
+class Searching(GNPTrainer):
+    """Notes gnp arguments at the beginning of each trial."""
+
+    def _hp_search_setup(self, trial):
+        super()._hp_search_setup(trial)
+        self.values.append(tuple(getattr(self.gnp_args, name) for name in self.names))
+
+
+def searching(args, *names):
+    data = make_data("net")
+    datasets = {"train_dataset": data, "eval_dataset": data}
+    trainer = Searching(args=args, data_collator=collate, model_init=lambda: Net(nn.Tanh), **datasets)
+    trainer.names, trainer.values = names, []
+    return trainer
+
+
 def test_hyperparameter_search(tmp_path):
     pytest.importorskip("optuna", reason="a client of the dev extra")
-    data, seen = make_data("net"), []
-
-    class Recording(GNPTrainer):
-        def _hp_search_setup(self, trial):
-            super()._hp_search_setup(trial)
-            seen.append((self.gnp_args.gnp_r, self.gnp_args.gnp_alpha, self.gnp_args.gnp_metric))
-
     values = [(0.1, 0.2), (0.2, 1.0)]
     for args_cls in (TrainingArguments, GNPTrainingArguments):
-        trainer = Recording(
-            args=make_args(tmp_path, args_cls, max_steps=2, eval_strategy="steps", eval_steps=2),
-            data_collator=collate,
-            train_dataset=data,
-            eval_dataset=data,
-            model_init=lambda: Net(nn.Tanh),
-        )
+        trainer = searching(make_args(tmp_path, args_cls, **OF_A_TRIAL), "gnp_r", "gnp_alpha", "gnp_metric")
 
         def space(trial):
             """What Trainer sets is what the space returns, not what it draws."""
@@ -214,7 +220,7 @@ def test_hyperparameter_search(tmp_path):
             return drawn | {"gnp_alpha": trial.suggest_float("gnp_alpha", alpha, alpha), "gnp_metric": "layer"}
 
         trainer.hyperparameter_search(space, n_trials=2, backend="optuna")
-    assert seen == 2 * [(r, alpha, "layer") for r, alpha in values]
+        assert trainer.values == [(r, alpha, "layer") for r, alpha in values]
 
 
 @pytest.mark.parametrize("args_cls", [TrainingArguments, GNPTrainingArguments])
@@ -227,24 +233,12 @@ def test_trial_begins_with_the_users_values(tmp_path, args_cls):
         {"gnp_warmup_type": "zero", "gnp_warmup_steps": 0.5},
         {"gnp_warmup_type": "none"},
     ]
-    seen, data = [], make_data("net")
-
-    class Recording(GNPTrainer):
-        def _hp_search_setup(self, trial):
-            super()._hp_search_setup(trial)
-            seen.append((self.gnp_args.gnp_r, self.gnp_args.gnp_metric, self.gnp_args.gnp_warmup_steps))
-
     default = {"gnp_r": None} if args_cls is GNPTrainingArguments else {}
-    trainer = Recording(
-        args=make_args(tmp_path, args_cls, max_steps=1, eval_strategy="steps", eval_steps=1, **default),
-        data_collator=collate,
-        train_dataset=data,
-        eval_dataset=data,
-        model_init=lambda: Net(nn.Tanh),
-    )
+    args = make_args(tmp_path, args_cls, **OF_A_TRIAL, **default)
+    trainer = searching(args, "gnp_r", "gnp_metric", "gnp_warmup_steps")
     trainer.hyperparameter_search(lambda trial: trials[trial.number], n_trials=len(trials), backend="optuna")
     expected = [(0.2, "layer", None), (0.1, "l2", None), (0.05, "layer", 0.5), (0.05, "layer", None)]
-    assert seen == expected
+    assert trainer.values == expected
 
 
 def test_args_replaced_between_runs(tmp_path):
@@ -260,25 +254,11 @@ def test_args_replaced_between_runs(tmp_path):
 
 def test_search_with_other_args(tmp_path):
     pytest.importorskip("optuna", reason="a client of the dev extra")
-    seen, data = [], make_data("net")
-
-    class Recording(GNPTrainer):
-        def _hp_search_setup(self, trial):
-            super()._hp_search_setup(trial)
-            seen.append((self.gnp_args.gnp_r, self.gnp_args.gnp_metric))
-
-    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    later = make_args(tmp_path, gnp_r=0.5, gnp_metric="layer", **settings)
-    trainer = Recording(
-        args=make_args(tmp_path, **settings),
-        data_collator=collate,
-        train_dataset=data,
-        eval_dataset=data,
-        model_init=lambda: Net(nn.Tanh),
-    )
+    later = make_args(tmp_path, gnp_r=0.5, gnp_metric="layer", **OF_A_TRIAL)
+    trainer = searching(make_args(tmp_path, **OF_A_TRIAL), "gnp_r", "gnp_metric")
     trainer.args = later
     trainer.hyperparameter_search(lambda trial: {"learning_rate": 0.1}, n_trials=2, backend="optuna")
-    assert seen == 2 * [(0.5, "layer")]
+    assert trainer.values == 2 * [(0.5, "layer")]
 
 
 def test_no_resume_warning_without_resume(tmp_path, caplog):
