@@ -44,7 +44,7 @@ class Move:
         self.sq_norm = 0.0  # ‖d‖² over the tensors that move, or ‖θ ⊙ d‖² with "element"
         self._local_sq_norm = torch.zeros(())  # ‖g₁‖² on this rank
         self._factors: dict[int, float] = {}  # "layer": e_l/(r d_l) by the number of the tensor
-        self.gradient_norm_ = 0.0
+        self.first_norm = 0.0
         self._moved: list[tuple[Shard, float]] = []  # the perturbed shards, with θ as master, and e/d of each
         self.fidelity: torch.Tensor | None = None
         self.cosine: torch.Tensor | None = None
@@ -63,13 +63,15 @@ class Move:
         Args:
             flags: A vector of this rank's flags. It is read together with the norm, as each read waits for the device.
         """
-        engine = self.engine
+        engine, targets = self.engine, self.engine.perturbation.targets
         self._shards = engine.shards()
-        self._to_move = self._targets_of(self._shards)
+        self._to_move = [shard for shard in self._shards if targets is None or id(shard.parameter) in targets]
         self._directions = [shard.gradient for shard in self._to_move]
-        squares, self._local_sq_norm = self._squares(self._shards, [shard.gradient for shard in self._shards])
-        moved = squares if self._to_move is self._shards else self._squares(self._to_move, self._directions)[0]
-        sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(moved)]))
+        sq_norms = penalty.local_sq_norms([shard.gradient for shard in self._shards])
+        self._local_sq_norm = sq_norms.sum()
+        squares = self._each_once(self._shards, sq_norms)
+        moving = self._each_once(self._to_move, penalty.local_sq_norms(self._directions)) if targets else squares
+        sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(moving)]))
         scale = engine.loss_scale()
         also = [scale.view(1)] if isinstance(scale, torch.Tensor) else []
         if flags is not None:
@@ -78,35 +80,34 @@ class Move:
         values, rest = read[: len(sums)], read[len(sums) :]
         self._loss_scale = rest.pop(0) if isinstance(scale, torch.Tensor) else scale
         self._normalise(values[0], values[1:])
-        self.gradient_norm_ = math.sqrt(values[0]) / self._loss_scale
-        return self.gradient_norm_, [bool(flag) for flag in rest]
+        self.first_norm = math.sqrt(values[0]) / self._loss_scale
+        return self.first_norm, [bool(flag) for flag in rest]
 
     @torch.no_grad()
     def momentum_norm(self) -> None:
         """Set the optimizer's first moment as the direction. Before its first step there is none."""
-        engine = self.engine
-        shards = self._targets_of(engine.trainable_shards())
-        found = [(shard, engine.first_moment(shard)) for shard in shards]
-        self._to_move = [shard for shard, moment in found if moment is not None]
-        self._directions = [moment for _, moment in found if moment is not None]
-        squares, _ = self._squares(self._to_move, self._directions)
+        engine, targets = self.engine, self.engine.perturbation.targets
+        self._to_move, self._directions = [], []
+        for shard in engine.trainable_shards():
+            is_target = targets is None or id(shard.parameter) in targets
+            if is_target and (moment := engine.first_moment(shard)) is not None:
+                self._to_move.append(shard)
+                self._directions.append(moment)
+        squares = self._each_once(self._to_move, penalty.local_sq_norms(self._directions))
         sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(squares)])).tolist()
         self._normalise(sums[0], sums[1:])
 
-    def _targets_of(self, shards: list[Shard]) -> list[Shard]:
-        targets = self.engine.perturbation.targets
-        return shards if targets is None else [shard for shard in shards if id(shard.parameter) in targets]
-
-    def _squares(self, shards: list[Shard], tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this rank's summands of the global sums of squares, on the accelerator, and the local sum."""
-        sq_norms = penalty.local_sq_norms(tensors)
-        return self.engine.each_once(shards, sq_norms).to(self.engine.accelerator.device), sq_norms.sum()
+    def _each_once(self, shards: list[Shard], values: torch.Tensor) -> torch.Tensor:
+        """Divide the value of each shard by the number of ranks that hold it, so that sums over ranks are global."""
+        if any(shard.copies > 1 for shard in shards):
+            values = values / torch.tensor([shard.copies for shard in shards], device=values.device)
+        return values.to(self.engine.accelerator.device)
 
     def _sums_of_metric(self, squares: torch.Tensor) -> list[torch.Tensor]:
         """Return the local sums that the metric needs besides ‖g₁‖². `squares` are those of the directions."""
         perturbation, device = self.engine.perturbation, self.engine.accelerator.device
         if perturbation.metric == "layer":
-            weights, _ = self._squares(self._to_move, [shard.master for shard in self._to_move])
+            weights = self._each_once(self._to_move, penalty.local_sq_norms([s.master for s in self._to_move]))
             numbers = torch.tensor([shard.number for shard in self._to_move], dtype=torch.long)
             numbers = numbers.to(device, non_blocking=True)
             count = len(self.engine.numbers)
@@ -116,7 +117,7 @@ class Move:
             pairs = zip(self._to_move, self._directions, strict=True)
             each = [penalty.local_sq_norms([s.master * d.to(s.master.device)]).to(device) for s, d in pairs]
             values = torch.cat(each) if each else torch.zeros(0, device=device)
-            return [self.engine.each_once(self._to_move, values).sum().view(1)]
+            return [self._each_once(self._to_move, values).sum().view(1)]
         return [] if perturbation.targets is None else [squares.sum().view(1)]
 
     def _normalise(self, total: float, values: list[float]) -> None:
@@ -153,7 +154,7 @@ class Move:
             with torch.no_grad():
                 self._move_weights(penalty_.r, noise_key, measure)
                 if not engine.perturbation.is_momentum:
-                    norm = self.gradient_norm_
+                    norm = self.first_norm
                     if engine.perturbation.normalize_gradient and 0 < norm < math.inf:
                         self.first_scale = share / norm
                     engine.keep_gradients(self._shards, penalty_.alpha, self.first_scale)

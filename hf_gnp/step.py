@@ -24,7 +24,7 @@ from .second_pass.probe import (
     replaced,
 )
 from .second_pass.window import MicroBatch, Window
-from .signals import DeferredSignals
+from .signals import deferred_signals
 
 
 class PenalisedSteps:
@@ -46,9 +46,9 @@ class PenalisedSteps:
         self._is_open = False  # whether a window has begun
         self._is_probed = False
         self._has_reached = False  # whether any micro-batch has reached `Trainer.training_step`
-        self._flos, self._first_passes, self._second_passes = 0.0, 0, 0  # flos before the step, and its passes
         self._calls = self._calls_before = 0  # calls of compute_loss by `Trainer.training_step` in this window
         self.inputs: Any = None  # the current micro-batch, as the data loader gave it
+        self.passes = 1  # over each micro-batch of this window
 
     # The first pass.
 
@@ -80,8 +80,6 @@ class PenalisedSteps:
             self.step, self.penalty = step, penalty
             self.noise_key = "noise", self.schedule.seed, step  # seeds stochastic rounding alike on all ranks
             self.logs.begin(penalty)
-            self._flos, self._first_passes, self._second_passes = self.trainer.current_flos, 0, 0
-        self._first_passes += 1
         if self._is_open and inputs is self.inputs:
             raise NotImplementedError(called_twice(self.trainer))
         if not self._is_open:
@@ -92,7 +90,7 @@ class PenalisedSteps:
             self.close()
             if self.engine.is_perturbed:  # along the momentum, after micro-batches without a step
                 self.engine.restore()
-            self._is_open = True
+            self._is_open, self.passes = True, 2 if self.penalty and not perturbation.is_momentum else 1
             self.own_backward.begin_window()
         self.inputs = inputs
 
@@ -117,7 +115,7 @@ class PenalisedSteps:
     @contextlib.contextmanager
     def _moved_along_momentum(self, penalty: Penalty) -> Iterator[None]:
         """Perturb the weights for the only pass of a micro-batch, with `gnp_direction="momentum"`."""
-        with DeferredSignals():
+        with deferred_signals():
             if is_first := self._calls == 1:  # the momentum does not change within a window
                 self.move.momentum_norm()
             measure = logs_after(self.trainer.args, self.state)
@@ -136,7 +134,7 @@ class PenalisedSteps:
     def second_pass(self) -> None:
         """Run the window's micro-batches again at perturbed weights, and mix the gradients. DeepSpeed steps here."""
         engine, is_end_of_step = self.engine, self.trainer.accelerator.sync_gradients
-        with DeferredSignals():
+        with deferred_signals():
             self.own_backward.end_window()
             if self.penalty is not None and self.window.micro_batches:  # momentum records no micro-batch
                 self._penalise(self.penalty)
@@ -188,7 +186,6 @@ class PenalisedSteps:
             is_last = len(losses) + 1 == len(self.window.micro_batches)
             compute_loss = functools.partial(self._compute_loss_again, micro_batch)
             with self.engine.replay(is_last), replaced(self.trainer, compute_loss=compute_loss):
-                self._second_passes += 1
                 loss = self.trainer._gnp_run_again(self.model, micro_batch)
                 losses.append(loss.clone())  # CUDA graphs overwrite it in the next pass
                 self.engine.after_backward()
@@ -208,15 +205,11 @@ class PenalisedSteps:
         with engine.sync_gradients_set(len(self.window.micro_batches) == 1), engine.hidden_gradient():
             probe_same_forward(self.trainer, self.model, micro_batch, engine.probed(), engine.computes_in_16_bit())
 
-    def flos_of_second_passes(self) -> float:
-        """Return the floating-point operations of the step's second passes. `Trainer` counts those of the first."""
-        return (self.trainer.current_flos - self._flos) * self._second_passes / self._first_passes
-
     # The end.
 
     def abandon(self) -> None:
         """Restore θ, drop the gradient and empty the window, after any exception."""
-        with DeferredSignals():
+        with deferred_signals():
             self.close()
             self.engine.abandon()
 

@@ -201,10 +201,11 @@ class GNPMixin(_Base):
 
     @_documented_as(Trainer.floating_point_ops)
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
-        if self._gnp_run is not None:
-            self._gnp_run.inputs = None  # the micro-batch has ended, and a loader may yield the same object again
         flops: int = super().floating_point_ops(inputs)
-        return flops
+        if self._gnp_run is None:
+            return flops
+        self._gnp_run.inputs = None  # the micro-batch has ended, and a loader may yield the same object again
+        return flops * self._gnp_run.passes
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         # Trainer calls this between clipping and the optimizer step on every engine, with the global norm.
@@ -217,7 +218,6 @@ class GNPMixin(_Base):
             if self.is_deepspeed_enabled or any(p.grad is not None for p in model.parameters()):
                 raise NotImplementedError(never_reached(self))
             return grad_norm
-        self.current_flos += run.flos_of_second_passes()
         dropped = run.engine.drop_nonfinite_gradient(grad_norm)
         if isinstance(dropped, torch.Tensor):
             run.logs.dropped += dropped  # read from the device when Trainer logs

@@ -5,10 +5,12 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_gnp.perturbation import Perturbation
 
 from .engine import Engine
+from .fsdp import Fsdp2Engine
 from .native import NativeEngine
 from .shards import Shard
 from .support import refuse_engine, refuse_unsupported
@@ -28,7 +30,8 @@ def make_engine(
 
         return make_deepspeed_engine(accelerator, perturbation)
     if kind in (DistributedType.NO, DistributedType.FSDP) or kind.value.startswith("MULTI_"):
-        return NativeEngine(accelerator, perturbation, model, optimizer)
+        is_fsdp2 = any(isinstance(module, FSDPModule) for module in model.modules())
+        return (Fsdp2Engine if is_fsdp2 else NativeEngine)(accelerator, perturbation, model, optimizer)
     raise NotImplementedError(
         f"The gradient-norm penalty does not run under {kind}. "
         "Use one process, DDP, FSDP2 or DeepSpeed ZeRO, or set gnp_alpha=0 for plain training."

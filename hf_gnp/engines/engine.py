@@ -78,12 +78,6 @@ class Engine(ABC):
     def loss_scale(self) -> torch.Tensor | float:
         """Return the factor of the gradients in `shards`, as a scalar tensor where it is on the device."""
 
-    def each_once(self, shards: Sequence[Shard], values: torch.Tensor) -> torch.Tensor:
-        """Divide the value of each shard by the number of ranks that hold it, so that sums over ranks are global."""
-        if all(shard.copies == 1 for shard in shards):
-            return values
-        return values / torch.tensor([shard.copies for shard in shards], device=values.device)
-
     # The weights.
 
     @property

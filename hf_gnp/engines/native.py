@@ -1,4 +1,4 @@
-"""The engine of one process, DataParallel, DDP, FSDP2 and tensor parallelism, with gradients in `param.grad`."""
+"""The engine of one process, DataParallel, DDP and tensor parallelism, with gradients in `param.grad`."""
 
 import contextlib
 import functools
@@ -12,15 +12,17 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_gnp import penalty
 from hf_gnp.momentum import moment_of, refuse_optimizer, unwrapped
 from hf_gnp.perturbation import Perturbation
 from hf_gnp.tensors import gradient_of, local_part
 
+from .engine import Engine
 from .param_grad import ParamGradEngine
 from .private import next_step_skipped, optimizer_that_skips
-from .reducing import average_gradients, defer_reduction, reducing
+from .reducing import average_gradients, without_compile
 from .shards import Shard, as_sharded, part_of, place_of
 
 
@@ -102,12 +104,10 @@ class NativeEngine(ParamGradEngine):
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:
         self._backup = penalty.clones([shard.weight for shard in shards])
         self._moved = [shard.weight for shard in shards]  # last: `restore` needs both
-        return [shard.kept(backup) for shard, backup in zip(shards, self._backup, strict=True)]
+        pairs = zip(shards, self._backup, strict=True)
+        return [shard._replace(master=backup, gradient=None) for shard, backup in pairs]
 
-    def reshard(self) -> None:
-        self._fsdp.reshard()
-
-    publish = reshard  # gathered weights would miss the change
+    publish = Engine.reshard  # nothing gathers weights
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -116,30 +116,37 @@ class NativeEngine(ParamGradEngine):
             self._moved, self._backup = [], []
         self.publish()
 
-    def abandon(self) -> None:
-        self._fsdp.forget_forward()
-        self._fsdp.drop_gradients()
-        super().abandon()
-
     # The passes.
 
     def first_pass(self) -> AbstractContextManager[None]:
         self._is_reducing = not self.perturbation.is_per_rank and self.perturbation.is_per_micro_batch
         if self.perturbation.is_per_rank:
-            return self.accelerator.no_sync(self.model)
-        return reducing(self.model, self._fsdp.modules) if self._is_reducing else contextlib.nullcontext()
+            return self.no_sync()
+        return self.reducing() if self._is_reducing else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def replay(self, is_last: bool) -> Iterator[None]:
         is_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         self._is_reducing = not self.perturbation.is_per_rank and (is_last or is_each)
-        reduced = reducing(self.model, self._fsdp.modules) if self._is_reducing else self._no_sync()
-        with self.sync_gradients_set(is_last), reduced:
+        with self.sync_gradients_set(is_last), self.reducing() if self._is_reducing else self.no_sync():
             yield
 
-    def _no_sync(self) -> AbstractContextManager[None]:
-        if self._fsdp and not self.accelerator.is_fsdp2:
-            return defer_reduction(self.model)
+    @contextlib.contextmanager
+    def reducing(self) -> Iterator[None]:
+        """Reduce gradients, even within `no_sync`, which `Trainer` enters for all but the last micro-batch."""
+        ddp = without_compile(self.model)
+        if not isinstance(ddp, DistributedDataParallel):
+            yield
+            return
+        before = ddp.require_backward_grad_sync
+        ddp.require_backward_grad_sync = True
+        try:
+            yield
+        finally:
+            ddp.require_backward_grad_sync = before
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Reduce no gradients."""
         return self.accelerator.no_sync(self.model)
 
     def after_backward(self) -> None:
@@ -166,12 +173,10 @@ class NativeEngine(ParamGradEngine):
         weights = [local_part(parameter).detach() for parameter in self._trainable()]
         kept = [weight.clone() for weight in weights]
         try:
-            with self._no_sync():
+            with self.no_sync():
                 yield
         finally:
             penalty.copy_(weights, kept)
-        self._fsdp.forget_forward()
-        self.publish()
 
     # The end of the step.
 

@@ -12,10 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_gnp import penalty
 from hf_gnp.perturbation import Perturbation
-from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, modules_of, parameters_outside
+from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, parameters_outside
 
 from .engine import Engine
-from .fsdp import ShardedModules
 from .reducing import average_gradients, has_communication_hook
 from .shards import Shard, as_sharded
 
@@ -38,7 +37,6 @@ class ParamGradEngine(Engine):
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module, optimizer: Any = None):
         self._optimizer = optimizer
-        self._fsdp = ShardedModules(modules_of(model))
         self._first_gradients: TakenGradient | None = None
         super().__init__(accelerator, perturbation, model)
         has_communication_hook(model)  # refuses PowerSGD
@@ -113,11 +111,6 @@ class ParamGradEngine(Engine):
         for parameter in (*self.all_parameters, *self._outside):
             parameter.grad = None
 
-    def gradients_of(self, shards: Sequence[Shard]) -> list[torch.Tensor | None]:
-        reached = [shard.parameter for shard in shards if shard.parameter.grad is not None]
-        gradients = dict(zip(map(id, reached), self._gradients(reached), strict=True))
-        return [gradients.get(id(shard.parameter)) for shard in shards]
-
     def take_gradient(self) -> TakenGradient | None:
         # The next backward overwrites a view into a bucket of DDP.
         is_view = getattr(self.model, "gradient_as_bucket_view", False)
@@ -146,11 +139,7 @@ class ParamGradEngine(Engine):
         return is_of_step and not self.accelerator.sync_gradients
 
     def sets_gradients_aside(self) -> bool:
-        # Before the window's last backward FSDP2 does not set `.grad`.
-        return not self._fsdp or (self.accelerator.sync_gradients and not self.hides_gradient())
-
-    def hides_gradient(self) -> bool:
-        return self._fsdp.has_gradient()
+        return True
 
     def hidden_gradient(self) -> AbstractContextManager[None]:
         return gradients_hidden((*self.all_parameters, *self._outside))

@@ -35,12 +35,6 @@ class Shard(NamedTuple):
     part_of: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole
     copies: int = 1
 
-    def kept(self, theta: torch.Tensor) -> "Shard":
-        """Return this shard with θ as its master, without gradient. `_replace` takes twice as long."""
-        return Shard(
-            self.parameter, self.number, self.weight, theta, None, self.coordinates, self.part_of, self.copies
-        )
-
     @property
     def whole_shape(self) -> tuple[int, ...]:
         """Return the shape of the whole parameter. Under ZeRO-3 the parameter itself is empty."""

@@ -121,13 +121,9 @@ class RunningTensors:
         self._left = max(BUDGET, sum(map(_size, trained))) if self.is_learning else -1  # bytes left of the budget
         for tensor in sorted(plain, key=_size):
             local, mark = local_part(tensor), None if id(tensor) in copied else _mark(tensor)
-            is_whole = self._affords(tensor) or mark is None
+            self._left -= _size(tensor)
+            is_whole = self._left >= 0 or mark is None
             self._candidates.append(_Candidate(tensor, mark, local.clone() if is_whole else _sample(local), is_whole))
-
-    def _affords(self, tensor: torch.Tensor) -> bool:
-        """Take the size of the tensor from the budget, and return whether it fits."""
-        self._left -= _size(tensor)
-        return self._left >= 0
 
     @torch.no_grad()
     def compare(self) -> torch.Tensor:
@@ -150,7 +146,10 @@ class RunningTensors:
         whole = [c for c in still.values() if c.is_whole and c.elements.is_floating_point()]
         new = [p for number, p in unreached.items() if number not in self._unreached and is_plain(p)]
         self._still = [(local_part(c.tensor), c.elements) for c in whole]
-        self._still += [(local_part(p), local_part(p).clone()) for p in sorted(new, key=_size) if self._affords(p)]
+        for parameter in sorted(new, key=_size):
+            self._left -= _size(parameter)
+            if self._left >= 0:
+                self._still.append((local_part(parameter), local_part(parameter).clone()))
         self._unreached, self._unsure = set(unreached), []
 
     def rewind(self) -> None:

@@ -15,7 +15,7 @@ from hf_gnp.perturbation import Perturbation
 from hf_gnp.second_pass.inputs import copied
 from hf_gnp.second_pass.probe import replaced
 from hf_gnp.second_pass.window import StateAtHand
-from hf_gnp.signals import DeferredSignals
+from hf_gnp.signals import deferred_signals
 from hf_gnp.tensors import gradients_hidden
 
 from .sample import WeightedBatch
@@ -114,7 +114,7 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
                 model.train(training)
                 yield SampleLoss(trainer, model, engine, state, seed, progress)
         finally:
-            with DeferredSignals(), contextlib.ExitStack() as stack:  # from last to first, also after one that raises
+            with deferred_signals(), contextlib.ExitStack() as stack:  # from last to first, also after one that raises
                 for module, is_training in modes:
                     stack.callback(setattr, module, "training", is_training)
                 stack.callback(state.put_back)

@@ -14,7 +14,7 @@ from hf_gnp import engines
 from hf_gnp.engines import private
 from hf_gnp.engines.deepspeed import make_deepspeed_engine
 from hf_gnp.engines.deepspeed.zero3 import Zero3Engine
-from hf_gnp.engines.fsdp import ShardedModules
+from hf_gnp.engines.fsdp import Fsdp2Engine
 from hf_gnp.perturbation import Perturbation
 
 
@@ -61,16 +61,16 @@ def test_gradient_that_fsdp2_has_not_reduced(missing):
     parameters[1]._unsharded_param = unsharded  # the first has had no forward
     group = SimpleNamespace(fsdp_params=parameters)
     module = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_fsdp_param_group=group))
-    sharded = ShardedModules([])
-    sharded.modules = [module]
+    engine = object.__new__(Fsdp2Engine)
+    engine._modules, engine.all_parameters, engine._outside = [module], [], []
     if missing is not None:
         delattr(parameters[0], missing)
         with pytest.raises(RuntimeError, match=sentence("torch", f"FSDPParam.{missing}")):
-            sharded.drop_gradients()
+            engine.discard_gradient()
         return
-    assert sharded.has_gradient()
-    sharded.drop_gradients()
-    assert not sharded.has_gradient()
+    assert engine.hides_gradient()
+    engine.discard_gradient()
+    assert not engine.hides_gradient()
 
 
 # --- What a CPU can show of DeepSpeed's other private state ---

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from hf_gnp.signals import DeferredSignals
+from hf_gnp.signals import deferred_signals
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def ran():
     ],
 )
 def test_pending_handlers_run_after_one_that_raises(ran, numbers, error):
-    with pytest.raises(error), DeferredSignals():
+    with pytest.raises(error), deferred_signals():
         for number in numbers:
             signal.raise_signal(number)
         assert ran == []
@@ -42,7 +42,7 @@ def test_pending_handlers_run_after_one_that_raises(ran, numbers, error):
 
 
 def test_second_ctrl_c_does_not_wait(ran):
-    with pytest.raises(KeyboardInterrupt), DeferredSignals():
+    with pytest.raises(KeyboardInterrupt), deferred_signals():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -159,7 +159,7 @@ class ShardedEngine(DeepSpeedSteps):
 
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:
         self._is_perturbed = True
-        return [shard.kept(shard.master) for shard in shards]
+        return [shard._replace(gradient=None) for shard in shards]
 
     def restore_partitions(self) -> None:
         """Put θ back into this rank's partitions."""
