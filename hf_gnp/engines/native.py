@@ -12,7 +12,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from hf_gnp import penalty
 from hf_gnp.momentum import moment_of, refuse_optimizer, unwrapped
@@ -22,7 +21,7 @@ from hf_gnp.tensors import gradient_of, local_part
 from .engine import Engine
 from .param_grad import ParamGradEngine
 from .private import next_step_skipped, optimizer_that_skips
-from .reducing import average_gradients, without_compile
+from .reducing import average_gradients
 from .shards import Shard, as_sharded, part_of, place_of
 
 
@@ -134,16 +133,15 @@ class NativeEngine(ParamGradEngine):
     @contextlib.contextmanager
     def reducing(self) -> Iterator[None]:
         """Reduce gradients, even within `no_sync`, which `Trainer` enters for all but the last micro-batch."""
-        ddp = without_compile(self.model)
-        if not isinstance(ddp, DistributedDataParallel):
+        if self.ddp is None:
             yield
             return
-        before = ddp.require_backward_grad_sync
-        ddp.require_backward_grad_sync = True
+        before = self.ddp.require_backward_grad_sync
+        self.ddp.require_backward_grad_sync = True
         try:
             yield
         finally:
-            ddp.require_backward_grad_sync = before
+            self.ddp.require_backward_grad_sync = before
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Reduce no gradients."""

@@ -15,7 +15,7 @@ from hf_gnp.perturbation import Perturbation
 from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, parameters_outside
 
 from .engine import Engine
-from .reducing import average_gradients, has_communication_hook
+from .reducing import average_gradients, ddp_of, has_communication_hook
 from .shards import Shard, as_sharded
 
 
@@ -37,9 +37,11 @@ class ParamGradEngine(Engine):
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module, optimizer: Any = None):
         self._optimizer = optimizer
+        self.ddp = ddp_of(model)
         self._first_gradients: TakenGradient | None = None
         super().__init__(accelerator, perturbation, model)
-        has_communication_hook(model)  # refuses PowerSGD
+        if self.ddp is not None:
+            has_communication_hook(self.ddp)  # refuses PowerSGD
 
     def begin_window(self, perturbation: Perturbation, optimizer: Any = None) -> None:
         self.reshard()
@@ -76,7 +78,7 @@ class ParamGradEngine(Engine):
             any(shard.gradient.dtype.itemsize == 2 for shard in shards)
             # Such a hook changes all of `.grad`: tensor parallelism would sum g₁ over ranks a second time.
             or any(parameter._post_accumulate_grad_hooks for parameter in self._trainable())
-            or has_communication_hook(self.model)
+            or (self.ddp is not None and has_communication_hook(self.ddp))
         ):
             self.scale_gradient(scale)
             self._first_gradients = self.take_gradient()

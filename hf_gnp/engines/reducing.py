@@ -1,6 +1,7 @@
 """DDP's communication hooks, and the mean over ranks of gradients that no backward has reduced."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,17 +19,15 @@ from .support import POWER_SGD
 BUCKET = 25 * 2**20  # bytes, as DDP's
 
 
-def without_compile(model: nn.Module) -> nn.Module:
-    """Return the module that accelerate compiled: the DDP wrapper, where there is one."""
-    return model.get_submodule("_orig_mod") if is_compiled_module(model) else model
+def ddp_of(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the DDP wrapper of a prepared model, or None."""
+    inner: Any = model.get_submodule("_orig_mod") if is_compiled_module(model) else model
+    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
-def has_communication_hook(model: nn.Module) -> bool:
-    """Return whether a communication hook of DDP changes gradients, and refuse PowerSGD."""
-    model = without_compile(model)
-    if not isinstance(model, DistributedDataParallel):
-        return False
-    hooks = model._comm_hooks  # torch has no public name for it
+def has_communication_hook(ddp: DistributedDataParallel) -> bool:
+    """Return whether a communication hook changes gradients, and refuse PowerSGD."""
+    hooks = ddp._comm_hooks  # torch has no public name for it
     if any(isinstance(state, PowerSGDState) for _, state in hooks):
         raise NotImplementedError(f"The gradient-norm penalty does not run with {POWER_SGD}, or set gnp_alpha=0.")
     return bool(hooks)

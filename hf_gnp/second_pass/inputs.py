@@ -19,8 +19,19 @@ def copied(inputs: Any, copies: dict[int, Any] | None = None) -> Any:
     """
     copies = {} if copies is None else copies
     if isinstance(inputs, torch.Tensor | np.ndarray):
+        if getattr(inputs, "grad_fn", None) is not None:
+            raise NotImplementedError(
+                "The inputs of compute_loss have a graph: what was computed from weights before cannot be computed "
+                "again at moved ones. Compute it in compute_loss or in the model's forward, detach it, or set "
+                "gnp_alpha=0."
+            )
+        if isinstance(inputs, nn.Parameter):
+            return inputs
         if id(inputs) not in copies:
-            copies[id(inputs)] = inputs.copy() if isinstance(inputs, np.ndarray) else _copy_of(inputs)
+            if isinstance(inputs, np.ndarray):
+                copies[id(inputs)] = inputs.copy()
+            else:
+                copies[id(inputs)] = inputs.detach().clone().requires_grad_(inputs.requires_grad)
         return copies[id(inputs)]
     if isinstance(inputs, dict | UserDict):  # keeps attributes, such as those of a BatchEncoding
         result: Any = copy.copy(inputs)
@@ -39,12 +50,3 @@ def copied(inputs: Any, copies: dict[int, Any] | None = None) -> Any:
             object.__setattr__(result, field.name, copied(getattr(inputs, field.name), copies))
         return result
     return inputs
-
-
-def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.grad_fn is not None:
-        raise NotImplementedError(
-            "The inputs of compute_loss have a graph: what was computed from weights before cannot be computed again "
-            "at moved ones. Compute it in compute_loss or in the model's forward, detach it, or set gnp_alpha=0."
-        )
-    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone().requires_grad_(tensor.requires_grad)

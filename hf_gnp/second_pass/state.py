@@ -94,7 +94,8 @@ class Found:
         optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler  # only the trainer's own step changes these
         own = (optimizer, getattr(optimizer, "optimizer", None), scheduler, getattr(scheduler, "scheduler", None))
         seen = {id(value) for value in (*own, trainer, trainer.state)}
-        of_loss = SimpleNamespace(held=held_by(trainer.compute_loss_func))
+        loss_function = trainer.compute_loss_func
+        of_loss = SimpleNamespace(held=held_by(loss_function) if loss_function else [])
         owners = [(root, OBJECTS) for root in (trainer, trainer.state, of_loss)] + self._add_module(trainer.model)
         of_model = len(self.modules)
         mine = parameters_of(self.modules)
@@ -144,16 +145,17 @@ def held_by(function: Any) -> list[Any]:
 
 
 class Snapshot:
-    """Record the random generators, and the attributes of `found.owners`, at construction."""
+    """Record the random generators, and the attributes of `owners`, at construction. `trained` is not recorded."""
 
-    def __init__(self, found: Found, devices: list[torch.device]):
+    def __init__(self, owners: Iterable[Any], devices: list[torch.device], trained: Sequence[nn.Parameter] = ()):
         self._attributes: list[tuple[Any, set[str], dict[str, Any]]] = []
         self._contents = global_generators(devices)
         self._tensors: list[Pair] = []
         self._uncopied: list[tuple[torch.Tensor, int]] = []  # large or with a graph; with version counters
-        weights = functools.cache(lambda: storage_addresses(t for p in found.trained for t in (p, p.grad)))
+        self._detached: set[int] = set()  # ids of attributes without their graph
+        weights = functools.cache(lambda: storage_addresses(t for p in trained for t in (p, p.grad)))
         seen: set[int] = set()
-        for owner in found.owners:
+        for owner in owners:
             attributes = attributes_of(owner)
             for value in values_in(attributes.values(), seen):
                 if not isinstance(value, torch.Tensor):
@@ -166,6 +168,7 @@ class Snapshot:
             tensors = [(name, value) for name, value in attributes.items() if isinstance(value, torch.Tensor)]
             detached = {name: tensor.detach() for name, tensor in tensors if tensor.grad_fn is not None}
             self._uncopied += [(tensor, tensor._version) for tensor in detached.values()]
+            self._detached |= set(map(id, detached.values()))
             self._attributes.append((owner, set(vars(owner)), attributes | detached))
 
     def put_back(self, written: bool = True) -> None:
@@ -175,7 +178,9 @@ class Snapshot:
             attributes = vars(owner)
             for name, value in held.items():
                 now = attributes.get(name, held)
-                if now is not value and (now is held or not (id(value) in stale or _is_detached(value, now))):
+                has_graph = id(value) in self._detached and getattr(now, "grad_fn", None) is not None
+                is_same = now is value or (has_graph and now.data_ptr() == value.data_ptr())
+                if now is held or not (is_same or id(value) in stale):
                     attributes[name] = value
             if not names.issuperset(attributes):
                 for name, value in attributes_of(owner).items():
@@ -219,12 +224,6 @@ def _put_back_items(value: Any, held: list[Any]) -> None:
     if len(held) != len(value) or not all(map(operator.is_, held, value)):
         value.clear()
         (value.update if isinstance(value, set) else value.extend)(held)
-
-
-def _is_detached(held: Any, value: Any) -> bool:
-    """Return whether `held` is `value` without its graph."""
-    are_tensors = isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor)
-    return are_tensors and value.grad_fn is not None and value.data_ptr() == held.data_ptr()
 
 
 def _is_made_anew(value: Any) -> bool:

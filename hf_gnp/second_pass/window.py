@@ -23,7 +23,7 @@ class StateAtHand:
 
     def __init__(self, trainer: Any, model: nn.Module):
         self.found = Found(trainer)
-        self._snapshot = Snapshot(self.found, random_devices(trainer, model))
+        self._snapshot = Snapshot(self.found.owners, random_devices(trainer, model), self.found.trained)
         self._tensors = RunningTensors()
         self._tensors.start(self.found.modules, self.found.trained, self.found.tensors)
 
@@ -78,7 +78,7 @@ class Window:
             copied(inputs),
             num_items_in_batch,
             trainer.current_gradient_accumulation_steps,
-            Snapshot(found, self._devices),
+            Snapshot(found.owners, self._devices, found.trained),
             functools.partial(torch.autocast, device, *autocast),
         )
         self.micro_batches.append(micro_batch)
@@ -104,7 +104,7 @@ class Window:
     def left_as_found(self) -> Iterator[None]:
         """Restore the state after the first pass on leaving. Call `tensors.end` before it."""
         assert self._found is not None
-        after = Snapshot(self._found, self._devices)
+        after = Snapshot(self._found.owners, self._devices, self._found.trained)
         try:
             with self.tensors.left_as_found(), gradients_hidden(self._found.others):
                 self.in_second_pass = True
