@@ -45,8 +45,8 @@ class PenalisedSteps:
         self.penalty: Penalty | None = None
         self._is_open = False  # whether a window has begun
         self._is_probed = False
-        self._has_reached = False  # whether any micro-batch has reached `Trainer.training_step`
-        self._calls = self._calls_before = 0  # calls of compute_loss by `Trainer.training_step` in this window
+        self._has_reached = False  # whether this micro-batch has reached `Trainer.training_step`
+        self._has_ever_reached = False
         self.inputs: Any = None  # the current micro-batch, as the data loader gave it
         self.passes = 1  # over each micro-batch of this window
 
@@ -55,19 +55,18 @@ class PenalisedSteps:
     def first_pass(self, training_step: Callable[..., Any], inputs: Any, num_items_in_batch: Any) -> Any:
         """Run one micro-batch through the subclass's `training_step`, and record what the second pass needs."""
         self._begin_micro_batch(inputs)
-        self._calls_before = self._calls
+        self._has_reached = False
         recorded = replaced(self.trainer, compute_loss=self._compute_loss)
         with self.engine.first_pass(), self._momentum_move, recorded:
             loss = training_step(self.model, inputs, num_items_in_batch)
-        has_reached = self._calls > self._calls_before
-        self._has_reached |= has_reached
-        if not has_reached and self.own_backward.sees_other_gradient(self._has_reached):
+        self._has_ever_reached |= self._has_reached
+        if not self._has_reached and self.own_backward.sees_other_gradient(self._has_ever_reached):
             raise NotImplementedError(never_reached(self.trainer))  # without a gradient the subclass skipped the batch
         if isinstance(loss, torch.Tensor):
             loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") overwrite it in the next pass
         if len(self.window.micro_batches) > self.own_backward.losses:
             del self.window.micro_batches[-1]  # a subclass caught an exception of this forward or backward
-        elif has_reached and self.window.micro_batches:
+        elif self._has_reached and self.window.micro_batches:
             self.window.micro_batches[-1].loss = loss
         return loss
 
@@ -99,9 +98,9 @@ class PenalisedSteps:
     ) -> Any:
         if not is_called_by_training_step():
             return original(model, inputs, *args, **kwargs)
-        if self._calls > self._calls_before:
+        if self._has_reached:
             raise NotImplementedError(called_twice(self.trainer))
-        self._calls += 1
+        self._has_reached = True
         if self.penalty is not None and self.engine.perturbation.is_momentum:
             self._momentum_move.enter_context(self._moved_along_momentum(self.penalty))
         if self.penalty is None or self.engine.perturbation.is_momentum:
@@ -116,7 +115,7 @@ class PenalisedSteps:
     def _moved_along_momentum(self, penalty: Penalty) -> Iterator[None]:
         """Perturb the weights for the only pass of a micro-batch, with `gnp_direction="momentum"`."""
         with deferred_signals():
-            if is_first := self._calls == 1:  # the momentum does not change within a window
+            if is_first := self.own_backward.losses == 0:  # the momentum does not change within a window
                 self.move.momentum_norm()
             measure = logs_after(self.trainer.args, self.state)
             with self.move.perturbed(penalty, self.noise_key, measure):
@@ -219,7 +218,7 @@ class PenalisedSteps:
         self.move.forget()
         self.window.clear()
         self.own_backward.clear()
-        self._is_open, self._calls, self.inputs = False, 0, None
+        self._is_open, self.inputs = False, None
 
 
 def never_reached(trainer: Any) -> str:
