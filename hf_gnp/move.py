@@ -236,8 +236,9 @@ class Move:
         is_low = any(shard.weight.dtype.itemsize == 2 for shard, _ in self._moved)
         device = engine.accelerator.device
         sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        gradients = engine.gradients_of([shard for shard, _ in self._moved])
-        for (shard, scale), gradient in zip(self._moved, gradients, strict=True):
+        gradients = {id(shard.parameter): shard.gradient for shard in engine.shards()}
+        for shard, scale in self._moved:
+            gradient = gradients.get(id(shard.parameter))
             if gradient is not None and scale != 0:
                 for first, second in _both_gradients(shard, scale, gradient, engine.perturbation.metric):
                     second = second if is_low or share == 0 else second.sub(first, alpha=share)

@@ -141,7 +141,10 @@ STUDIES = {
     "convergence": of_candidates(
         SMALL_PRETRAINED,
         (0, 17, 40),
-        more={"17% wrong, 1,000 images": SMALL_PRETRAINED | {"wrong": 17, "train_size": 1000}},
+        more={
+            f"{wrong}% wrong, 1,000 images": SMALL_PRETRAINED | {"wrong": wrong, "train_size": 1000}
+            for wrong in (0, 17, 40)
+        },
         radii_of={"l2": (0.002, 0.01, 0.05)},
     ),
     "vit": Study({"ViT from scratch": LARGE_VIT}, (PLAIN, TWICE, *OF_128), (0.02, 0.05, 0.1, 0.2, 0.4)),

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -163,11 +163,6 @@ class Engine(ABC):
     def hold_gradient(self) -> None:
         """Keep the gradient of a micro-batch with its own direction until the step ends. The weights are θ."""
         return None
-
-    def gradients_of(self, shards: Sequence[Shard]) -> list[torch.Tensor | None]:
-        """Return the gradients of shards after a pass. None where the loss did not reach the parameter."""
-        gradients = {id(shard.parameter): shard.gradient for shard in self.shards()}
-        return [gradients.get(id(shard.parameter)) for shard in shards]
 
     def sets_gradients_aside(self) -> bool:
         """Return whether `take_gradient` can return the gradient of a backward now, also within a window."""

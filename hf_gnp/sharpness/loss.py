@@ -67,8 +67,9 @@ class SampleLoss:
                     accelerator.backward(loss, scale_wrt_gas=False)
                 else:
                     loss.backward()
-            gradients = engine.gradients_of(self.vectors.shards)
-            self.vectors.add_(vector, gradients, scale / float(engine.loss_scale()))
+            gradients = {id(shard.parameter): shard.gradient for shard in engine.shards()}
+            found = [gradients.get(id(shard.parameter)) for shard in self.vectors.shards]
+            self.vectors.add_(vector, found, scale / float(engine.loss_scale()))
             engine.discard_gradient()
         return self._mean(losses)
 
