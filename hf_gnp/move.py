@@ -39,8 +39,7 @@ class Move:
         self._shards: list[Shard] = []  # those with a gradient
         self._to_move: list[Shard] = []
         self._directions: list[torch.Tensor] = []
-        self._loss_scale = 1.0
-        self._direction_norm = 0.0  # the denominator of e
+        self._direction_norm = 0.0  # the denominator of e, or ‖θ‖ over the tensors that move with "layer"
         self.sq_norm = 0.0  # ‖d‖² over the tensors that move, or ‖θ ⊙ d‖² with "element"
         self._local_sq_norm = torch.zeros(())  # ‖g₁‖² on this rank
         self._factors: dict[int, float] = {}  # "layer": e_l/(r d_l) by the number of the tensor
@@ -78,9 +77,9 @@ class Move:
             also.append(flags)
         read = torch.cat([sums, *(tensor.to(sums.device, sums.dtype) for tensor in also)]).tolist()
         values, rest = read[: len(sums)], read[len(sums) :]
-        self._loss_scale = rest.pop(0) if isinstance(scale, torch.Tensor) else scale
+        loss_scale = rest.pop(0) if isinstance(scale, torch.Tensor) else scale
         self._normalise(values[0], values[1:])
-        self.first_norm = math.sqrt(values[0]) / self._loss_scale
+        self.first_norm = math.sqrt(values[0]) / loss_scale
         return self.first_norm, [bool(flag) for flag in rest]
 
     @torch.no_grad()
@@ -168,9 +167,9 @@ class Move:
                 self.cosine = self._measure_cosine(penalty_.alpha) if self.has_direction else torch.zeros(())
         finally:
             self._moved = []
-        # The momentum perturbs all micro-batches of a step alike: restoring once a step saves gathering the weights.
+        # The momentum perturbs all micro-batches of a step alike.
         is_needed_again = engine.perturbation.is_momentum and not engine.accelerator.sync_gradients
-        if not (engine.gathers_weights and is_needed_again):
+        if not (engine.keeps_momentum_move and is_needed_again):
             engine.end_perturbation()
             forget_casts()
 
@@ -189,7 +188,9 @@ class Move:
             engine.keep_weights([])
             self.fidelity = torch.zeros(2) if measure else None  # all ranks log the same names
             return
-        masters = [shard.master for shard in self._to_move]
+        masters = [
+            shard.master for shard in self._to_move
+        ]  # without fp32 masters the weights themselves, which move in place
         moved = engine.keep_weights(self._to_move)
         # e/d, one number or one a shard. With "element" the factor θ² is not in it.
         r = -r if engine.perturbation.is_momentum else r
@@ -232,7 +233,8 @@ class Move:
         engine, share = self.engine, 0.0
         if engine.accumulates and alpha < 1:  # the gradient is share · g₁ + g₂
             share = self.first_scale * (1 - alpha) / alpha
-        # In 16 bit θ̃-θ is mostly rounding noise in each element. There share · g₁ is subtracted from the sums.
+        # In 16 bit θ̃-θ is mostly rounding noise in each element. There (ZeRO-1 in bf16) share · g₁ is subtracted from
+        # the sums.
         is_low = any(shard.weight.dtype.itemsize == 2 for shard, _ in self._moved)
         device = engine.accelerator.device
         sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

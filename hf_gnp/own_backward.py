@@ -14,9 +14,9 @@ class OwnBackward:
     and add it to the gradient of the step after the second pass. Engines without `sets_gradients_aside` refuse it.
     """
 
-    def __init__(self, engine: Engine, accelerator: Any, trainer_name: str, after_loss: Callable[[], None]):
+    def __init__(self, engine: Engine, accelerator: Any, trainer_name: str, after_backward: Callable[[], None]):
         self._engine, self._accelerator, self._trainer_name = engine, accelerator, trainer_name
-        self._after_loss = after_loss  # called after each backward of the window's loss
+        self._after_backward = after_backward  # called after each backward of the window's loss
         self._watching = contextlib.ExitStack()
         self.clear()
 
@@ -25,7 +25,7 @@ class OwnBackward:
         self._aside: list[Any] = []
         self._is_within = False  # whether a backward inside compute_loss made a gradient
         self._marks: Any = None  # the gradient's marks after the window's last backward
-        self.losses = 0  # backward passes by `Trainer.training_step` in this window
+        self.backwards = 0  # backward passes by `Trainer.training_step` in this window
 
     def begin_window(self) -> None:
         """Start watching, and set aside the gradient that exists before the window."""
@@ -58,8 +58,8 @@ class OwnBackward:
             self.refuse_changes()
             original(*args, **kwargs)
             engine.after_backward()
-            self._after_loss()
-            self.losses += 1
+            self._after_backward()
+            self.backwards += 1
         elif not engine.sets_gradients_aside():
             raise NotImplementedError(self._refusal())
         else:

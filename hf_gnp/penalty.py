@@ -54,15 +54,6 @@ def local_sq_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(norms).square_() if norms else torch.zeros(0)
 
 
-def local_dots(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the inner product of each pair of local tensors of one shape, in the dtype of `local_sq_norms`."""
-    dots = [torch.zeros(0)]
-    for tensor, other in zip(tensors, others, strict=True):
-        dtype = torch.promote_types(torch.promote_types(tensor.dtype, other.dtype), torch.float32)
-        dots.append(torch.dot(tensor.flatten().to(dtype), other.flatten().to(tensor.device, dtype)).view(1))
-    return torch.cat([dot.to(dots[-1].device) for dot in dots])
-
-
 def in_groups(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
     """Yield the items in order, in groups of total size `limit` or less. A larger item is a group by itself."""
     group: list[Item] = []
@@ -172,7 +163,8 @@ def _move_parts(
     copy_(weights, moved)
     changes = [weight.float() - old.float() for weight, old in zip(weights, before, strict=True)]
     moves = [move.to(weight.device, torch.float32) for weight, move in zip(weights, moves, strict=True)]
-    return torch.stack([local_dots(changes, moves).sum(), local_sq_norms(moves).sum()])
+    dots = [torch.dot(change.flatten(), move.flatten()) for change, move in zip(changes, moves, strict=True)]
+    return torch.stack([torch.stack([dot.to(dots[0].device) for dot in dots]).sum(), local_sq_norms(moves).sum()])
 
 
 def clones(tensors: Tensors) -> list[torch.Tensor]:

@@ -1,8 +1,8 @@
-"""The parameters that move, and the metric of the move. Both are the same at every step of a run."""
+"""The parameters that move, and the metric of the move."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -58,10 +58,6 @@ class Perturbation:
     def is_per_micro_batch(self) -> bool:
         """Return whether each micro-batch has its own direction and its own second pass."""
         return self.scope in ("micro_batch", "rank_micro_batch")
-
-    def of_plain_step(self) -> "Perturbation":
-        """Return the perturbation for a step without penalty, which communicates as in plain training."""
-        return replace(self, scope="step", is_momentum=False)
 
     def check_rounding(self, model: nn.Module) -> None:
         """Raise a ValueError if `stochastic_rounding` is True and no trainable weight has 16 bits."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from .engines import make_engine
 from .logs import RadiusHint, StepLogs, logs_after
@@ -39,8 +40,8 @@ class PenalisedSteps:
         self.engine = make_engine(trainer.accelerator, model, perturbation, trainer.optimizer)
         self.move = Move(self.engine)
         self._momentum_move = contextlib.ExitStack()  # from compute_loss to the end of its backward
-        after_loss = self._momentum_move.close
-        self.own_backward = OwnBackward(self.engine, trainer.accelerator, type(trainer).__name__, after_loss)
+        after_backward = self._momentum_move.close
+        self.own_backward = OwnBackward(self.engine, trainer.accelerator, type(trainer).__name__, after_backward)
         self.step: int | None = None
         self.penalty: Penalty | None = None
         self._is_open = False  # whether a window has begun
@@ -57,14 +58,14 @@ class PenalisedSteps:
         self._begin_micro_batch(inputs)
         self._has_reached = False
         recorded = replaced(self.trainer, compute_loss=self._compute_loss)
-        with self.engine.first_pass(), self._momentum_move, recorded:
+        with self.engine.first_pass(), self._momentum_move, recorded:  # the move may have had no backward to end it
             loss = training_step(self.model, inputs, num_items_in_batch)
         self._has_ever_reached |= self._has_reached
         if not self._has_reached and self.own_backward.sees_other_gradient(self._has_ever_reached):
             raise NotImplementedError(never_reached(self.trainer))  # without a gradient the subclass skipped the batch
         if isinstance(loss, torch.Tensor):
             loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") overwrite it in the next pass
-        if len(self.window.micro_batches) > self.own_backward.losses:
+        if len(self.window.micro_batches) > self.own_backward.backwards:
             del self.window.micro_batches[-1]  # a subclass caught an exception of this forward or backward
         elif self._has_reached and self.window.micro_batches:
             self.window.micro_batches[-1].loss = loss
@@ -74,7 +75,7 @@ class PenalisedSteps:
         step = self.trainer.state.global_step
         if step != self.step:
             penalty = self.schedule.at(step)
-            if self.step is not None and self._is_open and self.penalty != penalty:
+            if self._is_open and self.penalty != penalty:
                 self.close()
             self.step, self.penalty = step, penalty
             self.noise_key = "noise", self.schedule.seed, step  # seeds stochastic rounding alike on all ranks
@@ -83,8 +84,9 @@ class PenalisedSteps:
             raise NotImplementedError(called_twice(self.trainer))
         if not self._is_open:
             self.engine.reshard()  # `gnp_target_modules` is a set of parameter objects
-            perturbation = Perturbation.from_args(self.trainer.gnp_args, self.trainer.model)
-            perturbation = perturbation if self.penalty else perturbation.of_plain_step()
+            perturbation = Perturbation()  # a plain step communicates as in plain training
+            if self.penalty is not None:
+                perturbation = Perturbation.from_args(self.trainer.gnp_args, self.trainer.model)
             self.engine.begin_window(perturbation, self.trainer.optimizer)
             self.close()
             if self.engine.is_perturbed:  # along the momentum, after micro-batches without a step
@@ -115,7 +117,7 @@ class PenalisedSteps:
     def _moved_along_momentum(self, penalty: Penalty) -> Iterator[None]:
         """Perturb the weights for the only pass of a micro-batch, with `gnp_direction="momentum"`."""
         with deferred_signals():
-            if is_first := self.own_backward.losses == 0:  # the momentum does not change within a window
+            if is_first := self.own_backward.backwards == 0:  # the momentum does not change within a window
                 self.move.momentum_norm()
             measure = logs_after(self.trainer.args, self.state)
             with self.move.perturbed(penalty, self.noise_key, measure):
@@ -130,13 +132,13 @@ class PenalisedSteps:
         """Return whether a second pass follows now: after the last micro-batch of a step, or after each."""
         return self.trainer.accelerator.sync_gradients or self.engine.perturbation.is_per_micro_batch
 
-    def second_pass(self) -> None:
-        """Run the window's micro-batches again at perturbed weights, and mix the gradients. DeepSpeed steps here."""
+    def end_window(self) -> None:
+        """Make the second pass, if this step has a penalty. DeepSpeed steps here."""
         engine, is_end_of_step = self.engine, self.trainer.accelerator.sync_gradients
         with deferred_signals():
             self.own_backward.end_window()
             if self.penalty is not None and self.window.micro_batches:  # momentum records no micro-batch
-                self._penalise(self.penalty)
+                self._second_pass(self.penalty)
             self.own_backward.add()
             if is_end_of_step:
                 engine.finish()
@@ -145,7 +147,8 @@ class PenalisedSteps:
         self.close()
         self.own_backward.after_window()
 
-    def _penalise(self, penalty: Penalty) -> None:
+    def _second_pass(self, penalty: Penalty) -> None:
+        """Run the window's micro-batches again at perturbed weights, and mix the gradients."""
         window, engine, move = self.window, self.engine, self.move
         self.own_backward.refuse_changes()
         window.refuse_tensors_on_parameters()
@@ -180,12 +183,20 @@ class PenalisedSteps:
         self.logs.add(move.fidelity, **metrics, cosine=move.cosine)
 
     def _run_all_again(self) -> list[torch.Tensor]:
+        """Run the micro-batches again as prepared, without logs, and without a subclass's `training_step`."""
+        trainer = self.trainer
         losses: list[torch.Tensor] = []
         for micro_batch in self.window.replayed():
             is_last = len(losses) + 1 == len(self.window.micro_batches)
-            compute_loss = functools.partial(self._compute_loss_again, micro_batch)
-            with self.engine.replay(is_last), replaced(self.trainer, compute_loss=compute_loss):
-                loss = self.trainer._gnp_run_again(self.model, micro_batch)
+            methods: dict[str, Callable[..., Any]] = {
+                "compute_loss": functools.partial(self._compute_loss_again, micro_batch),
+                "_prepare_inputs": lambda original, inputs: inputs,
+                "log": lambda *_, **__: None,
+            }
+            offload = getattr(trainer, "maybe_activation_offload_context", contextlib.nullcontext)
+            with self.engine.replay(is_last), replaced(trainer, **methods), offload():
+                items = micro_batch.num_items_in_batch
+                loss = Trainer.training_step(trainer, self.model, micro_batch.inputs, items)
                 losses.append(loss.clone())  # CUDA graphs overwrite it in the next pass
                 self.engine.after_backward()
         return losses

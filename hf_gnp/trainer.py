@@ -1,6 +1,5 @@
 """`GNPTrainer`: transformers' `Trainer` with a penalised step."""
 
-import contextlib
 import functools
 import inspect
 import os
@@ -19,8 +18,6 @@ from .perturbation import Perturbation
 from .renamed_weights import load_renamed
 from .run_card import add_to_model_card, remember_values
 from .schedule import Schedule
-from .second_pass.probe import replaced
-from .second_pass.window import MicroBatch
 from .sharpness import find_r, measure_sharpness
 from .sharpness.callback import callbacks_know
 from .step import PenalisedSteps, never_reached
@@ -73,7 +70,6 @@ class GNPMixin(_Base):
 
     _gnp_run: PenalisedSteps | None = None
     _gnp_is_trainers_log = False
-    current_gradient_accumulation_steps: Any
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -184,20 +180,11 @@ class GNPMixin(_Base):
         try:
             loss = run.first_pass(super().training_step, inputs, num_items_in_batch)
             if run.is_window_complete:
-                run.second_pass()
+                run.end_window()
         except BaseException:
             run.abandon()
             raise
         return loss
-
-    def _gnp_run_again(self, model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """Run a prepared micro-batch again without logs, and without a subclass's override of `training_step`."""
-        self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
-        with (
-            replaced(self, _prepare_inputs=lambda original, inputs: inputs, log=lambda *_, **__: None),
-            getattr(self, "maybe_activation_offload_context", contextlib.nullcontext()),
-        ):
-            return Trainer.training_step(self, model, micro_batch.inputs, micro_batch.num_items_in_batch)
 
     @_documented_as(Trainer.floating_point_ops)
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:

@@ -12,11 +12,11 @@ from hf_gnp.perturbation import Perturbation
 from .engine import Engine
 from .fsdp import Fsdp2Engine
 from .native import NativeEngine
-from .shards import Shard
+from .shards import Shard, whole_shape
 from .support import refuse_engine, refuse_unsupported
 
 
-__all__ = ["Engine", "Shard", "make_engine", "refuse_engine", "refuse_unsupported"]
+__all__ = ["Engine", "Shard", "make_engine", "refuse_engine", "refuse_unsupported", "whole_shape"]
 
 
 def make_engine(

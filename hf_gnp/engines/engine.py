@@ -35,7 +35,7 @@ class Engine(ABC):
 
     has_master = True  # whether 16-bit forward weights have an fp32 master
     accumulates = False  # whether g₂ is added to the g₁ that `keep_gradients` leaves
-    gathers_weights = False  # whether ranks gather whole weights after each change of a shard
+    keeps_momentum_move = False  # whether a move along the momentum stays until the step ends, as restoring gathers
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module):
         self.accelerator, self.model = accelerator, model
@@ -83,7 +83,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def is_perturbed(self) -> bool:
-        """Return whether weights on this rank are not θ."""
+        """Return whether weights on this rank may not be θ. ZeRO-1 and 2 restore it in `finish`."""
 
     @abstractmethod
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:

@@ -34,7 +34,7 @@ class Fsdp2Engine(NativeEngine):
 
     @contextlib.contextmanager
     def reducing(self) -> Iterator[None]:
-        for module in self._modules:
+        for module in self._modules:  # `no_sync` sets it back
             module.set_requires_gradient_sync(True, recurse=False)
         yield
 

@@ -60,7 +60,7 @@ class NativeEngine(ParamGradEngine):
                 "No parameter has a gradient after backward, so there is nothing to penalise. An optimizer that steps "
                 "inside backward (LOMO, layer-wise GaLore or APOLLO) cannot be used with the gradient-norm penalty."
             )
-        return list(map(self._shard, with_gradient, self._gradients(with_gradient)))
+        return list(map(self._shard, with_gradient, self._local_gradients(with_gradient)))
 
     @torch.no_grad()
     def trainable_shards(self) -> list[Shard]:
@@ -106,7 +106,7 @@ class NativeEngine(ParamGradEngine):
         pairs = zip(shards, self._backup, strict=True)
         return [shard._replace(master=backup, gradient=None) for shard, backup in pairs]
 
-    publish = Engine.reshard  # nothing gathers weights
+    publish = Engine.reshard  # does nothing, as no rank gathers weights
 
     @torch.no_grad()
     def restore(self) -> None:

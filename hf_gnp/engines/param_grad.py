@@ -56,7 +56,7 @@ class ParamGradEngine(Engine):
     def _with_any_gradient(self) -> list[nn.Parameter]:
         return [p for p in (*self.all_parameters, *self._outside) if p.grad is not None]
 
-    def _gradients(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    def _local_gradients(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         """Return this rank's parts of gradients, sharded as the parameters."""
         gradients: list[Any] = [parameter.grad for parameter in parameters]
         if any(gradient.is_sparse for gradient in gradients):
@@ -84,11 +84,11 @@ class ParamGradEngine(Engine):
             self._first_gradients = self.take_gradient()
         else:
             self.accumulates = True
-            outside = self._gradients([parameter for parameter in self._outside if parameter.grad is not None])
+            outside = self._local_gradients([parameter for parameter in self._outside if parameter.grad is not None])
             penalty.scale_([*(shard.gradient for shard in shards), *outside], scale * (1 - alpha) / alpha)
 
     def scale_gradient(self, scale: float) -> None:
-        penalty.scale_(self._gradients(self._with_any_gradient()), scale)
+        penalty.scale_(self._local_gradients(self._with_any_gradient()), scale)
 
     @torch.no_grad()
     def mix(self, alpha: float) -> None:
@@ -102,8 +102,8 @@ class ParamGradEngine(Engine):
         with_gradient = self._with_any_gradient()
         both = [p for p in with_gradient if id(p) in by_parameter]
         firsts = [local_part(by_parameter[id(p)]) for p in both]
-        penalty.lerp_(self._gradients(both), firsts, 1 - alpha)
-        penalty.scale_(self._gradients([p for p in with_gradient if id(p) not in by_parameter]), alpha)
+        penalty.lerp_(self._local_gradients(both), firsts, 1 - alpha)
+        penalty.scale_(self._local_gradients([p for p in with_gradient if id(p) not in by_parameter]), alpha)
         for parameter, gradient in first.pairs:
             if parameter.grad is None:
                 parameter.grad = gradient.mul_(1 - alpha)

@@ -35,10 +35,10 @@ class Shard(NamedTuple):
     part_of: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole
     copies: int = 1
 
-    @property
-    def whole_shape(self) -> tuple[int, ...]:
-        """Return the shape of the whole parameter. Under ZeRO-3 the parameter itself is empty."""
-        return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of the whole parameter. Under ZeRO-3 the parameter itself is empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def place_of(parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:

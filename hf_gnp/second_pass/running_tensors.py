@@ -83,7 +83,7 @@ class RunningTensors:
         self._buffers: list[Buffers] = []
         self._candidates: list[_Candidate] = []
         self._unsure: list[_Candidate] = []
-        self._still: list[Pair] = []
+        self._may_change_later: list[Pair] = []
 
     @torch.no_grad()
     def start(
@@ -134,20 +134,22 @@ class RunningTensors:
     @torch.no_grad()
     def end(self, compared: Sequence[bool]) -> None:
         """Learn from the flags of `compare`, read from the device, which tensors the first pass changed."""
-        still = {id(c.tensor): c for c, has_changed in zip(self._unsure, compared, strict=True) if not has_changed}
+        pairs = zip(self._unsure, compared, strict=True)
+        unchanged = {id(candidate.tensor): candidate for candidate, has_changed in pairs if not has_changed}
         reached = {id(p) for p in self._trained if p.grad is not None}  # the engine restores these
-        self._candidates = [c for c in self._candidates if id(c.tensor) not in still and id(c.tensor) not in reached]
+        known = unchanged.keys() | reached
+        self._candidates = [candidate for candidate in self._candidates if id(candidate.tensor) not in known]
         self._moving |= {id(candidate.tensor) for candidate in self._candidates if candidate.mark is not None}
         # ZeRO keeps no `grad`.
         unreached = {id(p): p for p in self._trained if id(p) not in reached} if reached else {}
         # If a teacher still equals the weights, only the second pass, at θ + e, changes it.
-        whole = [c for c in still.values() if c.is_whole and c.elements.is_floating_point()]
+        whole = [c for c in unchanged.values() if c.is_whole and c.elements.is_floating_point()]
         new = [p for number, p in unreached.items() if number not in self._unreached and is_plain(p)]
-        self._still = [(local_part(c.tensor), c.elements) for c in whole]
+        self._may_change_later = [(local_part(c.tensor), c.elements) for c in whole]
         for parameter in sorted(new, key=_size):
             self._left -= _size(parameter)
             if self._left >= 0:
-                self._still.append((local_part(parameter), local_part(parameter).clone()))
+                self._may_change_later.append((local_part(parameter), local_part(parameter).clone()))
         self._unreached, self._unsure = set(unreached), []
 
     def rewind(self) -> None:
@@ -159,7 +161,7 @@ class RunningTensors:
         """Restore the present state, that after the first pass, on leaving."""
         buffers = [(module, dict(module._buffers)) for module, _ in self._buffers]
         tensors = [local_part(candidate.tensor) for candidate in self._candidates]
-        values = [(tensor, tensor.detach().clone()) for tensor in tensors] + self._still
+        values = [(tensor, tensor.detach().clone()) for tensor in tensors] + self._may_change_later
         try:
             yield
         finally:

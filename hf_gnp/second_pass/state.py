@@ -171,9 +171,9 @@ class Snapshot:
             self._detached |= set(map(id, detached.values()))
             self._attributes.append((owner, set(vars(owner)), attributes | detached))
 
-    def put_back(self, written: bool = True) -> None:
-        """Restore all of it. Without `written`, uncopied tensors that were written since are not assigned again."""
-        stale = {id(tensor) for tensor, version in self._uncopied if tensor._version != version and not written}
+    def put_back(self, is_first: bool = True) -> None:
+        """Restore all of it. After the first micro-batch, uncopied tensors of the second pass itself may stay."""
+        stale = {id(tensor) for tensor, version in self._uncopied if tensor._version != version and not is_first}
         for owner, names, held in self._attributes:
             attributes = vars(owner)
             for name, value in held.items():

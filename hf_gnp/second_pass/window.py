@@ -39,7 +39,6 @@ class MicroBatch:
 
     inputs: Any
     num_items_in_batch: torch.Tensor | int | None
-    accumulation_steps: int | None
     snapshot: Snapshot
     autocast: Callable[[], AbstractContextManager[Any]]  # as a user's `training_step` may have set it
     forward_loss: torch.Tensor | None = None  # what compute_loss returned
@@ -77,7 +76,6 @@ class Window:
         micro_batch = MicroBatch(
             copied(inputs),
             num_items_in_batch,
-            trainer.current_gradient_accumulation_steps,
             Snapshot(found.owners, self._devices, found.trained),
             functools.partial(torch.autocast, device, *autocast),
         )
@@ -117,5 +115,5 @@ class Window:
         """Yield the micro-batches again, each in the state of its first pass."""
         self.tensors.rewind()
         for number, micro_batch in enumerate(tuple(self.micro_batches)):
-            micro_batch.snapshot.put_back(written=number == 0)  # later, the second pass may have made new ones
+            micro_batch.snapshot.put_back(is_first=number == 0)
             yield micro_batch

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from hf_gnp.engines import Shard
+from hf_gnp.engines import Shard, whole_shape
 
 from .hessian import Hessian, top_eigenpairs
 from .loss import SampleLoss, sample_loss
@@ -137,16 +137,16 @@ def _eigenvectors(loss: SampleLoss, count: int, tolerance: float, max_products: 
 
 def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
     """Scale each row of a matrix or kernel to the norm of that row of the weights. Other parameters become 0."""
-    # ZeRO-3 leaves an empty parameter, and its shape beside it.
-    shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in loss.model.parameters()]
-    first_rows = np.cumsum([0, *(math.prod(shape[:1]) for shape in shapes)]).tolist()
+    counts = [math.prod(whole_shape(parameter)[:1]) for parameter in loss.model.parameters()]
+    first_rows = np.cumsum([0, *counts]).tolist()
     for place, shard in loss.vectors.placed_shards:
-        if len(shard.whole_shape) < 2:
+        if len(whole_shape(shard.parameter)) < 2:
             direction[place] = 0.0
 
     def rows_of(shard: Shard) -> torch.Tensor:
         rows = torch.arange(first_rows[shard.number], first_rows[shard.number + 1])
-        whole = rows.repeat_interleave(math.prod(shard.whole_shape[1:])).view(shard.whole_shape)
+        shape = whole_shape(shard.parameter)
+        whole = rows.repeat_interleave(math.prod(shape[1:])).view(shape)
         return shard.part_of(whole).reshape(-1)
 
     return loss.vectors.match_norms_(direction, loss.theta(), rows_of, first_rows[-1])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from hf_gnp.engines import Engine, Shard
+from hf_gnp.engines import Engine, Shard, whole_shape
 
 
 # The number of elements that are converted to double precision at a time.
@@ -97,7 +97,7 @@ class ShardVectors:
         for place, shard in self.placed_shards:
             seed = np.random.SeedSequence((*key, shard.number)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(seed[0] >> 1))
-            vector[place] = shard.part_of(torch.randn(shard.whole_shape, generator=generator)).reshape(-1)
+            vector[place] = shard.part_of(torch.randn(whole_shape(shard.parameter), generator=generator)).reshape(-1)
         return vector
 
     def _sum_over_ranks(self, local: torch.Tensor) -> np.ndarray:

@@ -43,7 +43,7 @@ def _backward_only(accelerator: Accelerator, always_reduces: bool) -> Iterator[N
 class DeepSpeedSteps(Engine):
     """All stages: backward and step are two calls. DeepSpeed reduces at the boundary that `_backward_only` sets."""
 
-    engine: Any  # DeepSpeed's
+    ds_engine: Any
 
     def first_pass(self) -> AbstractContextManager[None]:
         return _backward_only(self.accelerator, self.perturbation.is_per_micro_batch)
@@ -57,11 +57,8 @@ class DeepSpeedSteps(Engine):
         is_autocast = self.accelerator.deepspeed_plugin.hf_ds_config.get_value("torch_autocast.enabled")
         return bool(is_autocast) or super().computes_in_16_bit()
 
-    def sets_gradients_aside(self) -> bool:
-        return False  # and accelerate steps after a backward that is not `Trainer.training_step`'s
-
     def finish(self) -> None:
-        self.engine.step()
+        self.ds_engine.step()
 
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> bool:
         return False  # DeepSpeed has made the step, or skipped it
@@ -85,15 +82,18 @@ class Fragment(NamedTuple):
 
 
 class ShardedEngine(DeepSpeedSteps):
-    """ZeRO-1, 2 and 3: θ is restored from the fp32 masters. If α < 1, this rank's shard of g₁ is copied before g₂."""
+    """
+    ZeRO-1, 2 and 3: θ is restored from the fp32 masters. If α < 1, this rank's shard of g₁ is copied before g₂, but
+    in `Bf16Zero1Engine`.
+    """
 
-    gathers_weights = True
+    keeps_momentum_move = True
     offloads = False  # whether gradients and masters are on the CPU
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
-        self.engine = accelerator.deepspeed_engine_wrapped.engine
-        self.optimizer = self.engine.optimizer
-        super().__init__(accelerator, perturbation, self.engine.module)
+        self.ds_engine = accelerator.deepspeed_engine_wrapped.engine
+        self.optimizer = self.ds_engine.optimizer
+        super().__init__(accelerator, perturbation, self.ds_engine.module)
         self._first_gradients: list[torch.Tensor] = []
         self._holds = False  # whether there is a gradient of earlier micro-batches of the step
         self._is_perturbed = False

@@ -17,18 +17,21 @@ class Zero0Engine(DeepSpeedSteps, NativeEngine):
     """Stage 0: the gradients of `NativeEngine`, and DeepSpeed's own step."""
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation):
-        self.engine = accelerator.deepspeed_engine_wrapped.engine
-        optimizer = self.engine.optimizer
+        self.ds_engine = accelerator.deepspeed_engine_wrapped.engine
+        optimizer = self.ds_engine.optimizer
         self.has_master = not isinstance(optimizer, torch.optim.Optimizer)
         if self.has_master and perturbation.is_momentum:
             raise ValueError(
                 f"gnp_direction=momentum under ZeRO stage 0 in 16 bit: DeepSpeed's {type(optimizer).__name__} keeps "
                 "the moments in an order of its own. Use ZeRO stage 1, or fp32."
             )
-        super().__init__(accelerator, perturbation, self.engine.module, None if self.has_master else optimizer)
+        super().__init__(accelerator, perturbation, self.ds_engine.module, None if self.has_master else optimizer)
 
     def begin_window(self, perturbation: Perturbation, optimizer: Any = None) -> None:
         super().begin_window(perturbation)  # the optimizer is DeepSpeed's
+
+    def sets_gradients_aside(self) -> bool:
+        return False  # accelerate steps after a backward that is not `Trainer.training_step`'s
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -36,5 +39,5 @@ class Zero0Engine(DeepSpeedSteps, NativeEngine):
         if not penalty.local_sq_norms(gradients).sum().isfinite():
             # In fp32, stage 0 does not skip such a step. Without a boundary DeepSpeed makes none.
             self.discard_gradient()
-            self.engine.set_gradient_accumulation_boundary(False)
+            self.ds_engine.set_gradient_accumulation_boundary(False)
         super().finish()

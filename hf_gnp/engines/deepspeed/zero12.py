@@ -71,7 +71,7 @@ class _ReplicatedEngine(ShardedEngine):
         self._publish_masters()
 
     def finish(self) -> None:
-        has_step = self.engine.is_gradient_accumulation_boundary()  # not if a subclass skipped the last micro-batch
+        has_step = self.ds_engine.is_gradient_accumulation_boundary()  # not if a subclass skipped the last micro-batch
         super().finish()
         if self.optimizer.overflow or not has_step:
             self._publish_masters()
