@@ -12,7 +12,7 @@ from torch import nn
 # The names of the first moment in the state of Adam's family, and of SGD and Muon.
 NAMES = ("exp_avg", "momentum_buffer")
 # Parts of the class names of adaptive optimizers.
-ADAPTIVE = "ada|lamb|rmsprop|prodigy|apollo|sophia"
+ADAPTIVE = "ada|adem|lamb|rmsprop|prodigy|apollo|sophia|came|soap|shampoo|novograd|ranger"
 
 
 def unwrapped(optimizer: Any) -> Any:

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .engines import Engine
 from .second_pass.probe import is_called_by_training_step, replaced
 
@@ -14,9 +16,11 @@ class OwnBackward:
     and add it to the gradient of the step after the second pass. Engines without `sets_gradients_aside` refuse it.
     """
 
-    def __init__(self, engine: Engine, accelerator: Any, trainer_name: str, after_backward: Callable[[], None]):
+    def __init__(
+        self, engine: Engine, accelerator: Any, trainer_name: str, after_backward: Callable[[torch.Tensor], None]
+    ):
         self._engine, self._accelerator, self._trainer_name = engine, accelerator, trainer_name
-        self._after_backward = after_backward  # called after each backward of the window's loss
+        self._after_backward = after_backward  # called with the loss after each backward of the window's loss
         self._watching = contextlib.ExitStack()
         self.clear()
 
@@ -58,7 +62,7 @@ class OwnBackward:
             self.refuse_changes()
             original(*args, **kwargs)
             engine.after_backward()
-            self._after_backward()
+            self._after_backward(*args)
             self.backwards += 1
         elif not engine.sets_gradients_aside():
             raise NotImplementedError(self._refusal())

@@ -69,7 +69,8 @@ class Schedule:
 
     def at(self, step: int) -> Penalty | None:
         """Return the penalty of optimizer step `step`, counted from 0 (`state.global_step`). None: a plain step."""
-        is_in_part = self.start * self.total_steps <= step < self.end * self.total_steps
+        start, end = (round(share * self.total_steps, 6) for share in (self.start, self.end))  # 0.07 * 100 is above 7
+        is_in_part = start <= step < end
         is_drawn = self.probability == 1 or random.Random(f"{self.seed}:{step}").random() < self.probability
         if not is_in_part or not is_drawn or (step + 1) % self.interval != 0:
             return None

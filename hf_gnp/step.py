@@ -40,8 +40,7 @@ class PenalisedSteps:
         self.engine = make_engine(trainer.accelerator, model, perturbation, trainer.optimizer)
         self.move = Move(self.engine)
         self._momentum_move = contextlib.ExitStack()  # from compute_loss to the end of its backward
-        after_backward = self._momentum_move.close
-        self.own_backward = OwnBackward(self.engine, trainer.accelerator, type(trainer).__name__, after_backward)
+        self.own_backward = OwnBackward(self.engine, trainer.accelerator, type(trainer).__name__, self._after_backward)
         self.step: int | None = None
         self.penalty: Penalty | None = None
         self._is_open = False  # whether a window has begun
@@ -65,11 +64,14 @@ class PenalisedSteps:
             raise NotImplementedError(never_reached(self.trainer))  # without a gradient the subclass skipped the batch
         if isinstance(loss, torch.Tensor):
             loss = loss.clone()  # CUDA graphs (torch_compile_mode="reduce-overhead") overwrite it in the next pass
-        if len(self.window.micro_batches) > self.own_backward.backwards:
+        if self.window.micro_batches and self.window.micro_batches[-1].loss is None:
             del self.window.micro_batches[-1]  # a subclass caught an exception of this forward or backward
-        elif self._has_reached and self.window.micro_batches:
-            self.window.micro_batches[-1].loss = loss
         return loss
+
+    def _after_backward(self, loss: torch.Tensor) -> None:
+        self._momentum_move.close()
+        if self.window.micro_batches:  # of `Trainer.training_step`, whose loss a subclass may scale
+            self.window.micro_batches[-1].loss = loss.detach().clone()
 
     def _begin_micro_batch(self, inputs: Any) -> None:
         step = self.trainer.state.global_step
@@ -177,7 +179,7 @@ class PenalisedSteps:
         if is_visible and is_same_pass(window.micro_batches, losses):
             refuse_same_pass(*move.local_norms_after_mix(penalty.alpha))
         # Summed as `Trainer` sums them, in order and dtype.
-        firsts: list[Any] = [micro_batch.loss for micro_batch in window.micro_batches]
+        firsts = [micro_batch.loss for micro_batch in window.micro_batches]
         perturbed_loss, loss = (functools.reduce(operator.add, each) for each in (losses, firsts))
         metrics = {"grad_norm": norm, "perturbed_loss": perturbed_loss, "sharpness": perturbed_loss - loss}
         self.logs.add(move.fidelity, **metrics, cosine=move.cosine)

@@ -35,7 +35,8 @@ class NativeEngine(ParamGradEngine):
     Memory: one copy of the weights that move (of this rank's shard under FSDP2), and seldom one of the gradients
     (`ParamGradEngine`).
 
-    Parameters of the optimizer outside of the model, such as those of a loss, get the mixed gradient but do not move.
+    The parameters of the model that the optimizer has move. Others of the model, and those of the optimizer outside
+    of the model, such as those of a loss, get the mixed gradient but do not move.
     DDP and FSDP2 do not reduce their gradients, so ranks have no common direction for them.
     """
 
@@ -53,7 +54,7 @@ class NativeEngine(ParamGradEngine):
 
     @torch.no_grad()
     def shards(self) -> list[Shard]:
-        with_gradient = [p for p in self.all_parameters if p.grad is not None]
+        with_gradient = [p for p in self._moving if p.grad is not None]
         # A loss may be constant, such as for a batch without pairs. An optimizer in hooks removes the gradients.
         if not with_gradient and any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._trainable()):
             raise RuntimeError(
@@ -64,10 +65,14 @@ class NativeEngine(ParamGradEngine):
 
     @torch.no_grad()
     def trainable_shards(self) -> list[Shard]:
-        return [self._shard(parameter) for parameter in self._trainable()]
+        return [self._shard(parameter) for parameter in self._moving if parameter.requires_grad]
 
     def _shard(self, parameter: nn.Parameter, gradient: torch.Tensor | None = None) -> Shard:
         number = self.numbers[id(parameter)]
+        if parameter.is_complex() and not self.is_sharded:  # a real and an imaginary number for each element
+            view = torch.view_as_real(parameter)
+            gradient = None if gradient is None else torch.view_as_real(gradient.resolve_conj())
+            return Shard(parameter, number, view, view, gradient)
         if not self.is_sharded:
             return Shard(parameter, number, parameter, parameter, gradient)
         weight, part = local_part(parameter).detach(), functools.partial(part_of, parameter)

@@ -48,6 +48,10 @@ class ParamGradEngine(Engine):
         super().begin_window(perturbation)
         self._optimizer = optimizer or self._optimizer  # a callback may have replaced it
         self._outside = parameters_outside(self.all_parameters, self._optimizer)
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        stepped = {id(parameter) for group in groups for parameter in group["params"]}
+        # Those that the optimizer has. The gradients of the others are mixed too, as clipping counts them.
+        self._moving = [p for p in self.all_parameters if id(p) in stepped] or self.all_parameters
         self.is_sharded = any(isinstance(p, DTensor) for p in self.all_parameters)
 
     def _trainable(self) -> list[nn.Parameter]:
@@ -84,8 +88,7 @@ class ParamGradEngine(Engine):
             self._first_gradients = self.take_gradient()
         else:
             self.accumulates = True
-            outside = self._local_gradients([parameter for parameter in self._outside if parameter.grad is not None])
-            penalty.scale_([*(shard.gradient for shard in shards), *outside], scale * (1 - alpha) / alpha)
+            self.scale_gradient(scale * (1 - alpha) / alpha)
 
     def scale_gradient(self, scale: float) -> None:
         penalty.scale_(self._local_gradients(self._with_any_gradient()), scale)

@@ -72,8 +72,7 @@ def probe_same_forward(
 
 def is_same_pass(micro_batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]) -> bool:
     """Return whether both passes have the same losses, bit for bit. Read from the device."""
-    pairs = zip(micro_batches, losses, strict=True)
-    return all(torch.equal(second, first.loss) for first, second in pairs if first.loss is not None)
+    return all(torch.equal(loss, first.loss) for first, loss in zip(micro_batches, losses, strict=True))
 
 
 def refuse_same_pass(first_norm: float, second_norm: float) -> None:

@@ -13,7 +13,7 @@ tell which change: `batch_norm` and `.data` write without a new version.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,7 @@ class RunningTensors:
     def forget(self) -> None:
         """Release all tensors, but remember which change."""
         self._trained: Sequence[nn.Parameter] = ()
+        self._modules: set[nn.Module] = set()
         self._buffers: list[Buffers] = []
         self._candidates: list[_Candidate] = []
         self._unsure: list[_Candidate] = []
@@ -88,7 +89,7 @@ class RunningTensors:
     @torch.no_grad()
     def start(
         self,
-        modules: Iterable[nn.Module],
+        modules: Collection[nn.Module],
         trained: Sequence[nn.Parameter] = (),
         others: Iterable[torch.Tensor] = (),
         step: int = 0,
@@ -102,6 +103,7 @@ class RunningTensors:
         reached = {id(parameter): parameter for parameter in trained if id(parameter) not in self._unreached}
         found = {id(tensor): tensor for tensor in others}
         copied = set(self._moving)
+        self._modules = set(modules)
         for module in modules:
             for parameter in module._parameters.values():
                 if parameter is not None and id(parameter) not in reached:
@@ -157,10 +159,14 @@ class RunningTensors:
         put_back([(local_part(c.tensor), c.elements) for c in self._candidates if c.is_whole], self._buffers)
 
     @contextlib.contextmanager
-    def left_as_found(self) -> Iterator[None]:
-        """Restore the present state, that after the first pass, on leaving."""
+    def left_as_found(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Restore the present state, that after the first pass, on leaving. `modules` may have new ones."""
         buffers = [(module, dict(module._buffers)) for module, _ in self._buffers]
         tensors = [local_part(candidate.tensor) for candidate in self._candidates]
+        new = [module for module in modules if module not in self._modules]
+        trained = set(map(id, self._trained)) if new else set()
+        made = [tensor for module in new for tensor in (*module._parameters.values(), *module._buffers.values())]
+        tensors += [local_part(t) for t in made if t is not None and id(t) not in trained and is_plain(t)]
         values = [(tensor, tensor.detach().clone()) for tensor in tensors] + self._may_change_later
         try:
             yield

@@ -5,12 +5,13 @@ docs/second_pass.md is the contract: it lists what is restored, what is not, and
 restores attributes and generators. running_tensors.py restores buffers, frozen parameters and large tensors.
 """
 
+import argparse
 import functools
 import operator
 import random
 import sys
 import types
-from collections import OrderedDict, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import Trainer, TrainerState
 
 from hf_gnp.tensors import local_part, modules_of, parameters_of, parameters_outside
 
@@ -37,17 +39,24 @@ NOT_OF_A_STEP = {
     *("compute_loss", "log", "_prepare_inputs", "_tr_loss"),
 }
 OF_EVERY_MODULE = set(vars(nn.Module()))
-# The attributes that DeepSpeed and FSDP set on modules and parameters.
-OF_ENGINES = ("ds_", "_ds_", "_fsdp", "_external_params", "_original_parameters", "_in_forward", "_local_tensor")
+# How the attributes begin that DeepSpeed and FSDP set on modules and parameters.
+OF_ENGINES = (
+    *("ds_id", "ds_grads_remaining", "ds_inflight", "ds_recompute", "ds_external", "ds_model_", "_ds_"),
+    *("_fsdp", "_external_params", "_original_parameters", "_in_forward", "_local_tensor"),
+)
 
 SCALARS = (int, float, complex, str, bytes, type(None))
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 OPAQUE = {*SCALARS, *FUNCTIONS, bool, torch.dtype, torch.device}  # most attributes: nothing in them can change
 CONTAINERS = (dict, list, tuple, set, deque)
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-STEPPED = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)  # a loss may step its own, as for an adversary
+# Objects of libraries that are restored. A loss may step an optimizer and scheduler of its own, as for an adversary.
+OBJECTS_OF_LIBRARIES = (
+    *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
+    *(SimpleNamespace, argparse.Namespace, UserDict, UserList),
+)
 LONG = 2**12  # items: longer containers are not inspected
-OBJECTS = 3  # objects within objects
+DEPTH = 3  # objects within objects
 
 
 def _has_own_base(cls: type) -> bool:
@@ -58,15 +67,17 @@ is_users: Callable[[type], bool] = functools.cache(_has_own_base)  # whether a b
 
 
 @functools.cache
-def _is_watched(name: str, of_module: bool) -> bool:
-    is_engines = of_module and (name.startswith(OF_ENGINES) or name in OF_EVERY_MODULE)
-    return not (is_engines or name in NOT_OF_A_STEP or name.startswith(("_gnp", "__")))
+def _is_watched(name: str, kind: type) -> bool:
+    if issubclass(kind, nn.Module):
+        return not (name.startswith(OF_ENGINES) or name in OF_EVERY_MODULE)
+    is_trainers = issubclass(kind, Trainer | TrainerState)
+    return not (name.startswith("__") or (is_trainers and (name in NOT_OF_A_STEP or name.startswith("_gnp"))))
 
 
 def attributes_of(owner: Any) -> dict[str, Any]:
     """Return the attributes that a step may change."""
-    of_module = isinstance(owner, nn.Module)
-    return {name: value for name, value in vars(owner).items() if _is_watched(name, of_module)}
+    kind: Any = type(owner)
+    return {name: value for name, value in vars(owner).items() if _is_watched(name, kind)}
 
 
 def values_in(values: Iterable[Any], seen: set[int]) -> Iterator[Any]:
@@ -96,12 +107,12 @@ class Found:
         seen = {id(value) for value in (*own, trainer, trainer.state)}
         loss_function = trainer.compute_loss_func
         of_loss = SimpleNamespace(held=held_by(loss_function) if loss_function else [])
-        owners = [(root, OBJECTS) for root in (trainer, trainer.state, of_loss)] + self._add_module(trainer.model)
+        owners = [(root, DEPTH) for root in (trainer, trainer.state, of_loss)] + self._add_module(trainer.model)
         of_model = len(self.modules)
         mine = parameters_of(self.modules)
         mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions
         others: list[nn.Parameter] = []
-        for owner, objects in owners:  # grows
+        for owner, depth in owners:  # grows
             for value in values_in(attributes_of(owner).values(), seen):
                 kind = type(value)
                 if issubclass(kind, nn.Module):
@@ -112,12 +123,12 @@ class Found:
                     if value.numel() > SMALL and _is_state(value):
                         self.tensors.append(value)
                 elif (
-                    objects
-                    and (is_users(kind) or issubclass(kind, STEPPED))
+                    depth
+                    and (is_users(kind) or issubclass(kind, OBJECTS_OF_LIBRARIES))
                     and not issubclass(kind, type)
                     and hasattr(value, "__dict__")
                 ):
-                    owners.append((value, objects - 1))
+                    owners.append((value, depth - 1))
         others += parameters_of(list(self.modules)[of_model:])
         known = set(map(id, mine)) if others else set()
         self.owners = [owner for owner, _ in owners]  # whose attributes are restored
@@ -129,7 +140,13 @@ class Found:
         """Add a module and its children, and return those whose attributes are restored."""
         new = [] if module in self.modules else [m for m in modules_of(module) if m not in self.modules]
         self.modules.update(dict.fromkeys(new))
-        return [(module, OBJECTS - 1) for module in new if is_users(type(module))]
+        return [(module, DEPTH - 1) for module in new if _is_restored(module)]
+
+
+def _is_restored(module: nn.Module) -> bool:
+    kind = type(module)
+    # An attribute may belong to a buffer, as in transformers' dynamic RoPE.
+    return is_users(kind) or (not kind.__module__.startswith("torch.") and bool(module._buffers))
 
 
 def _is_state(tensor: torch.Tensor) -> bool:
@@ -183,8 +200,9 @@ class Snapshot:
                 if now is held or not (is_same or id(value) in stale):
                     attributes[name] = value
             if not names.issuperset(attributes):
-                for name, value in attributes_of(owner).items():
-                    if name not in names and _is_made_anew(value):
+                new = [name for name in attributes_of(owner) if name not in names]
+                if all(_is_made_anew(attributes[name]) for name in new):
+                    for name in new:
                         del attributes[name]  # the pass created it
         put_back(self._tensors)
         for restore in self._contents:

@@ -42,7 +42,7 @@ class MicroBatch:
     snapshot: Snapshot
     autocast: Callable[[], AbstractContextManager[Any]]  # as a user's `training_step` may have set it
     forward_loss: torch.Tensor | None = None  # what compute_loss returned
-    loss: torch.Tensor | None = None  # what training_step returned
+    loss: Any = None  # what `Trainer.training_step` called backward with
 
 
 class Window:
@@ -102,9 +102,11 @@ class Window:
     def left_as_found(self) -> Iterator[None]:
         """Restore the state after the first pass on leaving. Call `tensors.end` before it."""
         assert self._found is not None
+        if self.tensors.is_learning:  # the first passes may have created objects
+            self._found = Found(self._trainer)
         after = Snapshot(self._found.owners, self._devices, self._found.trained)
         try:
-            with self.tensors.left_as_found(), gradients_hidden(self._found.others):
+            with self.tensors.left_as_found(self._found.modules), gradients_hidden(self._found.others):
                 self.in_second_pass = True
                 yield
         finally:

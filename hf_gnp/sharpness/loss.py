@@ -133,6 +133,8 @@ def _refuse_unsupported(trainer: Any) -> None:
             "and fp16 has neither the range for such gradients without a loss scale (below 6e-8 they are 0) nor the "
             "digits for their difference. Load the model in fp32 or bf16."
         )
+    if any(dtype.is_complex for dtype in dtypes):
+        raise NotImplementedError(sentence.format("complex weights: train them as pairs of real ones"))
     refuse_engine(accelerator, trainer.model, sentence)
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(sentence.format("DataParallel: start one process a GPU (torchrun)"))

@@ -169,7 +169,8 @@ def _weights_in(folder: str | Path | None, loss: SampleLoss) -> list[torch.Tenso
     if missing:
         raise ValueError(
             f"{folder} has not all weights of {type(model).__name__}, such as {min(missing)}: give folders that "
-            "save_model or a checkpoint wrote, of a model whose modules are those of its configuration."
+            "save_model or a checkpoint wrote, of a whole model whose modules are those of its configuration. PEFT's "
+            "adapters are not read: save models after merge_and_unload."
         )
     return [shard.part_of(named[names[shard.number]].detach()).to(shard.weight.device) for shard in shards]
 
