@@ -210,23 +210,21 @@ def test_hint_of_another_r(tmp_path, monkeypatch, gnp_r, metric, hint):
         assert float(suggested[1]) < r if gnp_r else suggested is None
 
 
-@pytest.mark.parametrize("turned, r", [(0.2, 0.1), (0.99, 0.05)])
-def test_hint_needs_logs_in_a_row(turned, r):
+FAR = {"gnp_cosine": 0.2, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.1, "gnp_on": 1.0}
+NEAR = FAR | {"gnp_cosine": 0.9}
+SMALL, NEAR_SMALL = ({**logs, "gnp_r": 0.05} for logs in (FAR | {"gnp_cosine": 0.99}, NEAR))
+IN_A_ROW = [False] * 5 + [True, False]
+
+
+@pytest.mark.parametrize(
+    "given, hints",
+    [
+        ([FAR, FAR, NEAR, FAR, FAR, FAR, FAR], IN_A_ROW),
+        ([SMALL, SMALL, NEAR_SMALL, SMALL, SMALL, SMALL, SMALL], IN_A_ROW),
+        ([FAR | {"gnp_cosine": 0.999, "gnp_r": 0.04}] * 4, [False] * 4),  # the default r still rises
+        ([FAR | {"gnp_cosine": -1.0000001}] * 3, [False, False, True]),  # opposite gradients, rounded
+    ],
+)
+def test_hint_needs_logs_in_a_row(given, hints):
     hint = RadiusHint(GNPArguments())
-    far = {"gnp_cosine": turned, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": r, "gnp_on": 1.0}
-    near = far | {"gnp_cosine": 0.9}
-    given = [hint.after(dict(logs)) is not None for logs in (far, far, near, far, far, far, far)]
-    assert given == [False] * 5 + [True, False]
-
-
-def test_no_hint_while_the_default_r_still_rises():
-    logs = {"gnp_cosine": 0.999, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.04, "gnp_on": 1.0}
-    hint = RadiusHint(GNPArguments())
-    assert [hint.after(logs) for _ in range(4)] == [None] * 4
-
-
-def test_hint_for_opposite_gradients():
-    """A cosine is rounded to a little below -1."""
-    logs = {"gnp_cosine": -1.0000001, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.1, "gnp_on": 1.0}
-    hint = RadiusHint(GNPArguments())
-    assert [hint.after(logs) is not None for _ in range(3)] == [False, False, True]
+    assert [hint.after(dict(logs)) is not None for logs in given] == hints
