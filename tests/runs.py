@@ -84,6 +84,13 @@ def make_trainer(output_dir: Any, kind: str, cls: type[Trainer] = GNPTrainer, mo
     return cls(model=model, args=args, train_dataset=data, data_collator=collate, **options)
 
 
+def trained(*args: Any, **kwargs: Any):
+    """Return the trainer that `make_trainer` makes of the arguments, after its run."""
+    trainer = make_trainer(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
 class SkippingTrainer(GNPTrainer):
     """Skips a batch that runs out of memory, as people do."""
 
@@ -123,6 +130,17 @@ def assert_loads(folder: Any, source: torch.nn.Module, model: torch.nn.Module) -
     trainer._load_from_checkpoint(str(folder))
     assert_identical(snapshot(model), snapshot(source))
     assert_identical(generators(), before)
+
+
+class Gradients(TrainerCallback):
+    """The gradient of each step, by parameter name; None where there is none."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = model.named_parameters()
+        self.steps.append({name: None if p.grad is None else p.grad.clone() for name, p in named})
 
 
 class WeightsAtSaves(TrainerCallback):

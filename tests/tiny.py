@@ -91,6 +91,13 @@ class Net(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+class UnlabelledNet(Net):
+    """Its loss is computed outside."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"logits": self.layers(x)}
+
+
 def make_data(kind: str, size: int = 48, seed: int = 1) -> list[dict[str, torch.Tensor]]:
     """Random samples; the Llama's have 3 to 11 labelled tokens each, the others are ignored (-100)."""
     generator = torch.Generator().manual_seed(seed)

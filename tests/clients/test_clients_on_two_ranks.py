@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import free_port, launch
+from fork import fork_script
 from runs import assert_identical
 from test_clients import logs_without
 from two_ranks import CLIENTS_ON_RANKS, ENGINES_OF_CLIENTS
@@ -23,7 +23,7 @@ CASES = [(client, engine) for client in CLIENTS_ON_RANKS for engine in ENGINES_O
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    launch(["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", str(SCRIPT), str(folder)], TIMEOUT)
+    fork_script(SCRIPT, folder, ranks=2, timeout=TIMEOUT)
     return torch.load(folder / "results.pt", weights_only=True)
 
 

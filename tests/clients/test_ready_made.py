@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import BASE, CLIENTS, make_client
+from fork import fork_script
 from runs import assert_identical, snapshot
 from test_clients import logs_without
 
@@ -74,10 +75,9 @@ def test_training_and_saved_arguments(client, tmp_path):
 
     path = tmp_path / "training_args.bin"
     torch.save(trainer.args, path)
-    command = [sys.executable, "-c", LOAD, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [args_class.__module__, args_class.__name__, "0.02"]
+    (tmp_path / "load.py").write_text(LOAD)
+    printed = fork_script(tmp_path / "load.py", path, timeout=600)
+    assert printed.split()[-3:] == [args_class.__module__, args_class.__name__, "0.02"]
 
 
 @pytest.mark.parametrize("name", ["SFTTrainer", "GNPNoSuchTrainer", "GNPModelConfig", "GNPget_peft_config"])

@@ -1,12 +1,13 @@
 """Cases for worker.py: how they are launched, and what the reference loop gives for them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launch import free_port, launch
+from fork import fork_script
 from runs import BASE, LOG_TOLERANCE, WEIGHTS_TOLERANCE, msam_run, reference_run, windows
 from tiny import make_model, relative_distance
 
@@ -23,7 +24,11 @@ FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def run_cases(
-    cases: dict[str, Any], folder: Path, ranks: int = RANKS, worker: Path = WORKER, **environment: str
+    cases: dict[str, Any],
+    folder: Path,
+    ranks: int = RANKS,
+    worker: Path = WORKER,
+    start: Callable[..., str] = fork_script,
 ) -> dict[str, Any]:
     """The results of all cases, a batch in each launch: the engines of past cases leave busy threads."""
     results = {}
@@ -32,8 +37,7 @@ def run_cases(
         names = ordered[first : first + CASES_PER_LAUNCH]
         cases_file = folder / "cases.json"
         cases_file.write_text(json.dumps({name: cases[name] for name in names}))
-        command = ["torchrun", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", str(worker)]
-        launch([*command, str(cases_file), str(folder)], timeout=2400, **environment)
+        start(worker, cases_file, folder, ranks=ranks, timeout=2400)
         results |= torch.load(folder / "results.pt", weights_only=True)
     return results
 

@@ -39,6 +39,12 @@ def launch(command: list[str], timeout: float, **extra: str) -> str:
     return launch_together([command], timeout, **extra)[0]
 
 
+def torchrun(script: str | Path, *args: object, ranks: int, timeout: float, **extra: str) -> str:
+    """Return what the script printed on all ranks, as `launch`."""
+    command = ["torchrun", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", str(script), *map(str, args)]
+    return launch(command, timeout, **extra)
+
+
 def launch_together(commands: list[list[str]], timeout: float, **extra: str) -> list[str]:
     """
     What each command printed. The first that ends with a non-zero exit or by a signal, and running past the limit, is

@@ -1,13 +1,14 @@
 """Resuming on each engine, on fewer ranks and after a kill, and the tools for its checkpoints."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import ENGINES, TWO, case_of, gnp, result_of, run_cases
+from deepspeed.checkpoint import ds_to_universal
+from fork import fork_script
 from launch import free_port, launch
 from runs import LOG_TOLERANCE, WEIGHTS_TOLERANCE
 from tiny import flat_weights, make_model, relative_distance
@@ -96,10 +97,8 @@ def test_generating_between_steps(results):
 def results_on_one_rank(results, folder) -> dict[str, Any]:
     for engine in ELASTIC:
         checkpoint = folder / f"{engine}-whole" / "checkpoint-2" / "global_step2"
-        module = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        launch(
-            [*module, "--input_folder", str(checkpoint), "--output_folder", f"{checkpoint}_universal"], timeout=1200
-        )
+        folders = ["--input_folder", checkpoint, "--output_folder", f"{checkpoint}_universal"]
+        fork_script(ds_to_universal.__file__, "--inject_missing_state", *folders, timeout=1200)
     return run_cases(ON_ONE_RANK, folder, ranks=1)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import ENGINES, TWO, case_of, gnp, result_of
-from launch import free_port, launch
+from fork import fork_script
 from runs import WEIGHTS_TOLERANCE
 from tiny import flat_weights, make_model, relative_distance
 
@@ -83,10 +83,8 @@ def test_failed_step_leaves_no_gradient(results, where):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_one_rank_fails(tmp_path, engine):
     """Clean weights on that rank, and the job ends with the error."""
-    command = ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", str(SCRIPT), engine, str(tmp_path)]
-    # Starting up is slow on a loaded machine. When one rank ends, the launcher ends the other.
     with pytest.raises(AssertionError, match="failed"):
-        launch(command, timeout=900)
+        fork_script(SCRIPT, engine, tmp_path, ranks=2, timeout=900)
     report = json.loads((tmp_path / "report0.json").read_text())
     assert report["error"] == "injected at 1.4"
     if engine == "zero2":

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_matches_reference, gnp
+from fork import fork_script
 from launch import ROOT, free_port, launch, launch_together
 from memory import estimate_memory
 from runs import LOG_TOLERANCE, WEIGHTS_TOLERANCE
@@ -41,10 +42,11 @@ RECIPE = {
     "save_strategy": "no",
     "report_to": "none",
 }
-# ZeRO-3 draws the weights of a new model in another order, so all start from a saved one.
+# ZeRO-3 draws the weights of a new model in another order, so all start from a saved one. One real torchrun is enough.
 LAUNCHERS = {
     **dict.fromkeys(("ddp", "zero2", "zero3"), "accelerate"),
-    **dict.fromkeys(("zero1", "zero2_offload", "zero3_offload"), "torchrun"),
+    "zero1": "torchrun",
+    **dict.fromkeys(("zero2_offload", "zero3_offload"), "fork"),
 }
 
 
@@ -87,17 +89,22 @@ def finetune(start, tmp_path_factory):
             "output_dir": folder,
             "per_device_train_batch_size": GLOBAL_BATCH // ranks,
         }
-        if name == "single":
-            command = accelerate_launch("single")
-        elif LAUNCHERS[name] == "accelerate":
-            command = accelerate_launch(name, "--num_processes", "2", "--main_process_port", str(free_port()))
-        else:
-            command = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
-            arguments["deepspeed"] = f"configs/deepspeed/{name}.json"
+        launcher = LAUNCHERS.get(name, "single")
         if ranks > 1:
             arguments["ddp_backend"] = "gloo"
-        flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-        launch_example([*command, SCRIPT, "--use_cpu", *flags])
+        if launcher in ("torchrun", "fork"):
+            arguments["deepspeed"] = f"configs/deepspeed/{name}.json"
+        flags = ["--use_cpu", *(text for key, value in arguments.items() for text in (f"--{key}", str(value)))]
+        port = str(free_port())
+        commands = {
+            "single": accelerate_launch("single"),
+            "accelerate": accelerate_launch(name, "--num_processes", "2", "--main_process_port", port),
+            "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", port],
+        }
+        if launcher == "fork":
+            fork_script(SCRIPT, *flags, ranks=2, timeout=TIMEOUT)
+        else:
+            launch_example([*commands[launcher], SCRIPT, *flags])
         return folder
 
     return run
@@ -176,10 +183,9 @@ def test_two_machines(tmp_path, config):
 def test_language_model_with_lora_on_zero3(tmp_path):
     """The adapter is gathered from the ranks, and merged on one of them."""
     pytest.importorskip("trl", reason="TRL needs Python 3.11")
-    command = accelerate_launch("zero3", "--num_processes", "2", "--main_process_port", str(free_port()))
-    flags = ["--output_dir", str(tmp_path), "--max_steps", "3", "--max_length", "64", "--logging_steps", "1"]
-    flags += ["--ddp_backend", "gloo", "--report_to", "none", "--warmup_steps", "0"]
-    launch_example([*command, "examples/sft_lora.py", *flags])
+    flags = ["--output_dir", tmp_path, "--max_steps", 3, "--max_length", 64, "--logging_steps", 1, "--warmup_steps", 0]
+    flags += ["--ddp_backend", "gloo", "--report_to", "none", "--deepspeed", "configs/deepspeed/zero3.json"]
+    fork_script("examples/sft_lora.py", *flags, ranks=2, timeout=TIMEOUT)
     losses = [entry["loss"] for entry in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][:3]]
     assert losses[-1] < losses[0]
     start, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("start", "merged"))

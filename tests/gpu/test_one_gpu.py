@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_matches_reference, gnp, reference_of, result_of, run_cases
+from launch import torchrun
 from runs import CHECKPOINTING, by_scope, make_trainer
 from tiny import flat_weights, make_model, relative_distance
 from transformers import Trainer, TrainerCallback
@@ -79,7 +80,9 @@ def results(request, tmp_path_factory) -> dict[str, Any]:
     """Of the cases that the selected tests look at: a part of run.sh has ten minutes."""
     selected = {item.callspec.params.get("name") for item in request.session.items if item.path == Path(__file__)}
     cases = {name: case for name, case in (EXACT | CLOSE).items() if name.removesuffix("-stock") in selected}
-    return run_cases(cases, tmp_path_factory.mktemp("gpu"), ranks=1, DS_ACCELERATOR="cuda")
+    # DeepSpeed reads the variable when it is imported.
+    start = functools.partial(torchrun, DS_ACCELERATOR="cuda")
+    return run_cases(cases, tmp_path_factory.mktemp("gpu"), ranks=1, start=start)
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fork import SERVER, fork_script
+from launch import environment
 from tiny import make_model, save_tokenizer
 
 
 datasets = pytest.importorskip("datasets", reason="the benchmarks read parquet with it")
 pytest.importorskip("scipy", reason="the benchmarks test with it")
 
+import cost  # noqa: E402
 import study  # noqa: E402
 from studies import (  # noqa: E402
     calibration,
@@ -39,22 +40,6 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TIMEOUT = 1200
 CONTENDERS = ("gnp", "sam", "gnp_interval_2", "loop_sam")
 WORDS = ("good", "bad", "film", "plot", "a", "the", "fine", "dull")
-
-
-def run_script(name: str, *flags: Any) -> str:
-    """Its standard output; a failure raises, with what it said."""
-    root = BENCHMARKS.parent
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / name), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env=environment,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +100,7 @@ def encoder(tmp_path_factory) -> Path:
 def test_cost_counts_flops_and_memory(tmp_path):
     pytest.importorskip("matplotlib", reason="the benchmarks draw with it")
     flags = ("--model", "bert-tiny", "--steps", 10, "--contenders", *CONTENDERS)
-    output = run_script("cost.py", *flags, "--output_dir", tmp_path)
+    output = fork_script(BENCHMARKS / "cost.py", *flags, "--output_dir", tmp_path, timeout=TIMEOUT)
     report = json.loads((tmp_path / "cost_bert-tiny.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["plain", *CONTENDERS]
@@ -135,9 +120,24 @@ def test_cost_counts_flops_and_memory(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_cost_counts_bytes_of_ranks(tmp_path):
-    flags = ("--model", "vit-tiny", "--ranks", 2, "--engines", "zero2", "--steps", 10)
-    run_script("cost.py", *flags, "--output_dir", tmp_path)
+def test_cost_counts_bytes_of_ranks(tmp_path, monkeypatch, loud_libraries):
+    start = cost.launch
+
+    def launch(model: str, engine: str, contender: str, ranks: int, steps: int) -> dict[str, Any]:
+        if contender == "plain":
+            return start(model, engine, contender, ranks, steps)
+        output = tmp_path / contender / "result.json"  # the others in less time
+        output.parent.mkdir()
+        flags = ("--model", model, "--engine", engine, "--contender", contender, "--steps", steps, "--output", output)
+        fork_script(BENCHMARKS / "ranks.py", *flags, ranks=ranks, timeout=TIMEOUT)
+        return json.loads(output.read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(cost, "launch", launch)
+    for name, value in environment().items():  # where DeepSpeed finds what it has compiled, say
+        monkeypatch.setenv(name, value)
+    flags = ("--model", "vit-tiny", "--ranks", "2", "--engines", "zero2", "--steps", "10")
+    monkeypatch.setattr(sys, "argv", ["cost.py", *flags, "--output_dir", str(tmp_path)])
+    cost.main()
     (row,) = json.loads((tmp_path / "cost_vit-tiny_2_ranks.json").read_text(encoding="utf-8"))["rows"]
     assert row["bytes_ratio"] == pytest.approx(2, rel=1e-3)
     # What is held is counted by tests/engines/test_launches.py: a profiler's figure depends on the machine's load.
@@ -173,7 +173,10 @@ def test_study_runs_once_and_reports(tmp_path, data, encoder, vision_model, loud
 
 
 @pytest.mark.slow
-def test_study_in_several_processes(tmp_path, data, loud_libraries):
+def test_study_in_several_processes(tmp_path, monkeypatch, data, loud_libraries):
+    # They would be spawned, which takes longer.
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda _: SERVER)
+
     def runs_with(jobs: int) -> list[dict]:
         folder = tmp_path / str(jobs)
         flags = ["settings", "--quick", "--quiet", "--data", str(data), "--output_dir", str(folder)]
@@ -258,7 +261,7 @@ def test_augmentation_moves_and_mirrors():
 
 def test_what_rounding_to_bf16_leaves(tmp_path, encoder, data):
     flags = ("--model_path", encoder, "--data", data / "sst2" / "train.parquet", "--radii", 0.5, 0.002, "--draws", 4)
-    run_script("rounding.py", *flags, "--output", tmp_path / "rounding.json")
+    fork_script(BENCHMARKS / "rounding.py", *flags, "--output", tmp_path / "rounding.json", timeout=TIMEOUT)
     large, small = json.loads((tmp_path / "rounding.json").read_text(encoding="utf-8"))
     assert small["move_nearest"] < large["move_nearest"] <= 1.01
     assert large["move_stochastic"] == pytest.approx(1, abs=0.02)

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from fork import fork_script
 from PIL import Image as PILImage
 from runs import needs_image_processors
 from tiny import make_model, save_tokenizer
@@ -18,25 +18,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 1200
 FAST = ["--report_to", "none", "--disable_tqdm", "true"]
 
 
 def run_script(name: str, output: Path, *flags: str) -> dict[str, float]:
     """The metrics that the script writes."""
-    command = [sys.executable, f"examples/{name}.py", "--output_dir", str(output), *FAST, *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+    printed = fork_script(f"examples/{name}.py", "--output_dir", output, *FAST, *flags, timeout=TIMEOUT)
     results = output / "all_results.json"
-    return json.loads(results.read_text()) if results.exists() else {"printed": result.stdout}
+    return json.loads(results.read_text()) if results.exists() else {"printed": printed}
 
 
 def test_vit_finetune_learns_the_digits(tmp_path):
-    metrics = run_script("vit_finetune", tmp_path, "--num_train_epochs", "8")
-    assert metrics["eval_accuracy"] > 0.5  # ten classes: an untrained model has 0.1, and 0.8 was seen
+    metrics = run_script("vit_finetune", tmp_path, "--num_train_epochs", "5")
+    assert metrics["eval_accuracy"] > 0.5  # ten classes: an untrained model has 0.1, and 0.67 was seen
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     logs = [log for log in state["log_history"] if "gnp_sharpness" in log]
     assert logs and logs[-1]["loss"] < logs[0]["loss"]
-    assert len([log for log in state["log_history"] if "eval_accuracy" in log]) >= 8  # each epoch
+    assert len([log for log in state["log_history"] if "eval_accuracy" in log]) >= 5  # each epoch
     card = (tmp_path / "README.md").read_text()
     assert "gnp_r: 0.05" in card and "gradient-norm-penalty" in card
 
@@ -47,11 +46,10 @@ def test_text_classification_learns_the_docstrings(tmp_path):
 
 
 def test_demo_compares_and_draws(tmp_path):
-    command = [sys.executable, "examples/demo.py", "--seeds", "2", "--epochs", "1", "--output_dir", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stderr[-6000:]
+    flags = ["--seeds", 2, "--epochs", 1, "--output_dir", tmp_path]
+    printed = fork_script("examples/demo.py", *flags, timeout=TIMEOUT)
     row = r"^(plain|plain, twice the epochs|penalised) +([\d.]+) +([\d.]+) ± [\d.]+ .* ([\d.]+) ± "
-    passes = {method: float(count) for method, count, *_ in re.findall(row, result.stdout, re.MULTILINE)}
+    passes = {method: float(count) for method, count, *_ in re.findall(row, printed, re.MULTILINE)}
     assert passes["plain"] == 1 and passes["plain, twice the epochs"] == 2
     # Of 19 steps, the 2 of the warm-up have no second pass.
     assert passes["penalised"] == pytest.approx(1 + 17 / 19, abs=0.05)
@@ -121,10 +119,9 @@ def parsed(monkeypatch, *flags: str):
 
 def test_unknown_config_key_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("gnp_rr: 0.1\n")
-    command = [sys.executable, "examples/vit_finetune.py", "--config", str(tmp_path / "run.yaml")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
-    assert result.returncode != 0
-    assert "run.yaml has keys that are no arguments of this script: ['gnp_rr']" in result.stderr
+    message = re.escape("run.yaml has keys that are no arguments of this script: ['gnp_rr']")
+    with pytest.raises(AssertionError, match=message):
+        fork_script("examples/vit_finetune.py", "--config", tmp_path / "run.yaml", timeout=TIMEOUT)
 
 
 def test_own_model_and_parquet_file(tmp_path):
@@ -159,16 +156,8 @@ def test_recipes_are_accepted(tmp_path, recipe):
         data = Dataset.from_dict({"image": [PILImage.fromarray(p) for p in pixels], "label": [0, 1] * 8}, features)
     data.to_parquet(tmp_path / "data.parquet")
     flags = ["--config", str(recipe), "--dataset_name", str(tmp_path / "data.parquet"), "--max_steps", "2"]
-    flags += [
-        "--eval_strategy",
-        "no",
-        "--save_strategy",
-        "no",
-        "--per_device_train_batch_size",
-        "4",
-        "--bf16",
-        "false",
-    ]
+    flags += ["--eval_strategy", "no", "--save_strategy", "no", "--bf16", "false"]
+    flags += ["--per_device_train_batch_size", "4"]
     if script == "text_classification":
         save_tokenizer(tmp_path / "model", ["[CLS]", "[SEP]", "good", "bad", "film"])
     if "model_name_or_path" in recipe.read_text():

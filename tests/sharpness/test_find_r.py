@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from runs import assert_identical, generators, make_trainer, run, snapshot
-from test_sharpness import in_double
+from runs import assert_identical, make_trainer, run
+from test_sharpness import in_double, interrupt_everywhere
 from test_sharpness_tools import assert_is_picture
 from tiny import LABELS, Net, collate, make_data
 from torch import nn
@@ -168,39 +168,12 @@ def test_tensors_without_a_gradient_or_of_norm_0_stay(tmp_path):
     assert_matches(result, Reference(used).find_r(steps, 2, "layer"), 1e-4)
 
 
-class Interrupted(Exception):
-    pass
-
-
 def test_nothing_changes_wherever_it_is_interrupted(tmp_path):
     model = Net(lambda: nn.BatchNorm1d(7), nn.Dropout)
     model.layers[1].eval()
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
     trainer = trainer_of(tmp_path, model)
-    calls, last_call = [], []
-
-    def fail(*_):
-        calls.append(model.training)
-        if len(calls) in last_call:
-            raise Interrupted
-
-    model.register_forward_hook(fail)
-
-    def state():
-        modes = [module.training for module in model.modules()]
-        return [snapshot(model), [p.grad.clone() for p in model.parameters()], generators(), modes]
-
-    before = state()
-    trainer.find_r(radii=RADII, batches=2, log=False)
+    calls = interrupt_everywhere(model, lambda: trainer.find_r(radii=RADII, batches=2, log=False))
     assert len(calls) == 12 + 2 * (1 + len(RADII)) and all(calls)
-    assert_identical(state(), before)
-    for call in range(1, len(calls) + 1):
-        calls.clear()
-        last_call[:] = [call]
-        with pytest.raises(Interrupted):
-            trainer.find_r(radii=RADII, batches=2, log=False)
-        assert_identical(state(), before)
 
 
 def test_training_does_not_notice(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import is_compiled_module
 from runs import assert_identical, generators, make_trainer, run, snapshot
 from scipy.sparse.linalg import LinearOperator, eigsh
-from tiny import Net, collate, make_data, make_model
+from tiny import Net, UnlabelledNet, collate, make_data, make_model
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -213,11 +213,7 @@ def test_a_loss_function_of_the_users(tmp_path):
 
     model, data = Net(nn.Tanh), make_data("net", size=SAMPLES)
 
-    class WithoutLabels(Net):
-        def forward(self, x, labels=None):
-            return {"logits": self.layers(x)}
-
-    own = WithoutLabels(nn.Tanh)
+    own = UnlabelledNet(nn.Tanh)
     trainer = trainer_of(tmp_path, own, compute_loss_func=loss_function, per_device_eval_batch_size=3)
     assert_matches(trainer.measure_sharpness(probes=0), Exact(model, data), 1)
 
@@ -384,34 +380,41 @@ class Interrupted(Exception):
     pass
 
 
+def interrupt_everywhere(model, measure, error=Interrupted) -> list[bool]:
+    """Let each forward of a measurement fail once: all is as it was. Return whether the forwards were in training."""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    calls, fail_at = [], 0
+
+    def fail(*_):
+        calls.append(model.training)
+        if len(calls) == fail_at:
+            raise error
+
+    model.register_forward_hook(fail)
+
+    def state():
+        modes = [module.training for module in model.modules()]
+        return [snapshot(model), [p.grad.clone() for p in model.parameters()], generators(), modes]
+
+    before = state()
+    measure()
+    assert_identical(state(), before)
+    uninterrupted = list(calls)
+    for call in range(1, len(uninterrupted) + 1):
+        calls.clear()
+        fail_at = call
+        with pytest.raises(error):
+            measure()
+        assert_identical(state(), before)
+    return uninterrupted
+
+
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
 def test_nothing_is_left_moved_wherever_it_is_interrupted(tmp_path, error):
     model = Net(lambda: nn.BatchNorm1d(7), nn.Dropout)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
     trainer = trainer_of(tmp_path, model, per_device_eval_batch_size=8)
-    options = {"max_products": 3, "probes": 2, "log": False}
-    calls, last_call = [], []
-
-    def spoil(module, args, kwargs, output):
-        calls.append(1)
-        if len(calls) in last_call:
-            raise error
-
-    model.register_forward_hook(spoil, with_kwargs=True)
-
-    def state():
-        return [snapshot(model), [p.grad.clone() for p in model.parameters()], generators(), model.training]
-
-    before = state()
-    trainer.measure_sharpness(**options)
-    assert_identical(state(), before)
-    for call in range(1, len(calls) + 1):
-        calls.clear()
-        last_call[:] = [call]
-        with pytest.raises(error):
-            trainer.measure_sharpness(**options)
-        assert_identical(state(), before)
+    assert interrupt_everywhere(model, lambda: trainer.measure_sharpness(max_products=3, probes=2, log=False), error)
 
 
 def test_the_curves_are_logged_and_training_does_not_notice(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import assert_identical, inner, logs_of, make_trainer, make_unmoved, run, snapshot, without_gnp
+from runs import assert_identical, inner, logs_of, make_trainer, make_unmoved, run, snapshot, trained, without_gnp
 from tiny import Net, flat_weights, relative_distance
 from torch import nn
 from torch.nn.utils import parametrize
@@ -170,11 +170,9 @@ def test_same_losses_of_both_passes_are_right(tmp_path, loss, r):
             outputs = super().forward(x, labels)
             return outputs if loss is None else {**outputs, "loss": loss(outputs["logits"])}
 
-    trainer = make_trainer(tmp_path, "net", model=Own(nn.Tanh), gnp_r=r, gnp_warmup_type="none", max_steps=3)
-    trainer.train()
+    trainer = trained(tmp_path, "net", model=Own(nn.Tanh), gnp_r=r, gnp_warmup_type="none", max_steps=3)
     assert trainer.state.global_step == 3
-    plain = make_trainer(tmp_path, "net", Trainer, model=Own(nn.Tanh), max_steps=3)
-    plain.train()
+    plain = trained(tmp_path, "net", Trainer, model=Own(nn.Tanh), max_steps=3)
     ends = [snapshot(each.model) for each in (trainer, plain)]
     if loss is surrogate:
         assert not torch.equal(ends[0]["layers.0.weight"], ends[1]["layers.0.weight"])

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from runs import BOTH, assert_identical, logs_of, make_args, make_trainer, run, snapshot, without_gnp
+from runs import BOTH, assert_identical, logs_of, make_args, make_trainer, run, snapshot, trained, without_gnp
 from tiny import Net, collate, make_data, make_model
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -359,8 +359,7 @@ def test_loss_logged_by_the_user(tmp_path):
             self.log({"loss": 1.0, "learning_rate": 2.0, "mine": 3.0})
             return loss
 
-    trainer = make_trainer(tmp_path, "net", Logging, model=Net(nn.Tanh), max_steps=2)
-    trainer.train()
+    trainer = trained(tmp_path, "net", Logging, model=Net(nn.Tanh), max_steps=2)
     mine = [entry for entry in trainer.state.log_history if "mine" in entry]
     assert [set(entry) for entry in mine] == 2 * [
         {"loss", "learning_rate", "mine", "step"} | ({"epoch"} & set(mine[0]))
@@ -405,8 +404,7 @@ class Anneals(TrainerCallback):
 
 def test_arguments_set_by_a_callback(tmp_path):
     """They hold from the next step on."""
-    trainer = make_trainer(tmp_path, "vit", max_steps=3, logging_steps=1, callbacks=[Anneals()])
-    trainer.train()
+    trainer = trained(tmp_path, "vit", max_steps=3, logging_steps=1, callbacks=[Anneals()])
     assert logs_of(trainer, "gnp_r")["gnp_r"] == pytest.approx([0.1, 0.2, 0.3])
 
 

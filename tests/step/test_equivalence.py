@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from runs import MICRO_BATCH, assert_matches_reference, make_trainer, reference_run, window_loss, windows
-from tiny import KINDS, Net, make_data, make_model
+from runs import MICRO_BATCH, assert_matches_reference, reference_run, trained, window_loss, windows
+from tiny import KINDS, Net, UnlabelledNet, make_data, make_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -19,8 +19,7 @@ def make(kind: str) -> nn.Module:
 def test_matches_the_reference(tmp_path, kind, accumulation, alpha):
     """Tied weights stay tied, and count once."""
     model, settings = make(kind), {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha, "gnp_r": 0.05}
-    trainer = make_trainer(tmp_path, kind, model=model, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, kind, model=model, **settings)
     assert kind != "llama" or model.lm_head.weight is model.model.embed_tokens.weight
     assert_matches_reference(trainer, reference_run(kind, accumulation, alpha=alpha, model=make(kind)))
 
@@ -33,8 +32,7 @@ RAGGED_SIZE = 11 * MICRO_BATCH + 2
 @pytest.mark.parametrize("kind", [*KINDS, "net"])
 def test_incomplete_last_window(tmp_path, kind, accumulation):
     data = make_data(kind, RAGGED_SIZE)
-    trainer = make_trainer(tmp_path, kind, model=make(kind), data=data, gradient_accumulation_steps=accumulation)
-    trainer.train()
+    trainer = trained(tmp_path, kind, model=make(kind), data=data, gradient_accumulation_steps=accumulation)
     steps = windows(kind, accumulation, data)
     assert len(steps[-1]) < accumulation
     assert_matches_reference(trainer, reference_run(kind, accumulation, model=make(kind), steps=steps))
@@ -51,8 +49,7 @@ class Stream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize("kind", KINDS)
 def test_iterable_dataset(tmp_path, kind):
     data = make_data(kind)
-    trainer = make_trainer(tmp_path, kind, data=Stream(data), max_steps=4, gradient_accumulation_steps=2)
-    trainer.train()
+    trainer = trained(tmp_path, kind, data=Stream(data), max_steps=4, gradient_accumulation_steps=2)
     assert_matches_reference(trainer, reference_run(kind, 2, steps=windows(kind, 2, data)[:4]))
 
 
@@ -60,8 +57,7 @@ def test_micro_batches_left_over_by_a_stream(tmp_path):
     """`Trainer` does not step on them: their gradient stays, and is part of the next epoch's first step."""
     data = make_data("net", 10 * MICRO_BATCH)
     settings = {"max_steps": 4, "gradient_accumulation_steps": 4}
-    trainer = make_trainer(tmp_path, "net", model=Net(nn.Tanh), data=Stream(data), **settings)
-    trainer.train()
+    trainer = trained(tmp_path, "net", model=Net(nn.Tanh), data=Stream(data), **settings)
     first, second, leftover = windows("net", 4, data)
     steps = [[first], [second], [leftover, first], [second]]
 
@@ -74,8 +70,7 @@ def test_micro_batches_left_over_by_a_stream(tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_label_smoothing(tmp_path, accumulation):
     settings = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": accumulation}
-    trainer = make_trainer(tmp_path, "vit", **settings)
-    trainer.train()
+    trainer = trained(tmp_path, "vit", **settings)
 
     def loss(model, window):
         losses = [cross_entropy(model(b["pixel_values"]).logits, b["labels"], label_smoothing=0.2) for b in window]
@@ -94,13 +89,8 @@ def test_loss_function_with_number_of_items(tmp_path, accumulation):
     def sum_over_items(outputs, labels, num_items_in_batch=None):
         return cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
 
-    class UnlabelledNet(Net):
-        def forward(self, x, labels=None):
-            return {"logits": self.layers(x)}
-
     settings = {"compute_loss_func": sum_over_items, "gradient_accumulation_steps": accumulation}
-    trainer = make_trainer(tmp_path, "net", model=UnlabelledNet(nn.Tanh), data=data, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, "net", model=UnlabelledNet(nn.Tanh), data=data, **settings)
 
     def loss(model, window):
         items = sum((batch["labels"] != -100).sum() for batch in window)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import MICRO_BATCH, make_trainer, make_unmoved
+from runs import MICRO_BATCH, make_trainer, make_unmoved, trained
 from tiny import Net, collate, make_data
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -70,8 +70,7 @@ def test_in_second_pass(tmp_path, cls):
 
 @pytest.mark.parametrize("options", [{"gnp_alpha": 0.0}, {"gnp_direction": "momentum", "optim": "adamw_torch"}])
 def test_in_second_pass_where_there_is_none(tmp_path, options):
-    trainer = make_trainer(tmp_path, "net", SeesLast, model=Net(nn.Tanh), max_steps=3, **options)
-    trainer.train()
+    trainer = trained(tmp_path, "net", SeesLast, model=Net(nn.Tanh), max_steps=3, **options)
     assert SEEN["loss"] == [False] * 3 and not trainer.in_second_pass
 
 

@@ -200,16 +200,6 @@ def test_parameter_in_the_inputs(tmp_path):
     assert_unmoved_is_plain(lambda cls: make_unmoved(tmp_path, prompting(cls), model=Prompted()))
 
 
-def test_inputs_with_a_graph_are_refused(tmp_path):
-    class Embedding(GNPTrainer):
-        def _prepare_inputs(self, inputs):
-            inputs = super()._prepare_inputs(inputs)
-            return {**inputs, "x": inputs["x"] * self.model.layers[0].bias.mean()}
-
-    with pytest.raises(NotImplementedError, match="inputs of compute_loss have a graph"):
-        make_unmoved(tmp_path, Embedding, model=Net(nn.Tanh)).train()
-
-
 class Reader:
     """An object of the user's that owns a file, and closes it when it goes."""
 

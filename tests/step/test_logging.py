@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import logs_of, make_trainer, run
+from runs import logs_of, make_trainer, run, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import KINDS, Net, make_data
 from torch import nn
@@ -26,10 +26,8 @@ ROUNDING = 1e-6
 
 
 def test_metrics_are_means(tmp_path):
-    each = make_trainer(tmp_path, "vit", logging_steps=1)
-    each.train()
-    means = make_trainer(tmp_path, "vit", logging_steps=3)
-    means.train()
+    each = trained(tmp_path, "vit", logging_steps=1)
+    means = trained(tmp_path, "vit", logging_steps=3)
     assert [entry["step"] for entry in means.state.log_history if "loss" in entry] == [3, 6, 9, 12]
     per_step, per_log = logs_of(each, "loss", *METRICS), logs_of(means, "loss", *METRICS)
     for name, values in per_step.items():
@@ -41,8 +39,7 @@ def test_metrics_are_means(tmp_path):
 def test_metrics_are_in_training_logs_only(tmp_path, strategy):
     """Not in those of an evaluation, nor in the summary at the end, and nowhere else."""
     settings = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": make_data("vit", 8), **strategy}
-    trainer = make_trainer(tmp_path, "vit", **settings)
-    trainer.train()
+    trainer = trained(tmp_path, "vit", **settings)
     names = {"loss": 0, "eval_loss": 0, "train_loss": 0}
     for entry in trainer.state.log_history:
         [name] = names.keys() & entry.keys()
@@ -64,10 +61,8 @@ def test_plain_training_logs_no_metrics(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_is_the_clean_loss(tmp_path, kind, accumulation):
     settings = {"gradient_accumulation_steps": accumulation, "learning_rate": 0.0}
-    gnp = make_trainer(tmp_path, kind, **settings)
-    gnp.train()
-    plain = make_trainer(tmp_path, kind, Trainer, **settings)
-    plain.train()
+    gnp = trained(tmp_path, kind, **settings)
+    plain = trained(tmp_path, kind, Trainer, **settings)
     logs = logs_of(gnp, "loss", *METRICS)
     # The same forwards at the same weights, and with α = 1 - or any other - the same first gradient.
     assert logs["loss"] == logs_of(plain, "loss")["loss"]
@@ -81,8 +76,7 @@ def test_loss_is_the_clean_loss(tmp_path, kind, accumulation):
 
 
 def test_metrics_reach_tensorboard(tmp_path):
-    trainer = make_trainer(tmp_path, "vit", report_to=["tensorboard"], max_steps=3)
-    trainer.train()
+    trainer = trained(tmp_path, "vit", report_to=["tensorboard"], max_steps=3)
     [file] = [path for path in tmp_path.rglob("events.out.tfevents.*") if path.is_file()]
     events = EventAccumulator(str(file)).Reload()
     for name, values in logs_of(trainer, "loss", *METRICS).items():
@@ -153,8 +147,7 @@ def test_metrics_reach_wandb_offline(tmp_path):
 def test_flos_count_both_passes(tmp_path, kind, accumulation):
     totals = []
     for settings in ({"gnp_alpha": 1.0}, {"gnp_alpha": 0.0}):
-        trainer = make_trainer(tmp_path, kind, gradient_accumulation_steps=accumulation, **settings)
-        trainer.train()
+        trainer = trained(tmp_path, kind, gradient_accumulation_steps=accumulation, **settings)
         totals.append(trainer.state.total_flos)
     assert totals[1] > 0
     assert totals[0] == 2 * totals[1]
@@ -185,8 +178,7 @@ def test_losses_outlive_the_next_pass(tmp_path):
     for cls in (Whole, OneBuffer):
         model = cls(nn.Tanh)
         settings = {"gradient_accumulation_steps": 2, "max_steps": 3, "average_tokens_across_devices": False}
-        trainer = make_trainer(tmp_path, "net", model=model, **settings)
-        trainer.train()
+        trainer = trained(tmp_path, "net", model=model, **settings)
         logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
     assert logs[0] == logs[1]
 
@@ -218,23 +210,21 @@ def test_hint_of_another_r(tmp_path, monkeypatch, gnp_r, metric, hint):
         assert float(suggested[1]) < r if gnp_r else suggested is None
 
 
-@pytest.mark.parametrize("turned, r", [(0.2, 0.1), (0.99, 0.05)])
-def test_hint_needs_logs_in_a_row(turned, r):
+FAR = {"gnp_cosine": 0.2, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.1, "gnp_on": 1.0}
+NEAR = FAR | {"gnp_cosine": 0.9}
+SMALL, NEAR_SMALL = ({**logs, "gnp_r": 0.05} for logs in (FAR | {"gnp_cosine": 0.99}, NEAR))
+IN_A_ROW = [False] * 5 + [True, False]
+
+
+@pytest.mark.parametrize(
+    "given, hints",
+    [
+        ([FAR, FAR, NEAR, FAR, FAR, FAR, FAR], IN_A_ROW),
+        ([SMALL, SMALL, NEAR_SMALL, SMALL, SMALL, SMALL, SMALL], IN_A_ROW),
+        ([FAR | {"gnp_cosine": 0.999, "gnp_r": 0.04}] * 4, [False] * 4),  # the default r still rises
+        ([FAR | {"gnp_cosine": -1.0000001}] * 3, [False, False, True]),  # opposite gradients, rounded
+    ],
+)
+def test_hint_needs_logs_in_a_row(given, hints):
     hint = RadiusHint(GNPArguments())
-    far = {"gnp_cosine": turned, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": r, "gnp_on": 1.0}
-    near = far | {"gnp_cosine": 0.9}
-    given = [hint.after(dict(logs)) is not None for logs in (far, far, near, far, far, far, far)]
-    assert given == [False] * 5 + [True, False]
-
-
-def test_no_hint_while_the_default_r_still_rises():
-    logs = {"gnp_cosine": 0.999, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.04, "gnp_on": 1.0}
-    hint = RadiusHint(GNPArguments())
-    assert [hint.after(logs) for _ in range(4)] == [None] * 4
-
-
-def test_hint_for_opposite_gradients():
-    """A cosine is rounded to a little below -1."""
-    logs = {"gnp_cosine": -1.0000001, "gnp_sharpness": 0.5, "loss": 1.0, "gnp_r": 0.1, "gnp_on": 1.0}
-    hint = RadiusHint(GNPArguments())
-    assert [hint.after(logs) is not None for _ in range(3)] == [False, False, True]
+    assert [hint.after(dict(logs)) is not None for logs in given] == hints

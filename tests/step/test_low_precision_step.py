@@ -4,9 +4,8 @@ import logging
 
 import pytest
 import torch
-from runs import assert_identical, logs_of, make_trainer, record_forwards, run, without_probe
+from runs import Gradients, assert_identical, logs_of, make_trainer, record_forwards, run, trained, without_probe
 from tiny import KINDS, flat_weights, make_data, make_model, relative_distance
-from transformers import TrainerCallback
 
 from hf_gnp import penalty
 
@@ -75,8 +74,7 @@ def test_stochastic_rounding_of_fp32_is_refused(tmp_path):
 
 def test_fidelity(tmp_path, caplog):
     def fidelity(**settings) -> list[float]:
-        trainer = make_trainer(tmp_path, "vit", learning_rate=0.0, max_steps=6, **settings)
-        trainer.train()
+        trainer = trained(tmp_path, "vit", learning_rate=0.0, max_steps=6, **settings)
         return logs_of(trainer, "gnp_fidelity")["gnp_fidelity"]
 
     with caplog.at_level(logging.WARNING, logger="hf_gnp"):
@@ -100,8 +98,7 @@ def test_fidelity_is_measured_when_logged(tmp_path, monkeypatch):
         return move_(*args, measure=measure, **kwargs)
 
     monkeypatch.setattr(penalty, "move_", spy)
-    trainer = make_trainer(tmp_path, "vit", logging_steps=5)
-    trainer.train()
+    trainer = trained(tmp_path, "vit", logging_steps=5)
     assert measured == [step % 5 == 4 for step in range(12)]
     assert len(logs_of(trainer, "gnp_fidelity")["gnp_fidelity"]) == 2
 
@@ -111,17 +108,11 @@ def test_16_bit_gradients_are_mixed_once(tmp_path, alpha):
     """Of α g₂ accumulated in bf16 onto (1-α) g₁ over 12 micro-batches, little would be left."""
 
     def gradients(**arguments) -> list[torch.Tensor]:
-        taken = []
-
-        class Take(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-                taken.extend(p.grad.clone() for p in model.parameters())
-
+        seen = Gradients()
         settings = {"gradient_accumulation_steps": 12, "max_steps": 1, "gnp_r": 0.5, "max_grad_norm": 0}
         settings["gnp_stochastic_rounding"] = False
-        trainer = make_trainer(tmp_path, "bert", model=bf16("bert"), callbacks=[Take()], **settings, **arguments)
-        trainer.train()
-        return taken
+        trained(tmp_path, "bert", model=bf16("bert"), callbacks=[seen], **settings, **arguments)
+        return list(seen.steps[0].values())
 
     first, second, mixed = (gradients(gnp_alpha=value) for value in (0.0, 1.0, alpha))
     for g1, g2, result in zip(first, second, mixed, strict=True):

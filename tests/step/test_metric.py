@@ -14,6 +14,7 @@ from runs import (
     logs_of,
     make_trainer,
     reference_run,
+    trained,
     windows,
 )
 from tiny import KINDS, Net, flat_weights, make_model, relative_distance
@@ -74,8 +75,7 @@ def test_metric_and_cosine_match_float64(tmp_path, kind_of_metric, name, alpha, 
     model = make()
     twin, twin_of_l2 = copy.deepcopy(model).double(), copy.deepcopy(model)
     settings = {"gnp_metric": kind_of_metric, "gnp_alpha": alpha, "gnp_r": RADII[kind_of_metric]}
-    trainer = make_trainer(tmp_path, kind, model=model, gradient_accumulation_steps=accumulation, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, kind, model=model, gradient_accumulation_steps=accumulation, **settings)
     start, expected, logs = reference_run(
         kind,
         accumulation,
@@ -104,8 +104,7 @@ def test_metric_and_cosine_match_float64(tmp_path, kind_of_metric, name, alpha, 
 @pytest.mark.parametrize("kind_of_metric", DIRECTIONS)
 def test_metric_of_a_scope(tmp_path, kind_of_metric, scope):
     settings = {"gnp_metric": kind_of_metric, "gnp_scope": scope, "gradient_accumulation_steps": 2}
-    trainer = make_trainer(tmp_path, "vit", **settings)
-    trainer.train()
+    trainer = trained(tmp_path, "vit", **settings)
     expected = reference_run("vit", 2, direction=DIRECTIONS[kind_of_metric], **by_scope(scope))
     assert_matches_reference(trainer, expected)
 
@@ -119,8 +118,7 @@ def test_metric_of_chosen_modules(tmp_path):
         only = [g if is_chosen else torch.zeros_like(g) for g, is_chosen in zip(g1, chosen, strict=True)]
         return reference.in_proportion_to_each_tensor(parameters, only)
 
-    trainer = make_trainer(tmp_path, "vit", gnp_metric="layer", gnp_target_modules="norm")
-    trainer.train()
+    trainer = trained(tmp_path, "vit", gnp_metric="layer", gnp_target_modules="norm")
     assert_matches_reference(trainer, reference_run("vit", 1, model=model, direction=direction))
 
 
@@ -136,8 +134,7 @@ def test_momentum_of_each_tensor(tmp_path):
     """One pass at θ - r (‖θ_l‖/‖θ‖) m_l/‖m_l‖, and the step with its gradient from θ. The first step is plain."""
     settings = {"gnp_direction": "momentum", "gnp_metric": "layer", "gnp_r": 0.5}
     # With a smaller ε, Adam turns the rounding of gradients that are nearly zero into steps of full length.
-    trainer = make_trainer(tmp_path, "vit", optim="adamw_torch", adam_epsilon=1e-3, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, "vit", optim="adamw_torch", adam_epsilon=1e-3, **settings)
     assert "gnp_cosine" not in trainer.state.log_history[-2]
     model = make_model("vit")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-3)
@@ -163,8 +160,7 @@ def test_cosine_of_16_bit_weights(tmp_path, kind_of_metric, alpha, rounding):
     """g₁ beside g₂ is exact; that of the move has the noise of its rounding, which is not along g₂."""
     models = [make_model("bert").to(torch.bfloat16) for _ in range(2)]
     settings = {"gnp_metric": kind_of_metric, "gnp_alpha": alpha, "gnp_r": 0.2, "learning_rate": 0.0, "max_steps": 3}
-    trainer = make_trainer(tmp_path, "bert", model=models[0], gnp_stochastic_rounding=rounding, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, "bert", model=models[0], gnp_stochastic_rounding=rounding, **settings)
     expected = []
     twin = models[1].double()
     parameters = list(twin.parameters())
@@ -201,7 +197,6 @@ def test_cosine_in_parts(tmp_path, monkeypatch):
     cosines = []
     for part in (7, 2**22):
         monkeypatch.setattr(penalty, "PART", part)
-        trainer = make_trainer(tmp_path, "net", model=Net(nn.Tanh), max_steps=3)
-        trainer.train()
+        trainer = trained(tmp_path, "net", model=Net(nn.Tanh), max_steps=3)
         cosines.append(logs_of(trainer, "gnp_cosine")["gnp_cosine"])
     assert cosines[0] == pytest.approx(cosines[1], abs=1e-6)

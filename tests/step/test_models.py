@@ -13,6 +13,7 @@ from runs import (
     reference_run,
     run,
     snapshot,
+    trained,
     windows,
 )
 from tiny import KINDS, LABELS, Net, flat_weights, make_data, make_model
@@ -62,8 +63,7 @@ class BranchingNet(Net):
 def test_parameters_without_gradient(tmp_path, alpha, accumulation):
     model = BranchingNet()
     unused = snapshot(model.unused)
-    trainer = make_trainer(tmp_path, "net", model=model, gnp_alpha=alpha, gradient_accumulation_steps=accumulation)
-    trainer.train()
+    trainer = trained(tmp_path, "net", model=model, gnp_alpha=alpha, gradient_accumulation_steps=accumulation)
     steps = windows("net", accumulation)
     branches = {any(batch["labels"][0] == 0 for batch in window) for window in steps}
     assert branches == {True, False}
@@ -116,8 +116,7 @@ def test_lora_resumes(tmp_path):
 @pytest.mark.parametrize(("kind", "backend"), [("vit", "aot_eager"), ("bert", "eager"), ("llama", "eager")])
 def test_compiled_model_matches(tmp_path, kind, backend):
     settings = {"torch_compile": True, "torch_compile_backend": backend, "max_steps": 3}
-    trainer = make_trainer(tmp_path, kind, gradient_accumulation_steps=2, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, kind, gradient_accumulation_steps=2, **settings)
     assert hasattr(trainer.model_wrapped, "_orig_mod")
     assert_matches_reference(trainer, reference_run(kind, 2, steps=windows(kind, 2)[:3]))
 
@@ -150,8 +149,7 @@ def adamw(parameters, lr):
 def test_optimizer_of_the_user(tmp_path, kind, make):
     model = make_model(kind)
     optimizer = make(model.parameters(), BASE["learning_rate"])
-    trainer = make_trainer(tmp_path, kind, model=model, optimizers=(optimizer, None), gradient_accumulation_steps=2)
-    trainer.train()
+    trainer = trained(tmp_path, kind, model=model, optimizers=(optimizer, None), gradient_accumulation_steps=2)
     assert trainer.optimizer.optimizer is optimizer
     assert_matches_reference(trainer, reference_run(kind, 2, optimizer=make))
 
@@ -170,8 +168,7 @@ def test_scheduler_of_the_user(tmp_path):
         return optimizer
 
     model = make_model("vit")
-    trainer = make_trainer(tmp_path, "vit", model=model, optimizers=make(model.parameters(), BASE["learning_rate"]))
-    trainer.train()
+    trainer = trained(tmp_path, "vit", model=model, optimizers=make(model.parameters(), BASE["learning_rate"]))
     assert_matches_reference(trainer, reference_run("vit", 1, optimizer=make_scheduled))
     learning_rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
     assert learning_rates[:3] == [BASE["learning_rate"] * rate for rate in rates[:3]]

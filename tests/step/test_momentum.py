@@ -17,6 +17,7 @@ from runs import (
     make_unmoved,
     msam_run,
     run,
+    trained,
     window_loss,
     windows,
 )
@@ -43,8 +44,7 @@ def test_momentum(tmp_path, kind, optimizer, accumulation):
     arguments, make_optimizer = OPTIMIZERS[optimizer]
     data = make_data(kind, 6 * accumulation * MICRO_BATCH)
     settings = {"gradient_accumulation_steps": accumulation, "gnp_r": 0.3, **arguments}
-    trainer = make_trainer(tmp_path, kind, data=data, gnp_direction="momentum", **settings)
-    trainer.train()
+    trainer = trained(tmp_path, kind, data=data, gnp_direction="momentum", **settings)
     expected = msam_run(kind, windows(kind, accumulation, data), 0.3, make_optimizer)
     assert_ends_at(trainer.model, expected)
     logs = logs_of(trainer, "loss", "gnp_on", "gnp_alpha", "gnp_grad_norm", "gnp_sharpness")
@@ -61,11 +61,9 @@ def test_momentum_of_target_modules(tmp_path):
         "norm": {"gnp_r": 0.3, "gnp_target_modules": "norm"},
         "none": {"gnp_r": 1e-30},
     }.items():
-        trainer = make_trainer(tmp_path, "vit", **MOMENTUM, **arguments)
-        trainer.train()
+        trainer = trained(tmp_path, "vit", **MOMENTUM, **arguments)
         ends[name] = flat_weights(trainer.model)
-    plain = make_trainer(tmp_path, "vit", Trainer, **ADAMW)
-    plain.train()
+    plain = trained(tmp_path, "vit", Trainer, **ADAMW)
     assert torch.equal(ends["none"], flat_weights(plain.model))
     assert not torch.equal(ends["all"], ends["norm"]) and not torch.equal(ends["norm"], ends["none"])
 
@@ -133,8 +131,7 @@ class Failing(GNPTrainer):
 def test_momentum_fault(tmp_path, accumulation):
     """An exception leaves the weights of the start of the step. A NaN skips the step."""
     arguments = {"gradient_accumulation_steps": accumulation, "gnp_r": 0.3, **MOMENTUM}
-    one_step = make_trainer(tmp_path, "vit", max_steps=1, **arguments)
-    one_step.train()
+    one_step = trained(tmp_path, "vit", max_steps=1, **arguments)
     trainer = make_trainer(tmp_path, "vit", Failing, max_steps=3, **arguments)
     trainer.fault = "raise"
     with pytest.raises(RuntimeError, match="injected"):

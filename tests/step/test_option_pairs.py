@@ -1,14 +1,15 @@
 """Every pair of the options: both take effect, or the pair is refused by name."""
 
+import functools
 import itertools
 
 import pytest
 import torch
-from runs import make_trainer
+from runs import trained
 from tiny import flat_weights, make_model
 from transformers import Trainer
 
-from hf_gnp import GNPTrainingArguments
+from hf_gnp import GNPTrainer, GNPTrainingArguments
 
 
 CHOICES = {
@@ -39,8 +40,25 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("one, other", itertools.combinations(CHOICES, 2))
-def test_option_pairs(tmp_path, one, other):
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The weights at the end of a run with the named choices, made once."""
+
+    @functools.cache
+    def train(*names: str, bf16: bool, cls: type[Trainer] = GNPTrainer) -> torch.Tensor:
+        model = make_model("vit").to(torch.bfloat16) if bf16 else None
+        settings = {"max_steps": 5, "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
+        if cls is GNPTrainer and bf16:
+            settings["gnp_stochastic_rounding"] = False
+        for name in names:
+            settings |= CHOICES[name]
+        return flat_weights(trained(tmp_path_factory.mktemp("run"), "vit", cls, model=model, **settings).model)
+
+    return train
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(CHOICES, 2)))
+def test_option_pairs(weights, tmp_path, one, other):
     """
     That both take effect: the run differs from those with one of the two alone, and from plain training. Where a
     choice decides how steps are thinned out, the other must show on the steps that are left.
@@ -49,18 +67,9 @@ def test_option_pairs(tmp_path, one, other):
         with pytest.raises(ValueError, match=REFUSED[one, other]):
             GNPTrainingArguments(output_dir=str(tmp_path), **CHOICES[one], **CHOICES[other])
         return
-    settings = {"max_steps": 5, "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
-    rounding = "gnp_stochastic_rounding" in (one, other)
-
-    def weights(cls=None, **arguments) -> torch.Tensor:
-        model = make_model("vit").to(torch.bfloat16) if rounding else None
-        trainer = make_trainer(tmp_path, "vit", *([cls] if cls else []), model=model, **settings, **arguments)
-        trainer.train()
-        return flat_weights(trainer.model)
-
-    base = {"gnp_stochastic_rounding": False} if rounding else {}
-    both = weights(**CHOICES[one], **CHOICES[other])
+    bf16 = "gnp_stochastic_rounding" in (one, other)
+    both = weights(one, other, bf16=bf16)
     assert torch.isfinite(both).all()
-    assert not torch.equal(both, weights(Trainer))
+    assert not torch.equal(both, weights(bf16=bf16, cls=Trainer))
     for kept, dropped in ((one, other), (other, one)):
-        assert not torch.equal(both, weights(**(base | CHOICES[kept]))), f"{dropped} has no effect"
+        assert not torch.equal(both, weights(kept, bf16=bf16)), f"{dropped} has no effect"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from runs import assert_identical, assert_unmoved_is_plain, logs_of, make_trainer, make_unmoved, run
-from tiny import KINDS, Net, make_model
+from tiny import KINDS, Net, UnlabelledNet, make_model
 from torch import nn
 from transformers import Trainer, default_data_collator
 
@@ -117,13 +117,6 @@ class DrawingNet(Net):
 
     def forward(self, x, labels):
         return super().forward(x * (1 + self.draws.draw()), labels)
-
-
-class UnlabelledNet(Net):
-    """Its loss is computed outside."""
-
-    def forward(self, x, labels=None):
-        return {"logits": self.layers(x)}
 
 
 @pytest.mark.parametrize("name", DRAWS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import MICRO_BATCH, SkippingTrainer, is_perturbed, make_trainer
-from tiny import Net, collate, make_data
+from tiny import Net, collate, flat_weights, make_data
 from torch import nn
 from transformers import TrainerCallback
 
@@ -58,7 +58,7 @@ class Watch(TrainerCallback):
             self.timer.cancel()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.weights[state.global_step] = flat(model)
+        self.weights[state.global_step] = flat_weights(model)
         if state.global_step % 250 in (2, 3):  # a step with and without what is logged
             gc.collect()
             self.live.append(
@@ -66,15 +66,11 @@ class Watch(TrainerCallback):
             )
 
 
-def flat(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def reference_weights() -> list[torch.Tensor]:
     """SAM by hand, in the library's order of operations, the windows of which a batch failed left out."""
     model = Net(nn.Tanh)
     parameters = list(model.parameters())
-    weights = [flat(model)]
+    weights = [flat_weights(model)]
 
     def gradients(batches):
         model.zero_grad()
@@ -99,7 +95,7 @@ def reference_weights() -> list[torch.Tensor]:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, kept)
                 torch._foreach_add_(parameters, second, alpha=-LEARNING_RATE)
-        weights.append(flat(model))
+        weights.append(flat_weights(model))
     return weights
 
 
@@ -165,7 +161,7 @@ def test_long_run_with_every_mishap(tmp_path):
         except KeyboardInterrupt as error:
             interrupted += 1
             # Those of some step: never moved, never between two.
-            assert writes_weights(error) or any(torch.equal(flat(model), weights) for weights in expected)
+            assert writes_weights(error) or any(torch.equal(flat_weights(model), weights) for weights in expected)
             trainer.save_model(tmp_path / "saved")
         finally:
             watch.calm()

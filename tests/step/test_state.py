@@ -23,7 +23,7 @@ from runs import (
     snapshot,
     window_loss,
 )
-from tiny import Net
+from tiny import Net, UnlabelledNet
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import Trainer, TrainerCallback
@@ -78,11 +78,6 @@ def attributes(**values):
             setattr(trainer, name, make(trainer))
 
     return setup
-
-
-class UnlabelledNet(Net):
-    def forward(self, x, labels=None):
-        return {"logits": self.layers(x)}
 
 
 @case

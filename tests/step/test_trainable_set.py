@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import assert_matches_reference, make_trainer, reference_run, window_loss, windows
+from runs import Gradients, assert_matches_reference, make_trainer, reference_run, trained, window_loss, windows
 from tiny import make_data
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
@@ -36,13 +36,6 @@ class Heads(nn.Module):
         return linear(x, weight, bias)
 
 
-class Gradients(TrainerCallback):
-    """The gradient of the last step, by name."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.last = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-
-
 def tasks(order: list[int], size: int = 48) -> list[dict[str, torch.Tensor]]:
     """Each micro-batch has one task."""
     rows = enumerate(make_data("net", size))
@@ -59,8 +52,7 @@ def test_heads_switched_in_a_window(tmp_path, order, alpha, freezes_body):
     numbers, accumulation = WINDOWS[order]
     data = tasks(numbers)
     settings = {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha}
-    trainer = make_trainer(tmp_path, "net", model=Heads(True, freezes_body), data=data, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, "net", model=Heads(True, freezes_body), data=data, **settings)
     steps = windows("net", accumulation, data)
     expected = reference_run(
         "net", accumulation, alpha=alpha, model=Heads(False, freezes_body), steps=steps, loss=window_loss
@@ -77,7 +69,7 @@ def test_gradient_of_heads_switched_in_a_window(tmp_path, r, alpha):
         seen = Gradients()
         options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "max_steps": 1, "callbacks": [seen]}
         make_trainer(tmp_path, "net", cls, model=model, data=tasks([0, 1]), **options, **settings).train()
-        return seen.last
+        return seen.steps[-1]
 
     result = gradient(GNPTrainer, Heads(True), gnp_alpha=alpha, gnp_r=r, gnp_warmup_type="none")
     plain = gradient(Trainer, Heads(True))

@@ -16,6 +16,7 @@ from runs import (
     make_trainer,
     reference_run,
     run,
+    trained,
     windows,
 )
 from tiny import KINDS, collate, flat_weights, make_data, make_model, relative_distance
@@ -31,24 +32,19 @@ def only(model: torch.nn.Module, *parts: str):
     return reference.along_some([any(part in name for part in parts) for name in names])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("alpha", [0.8, 1.0])
-@pytest.mark.parametrize("kind", KINDS)
-def test_adaptive(tmp_path, kind, alpha, accumulation):
-    settings = {"gnp_alpha": alpha, "gnp_r": 0.5, "gradient_accumulation_steps": accumulation}
-    trainer = make_trainer(tmp_path, kind, gnp_metric="element", **settings)
-    trainer.train()
-    expected = reference_run(kind, accumulation, r=0.5, alpha=alpha, direction=reference.scale_invariant)
-    assert_matches_reference(trainer, expected)
+VARIANTS = {
+    "element": ({"gnp_metric": "element", "gnp_r": 0.5}, {"r": 0.5, "direction": reference.scale_invariant}),
+    "normalized": ({"gnp_normalize_gradient": True}, {"mix": reference.authors_mix}),
+}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("variant, alpha", [("element", 0.8), ("element", 1.0), ("normalized", 0.8)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_normalize_gradient(tmp_path, kind, accumulation):
-    settings = {"gnp_normalize_gradient": True, "gradient_accumulation_steps": accumulation}
-    trainer = make_trainer(tmp_path, kind, **settings)
-    trainer.train()
-    assert_matches_reference(trainer, reference_run(kind, accumulation, mix=reference.authors_mix))
+def test_variant(tmp_path, kind, variant, alpha, accumulation):
+    arguments, formula = VARIANTS[variant]
+    trainer = trained(tmp_path, kind, gnp_alpha=alpha, gradient_accumulation_steps=accumulation, **arguments)
+    assert_matches_reference(trainer, reference_run(kind, accumulation, alpha=alpha, **formula))
 
 
 TARGETS = {
@@ -65,8 +61,7 @@ TARGETS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_target_modules(tmp_path, kind, spec):
     target_modules, parts = TARGETS[spec]
-    trainer = make_trainer(tmp_path, kind, gnp_target_modules=target_modules, gradient_accumulation_steps=2)
-    trainer.train()
+    trainer = trained(tmp_path, kind, gnp_target_modules=target_modules, gradient_accumulation_steps=2)
     model = make_model(kind)
     assert_matches_reference(trainer, reference_run(kind, 2, model=model, direction=only(model, *parts[kind])))
 
@@ -110,8 +105,7 @@ RAGGED = 9 * MICRO_BATCH + 2
 def test_scope(tmp_path, kind, scope, alpha, accumulation):
     data = make_data(kind, RAGGED)
     settings = {"gnp_scope": scope, "gnp_alpha": alpha, "gradient_accumulation_steps": accumulation}
-    trainer = make_trainer(tmp_path, kind, data=data, gnp_r=0.1, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, kind, data=data, gnp_r=0.1, **settings)
     steps = windows(kind, accumulation, data)
     expected = reference_run(kind, accumulation, r=0.1, alpha=alpha, steps=steps, **by_scope(scope))
     assert_matches_reference(trainer, expected)
@@ -126,8 +120,7 @@ def test_scope(tmp_path, kind, scope, alpha, accumulation):
 def test_variants_with_scope(tmp_path, values, accumulation, kind):
     """A normalised gradient of each micro-batch counts 1/M, as the mean over unsynchronised devices of the authors."""
     settings = {"gnp_scope": "micro_batch", "gradient_accumulation_steps": accumulation, "gnp_alpha": 0.6}
-    trainer = make_trainer(tmp_path, kind, **settings, **values)
-    trainer.train()
+    trainer = trained(tmp_path, kind, **settings, **values)
     is_element = "gnp_metric" in values
     mix = {"mix": reference.authors_mix_of(1 / accumulation)}
     formula = {"direction": reference.scale_invariant} if is_element else mix
@@ -139,8 +132,7 @@ def test_variants_with_scope(tmp_path, values, accumulation, kind):
 def test_normalized_gradient_in_a_warmup(tmp_path, warmup_type):
     """Step 0 is (1-α) g₁/‖g₁‖ + α g₁ at r = 0, and g₁/‖g₁‖ at α = 0, as in the authors' code."""
     settings = {"gnp_warmup_type": warmup_type, "gnp_warmup_steps": 4, "gnp_alpha": 0.6}
-    trainer = make_trainer(tmp_path, "vit", gnp_normalize_gradient=True, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, "vit", gnp_normalize_gradient=True, **settings)
 
     def penalty(step):
         warmth = min(1.0, step / 4)
@@ -154,11 +146,9 @@ def test_scope_with_dropout(tmp_path):
     """Dropout, and a plain step between the penalised ones: r → 0 is plain training but for the order of additions."""
     settings = {"gradient_accumulation_steps": 3, "max_steps": 4, "optim": "adamw_torch"}
     make = functools.partial(make_model, "bert", dropout=0.3)
-    plain = make_trainer(tmp_path, "bert", Trainer, model=make(), **settings)
-    plain.train()
-    scoped = make_trainer(
+    plain = trained(tmp_path, "bert", Trainer, model=make(), **settings)
+    scoped = trained(
         tmp_path, "bert", model=make(), gnp_scope="micro_batch", gnp_r=1e-30, gnp_alpha=1.0, gnp_interval=2, **settings
     )
-    scoped.train()
     assert relative_distance(flat_weights(scoped.model), flat_weights(plain.model), flat_weights(make())) < 1e-4
     assert logs_of(scoped, "gnp_sharpness")["gnp_sharpness"][1] == 0.0

@@ -8,6 +8,7 @@ from runs import assert_identical, assert_matches_reference, logs_of, make_train
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
+from hf_gnp import GNPTrainer
 from hf_gnp.schedule import Penalty, Schedule
 
 
@@ -83,18 +84,18 @@ def test_probability():
     ],
 )
 def test_counted_cost(tmp_path, arguments, passes):
-    def flops(cls, **kwargs) -> int:
+    def flops(cls, **kwargs) -> tuple[int, float]:
+        """Those of a run, and the share of its steps that were penalised."""
         trainer = make_trainer(tmp_path, "vit", cls, **kwargs)
         with FlopCounterMode(display=False) as counter:
             trainer.train()
-        if passes is None and cls is not Trainer:
-            on = logs_of(trainer, "gnp_on")["gnp_on"]
-            assert 0 < sum(on) < STEPS
-            return (counter.get_total_flops() - probe) / (1 + sum(on) / STEPS)
-        return counter.get_total_flops() - (0 if cls is Trainer else probe)
+        return counter.get_total_flops(), sum(on or 0 for on in logs_of(trainer, "gnp_on")["gnp_on"]) / STEPS
 
-    probe = probe_flops("vit") if passes != 1 else 0  # at the first penalised step, if there is one
-    assert flops(type(make_trainer(tmp_path, "vit")), **arguments) == pytest.approx(flops(Trainer) * (passes or 1))
+    plain, _ = flops(Trainer)
+    penalised, share = flops(GNPTrainer, **arguments)
+    assert 0 < share < 1 if passes is None else 1 + share == pytest.approx(passes)
+    probe = probe_flops("vit") if share > 0 else 0  # at the first penalised step, if there is one
+    assert penalised - probe == pytest.approx((1 + share) * plain)
 
 
 def test_step_without_penalty_is_plain(tmp_path):
