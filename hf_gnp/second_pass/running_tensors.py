@@ -159,7 +159,7 @@ class RunningTensors:
         put_back([(local_part(c.tensor), c.elements) for c in self._candidates if c.is_whole], self._buffers)
 
     @contextlib.contextmanager
-    def left_as_found(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+    def left_as_found(self, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
         """Restore the present state, that after the first pass, on leaving. `modules` may have new ones."""
         buffers = [(module, dict(module._buffers)) for module, _ in self._buffers]
         tensors = [local_part(candidate.tensor) for candidate in self._candidates]

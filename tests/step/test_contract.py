@@ -187,7 +187,10 @@ OWNERS = {
 }
 
 
-@row("an attribute of torch's or transformers' modules, configs or arguments", "it changes twice")
+@row(
+    "an attribute of torch's modules, of transformers' modules without buffers, of configs or arguments",
+    "it changes twice",
+)
 @pytest.mark.parametrize("where", OWNERS)
 def test_attribute_of_a_librarys_module(tmp_path, where):
     def count(trainer, model, inputs):
@@ -250,17 +253,18 @@ class Slotted:
         self.calls = 0
 
 
-@row("a NumPy array of more than 16,384 items, or a class with `__slots__`", "it changes twice")
-@pytest.mark.parametrize("kind", ["array", "slots", "tensor"])
+@row("a NumPy array of more than 16,384 items, a `bytearray`, or a class with `__slots__`", "it changes twice")
+@pytest.mark.parametrize("kind", ["array", "bytes", "slots", "tensor"])
 def test_attribute_that_is_not_put_back(tmp_path, kind):
     def count(trainer, model, inputs):
         if kind == "slots":
             trainer.held.calls += 1
         else:
-            trainer.held[:] += 1
+            trainer.held[0] += 1
 
-    held = {"array": lambda: np.zeros(2**14 + 1), "tensor": lambda: torch.zeros(2**14 + 1), "slots": Slotted}[kind]
-    counts = []
+    size, counts = 2**14 + 1, []
+    kinds = {"array": np.zeros, "tensor": torch.zeros, "bytes": bytearray}
+    held = Slotted if kind == "slots" else functools.partial(kinds[kind], size)
     for cls in BOTH:
         trainer = trained(tmp_path, cls, count, functools.partial(setattr_of, "held", held()))
         counts.append(trainer.held.calls if kind == "slots" else trainer.held[0])

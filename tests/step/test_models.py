@@ -6,9 +6,12 @@ from peft import LoraConfig, get_peft_model
 from runs import (
     BASE,
     CHECKPOINTING,
+    MICRO_BATCH,
     assert_identical,
     assert_matches_reference,
+    assert_unmoved_is_plain,
     make_trainer,
+    make_unmoved,
     record_forwards,
     reference_run,
     run,
@@ -18,6 +21,7 @@ from runs import (
 )
 from tiny import KINDS, LABELS, Net, flat_weights, make_data, make_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def freeze(model: nn.Module, *names: str) -> nn.Module:
@@ -190,3 +194,51 @@ def test_sparse_gradients_are_refused(tmp_path):
     with pytest.raises(NotImplementedError, match=r"dense gradients.*sparse=False"):
         trainer.train()
     assert_identical(flat_weights(trainer.model), start)
+
+
+def test_dynamic_rope_has_the_frequencies_of_the_first_pass(tmp_path):
+    """They are a buffer, and the length that they are for is an attribute of a module of transformers."""
+
+    def make(cls):
+        rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10.0}
+        small = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 8}
+        config = LlamaConfig(**sizes, **small, initializer_range=0.3, rope_parameters=rope)
+        return make_unmoved(tmp_path, cls, "llama", model=LlamaForCausalLM(config), data=data)
+
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48}
+    # A window grows after its first micro-batch, shrinks back, and grows at once.
+    lengths, generator = (6, 6, 6, 24, 24, 6), torch.Generator().manual_seed(1)
+    rows = [torch.randint(61, (length,), generator=generator) for length in lengths for _ in range(MICRO_BATCH)]
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    assert_unmoved_is_plain(make)
+
+
+class Spectral(nn.Module):
+    """A layer with complex weights, or with the same weights as pairs of real ones."""
+
+    def __init__(self, is_complex: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        pairs = torch.randn(5, LABELS, 2)
+        self.is_complex = is_complex
+        self.weight = nn.Parameter(torch.view_as_complex(pairs) if is_complex else pairs)
+
+    def forward(self, x, labels):
+        weight = self.weight if self.is_complex else torch.view_as_complex(self.weight)
+        return {"loss": nn.functional.cross_entropy((torch.fft.fft(x) @ weight).abs(), labels)}
+
+
+@pytest.mark.parametrize("metric", ["l2", "layer", "element"])
+def test_complex_weights_are_pairs_of_real_ones(tmp_path, metric):
+    results = []
+    for is_complex in (True, False):
+        settings = {"gnp_metric": metric, "gnp_alpha": 0.8, "gradient_accumulation_steps": 2}
+        trainer = trained(tmp_path, "net", model=Spectral(is_complex), **settings)
+        weight = trainer.model.weight.detach()
+        results.append((torch.view_as_real(weight) if is_complex else weight, trainer.state.log_history[:-1]))
+    (weight, logs), (expected, expected_logs) = results
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    for log, of_pairs in zip(logs, expected_logs, strict=True):
+        assert log == pytest.approx(of_pairs, rel=1e-4)
+    with pytest.raises(NotImplementedError, match="complex weights"):
+        make_trainer(tmp_path, "net", model=Spectral(True)).find_r()

@@ -1,9 +1,11 @@
 """State that a first pass changes: buffers, teachers, counters, queues. The second pass finds it as the first did."""
 
+import argparse
 import copy
 import itertools
 import types
-from collections import Counter, deque
+from collections import Counter, UserDict, deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -426,6 +428,46 @@ class WithTeacher(Net):
         with torch.no_grad():
             target = self.teacher(x) + 0.1
         return {**outputs, "loss": outputs["loss"] + mse_loss(outputs["logits"], target)}
+
+
+@loss_case()
+def teacher_that_the_first_loss_makes(self, model, inputs):
+    if not hasattr(self, "teacher"):
+        self.teacher, self.updates = frozen_copy(self), 0
+    follow(self.teacher, model)
+    self.updates += 1
+    with torch.no_grad():
+        target = self.teacher(**inputs)["logits"] + 0.1
+    outputs = model(**inputs)
+    return outputs["loss"] + mse_loss(outputs["logits"], target)
+
+
+@case
+def attributes_named_as_a_librarys(cls):
+    class Supervised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ds_losses = self.log = self.control = 0
+
+        def forward(self, x):
+            self.ds_losses, self.log, self.control = self.ds_losses + 1, self.log + 2, self.control + 3
+            return x * (1 + 0.01 * self.ds_losses + 0.02 * self.log + 0.03 * self.control)
+
+    return cls, {"model": Net(Supervised)}
+
+
+@loss_case(
+    attributes(
+        simple=lambda trainer: SimpleNamespace(calls=0),
+        parsed=lambda trainer: argparse.Namespace(calls=0),
+        mapping=lambda trainer: UserDict(calls=0),
+    )
+)
+def counters_in_namespaces(self, model, inputs):
+    self.simple.calls += 1
+    self.parsed.calls += 2
+    self.mapping["calls"] += 3
+    return model(**inputs)["loss"] * (1 + 0.01 * (self.simple.calls + self.parsed.calls + self.mapping["calls"]))
 
 
 # contract? The loss writes into trainable weights.

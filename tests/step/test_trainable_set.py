@@ -2,8 +2,17 @@
 
 import pytest
 import torch
-from runs import Gradients, assert_matches_reference, make_trainer, reference_run, trained, window_loss, windows
-from tiny import make_data
+from runs import (
+    Gradients,
+    assert_matches_reference,
+    logs_of,
+    make_trainer,
+    reference_run,
+    trained,
+    window_loss,
+    windows,
+)
+from tiny import Net, flat_weights, make_data
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from transformers import Trainer, TrainerCallback
@@ -126,3 +135,21 @@ def test_weight_that_a_forward_writes_moves(tmp_path):
     trainer.train()
     assert [len(weights) for weights in passes] == [3, 3]
     assert all((first - second).norm() > 0.05 for first, second in zip(*passes, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0])
+@pytest.mark.parametrize("metric", ["l2", "layer", "element"])
+def test_weights_that_the_optimizer_has_not_stay(tmp_path, metric, alpha):
+    """They have a gradient, and neither move nor count in the norm: as if they were frozen, and as under ZeRO."""
+    ends = []
+    for is_frozen in (False, True):
+        model = Net(nn.Tanh)
+        model.layers[0].requires_grad_(not is_frozen)
+        settings = {"gnp_metric": metric, "gnp_alpha": alpha, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+        optimizer = torch.optim.SGD(model.layers[2].parameters(), lr=0.1)
+        trainer = trained(tmp_path, "net", model=model, optimizers=(optimizer, None), gnp_r=0.5, **settings)
+        ends.append((flat_weights(model), logs_of(trainer, "gnp_grad_norm", "gnp_sharpness", "gnp_cosine")))
+    (weights, logs), (expected, expected_logs) = ends
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-8)
+    for name, values in logs.items():
+        assert values == pytest.approx(expected_logs[name], rel=1e-4, abs=1e-6)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
 from hf_gnp import GNPTrainer
+from hf_gnp.momentum import is_adaptive
 from hf_gnp.schedule import Penalty, Schedule
 
 
@@ -173,3 +174,18 @@ def test_schedule_is_the_same_on_every_rank():
     first = [schedules[0].at(step) for step in range(STEPS)]
     torch.manual_seed(1)
     assert first == [schedules[1].at(step) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("share", [0.07, 0.14, 0.28, 0.55, 0.56])
+def test_share_that_is_a_whole_step(share):
+    """0.07 * 100 is a little more than 7 in floating point."""
+    step = round(100 * share)
+    begins, ends = Schedule(0.1, 1.0, 100, start=share), Schedule(0.1, 1.0, 100, end=share)
+    assert [begins.at(step - 1), begins.at(step)] == [None, Penalty(0.1, 1.0)]
+    assert [ends.at(step - 1), ends.at(step)] == [Penalty(0.1, 1.0), None]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdEMAMix", "CAME", "SOAP", "Adafactor", "RMSprop", "DistributedShampoo"])
+def test_adaptive_optimizers(name):
+    assert is_adaptive(type(name, (), {})())
+    assert not is_adaptive(torch.optim.SGD([torch.zeros(1)], lr=0.1))
