@@ -188,9 +188,7 @@ class Move:
             engine.keep_weights([])
             self.fidelity = torch.zeros(2) if measure else None  # all ranks log the same names
             return
-        masters = [
-            shard.master for shard in self._to_move
-        ]  # without fp32 masters the weights themselves, which move in place
+        masters = [shard.master for shard in self._to_move]
         moved = engine.keep_weights(self._to_move)
         # e/d, one number or one a shard. With "element" the factor θ² is not in it.
         r = -r if engine.perturbation.is_momentum else r

@@ -35,7 +35,7 @@ def deferred_signals() -> Iterator[None]:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
+            for number, handler in reversed(handlers.items()):  # Ctrl-C last, as it may interrupt this
                 signal.signal(number, handler)
         with contextlib.ExitStack() as stack:  # all handlers run, also after one that raises
             for number, frame in reversed(pending.items()):

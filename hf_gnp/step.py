@@ -93,7 +93,8 @@ class PenalisedSteps:
             self.close()
             if self.engine.is_perturbed:  # along the momentum, after micro-batches without a step
                 self.engine.restore()
-            self._is_open, self.passes = True, 2 if self.penalty and not perturbation.is_momentum else 1
+            is_twice = self.penalty and self.penalty.r * self.penalty.alpha > 0 and not perturbation.is_momentum
+            self._is_open, self.passes = True, 2 if is_twice else 1
             self.own_backward.begin_window()
         self.inputs = inputs
 
@@ -195,8 +196,8 @@ class PenalisedSteps:
                 "_prepare_inputs": lambda original, inputs: inputs,
                 "log": lambda *_, **__: None,
             }
-            offload = getattr(trainer, "maybe_activation_offload_context", contextlib.nullcontext)
-            with self.engine.replay(is_last), replaced(trainer, **methods), offload():
+            offload = getattr(trainer, "maybe_activation_offload_context", contextlib.nullcontext())  # TRL's
+            with self.engine.replay(is_last), replaced(trainer, **methods), offload:
                 items = micro_batch.num_items_in_batch
                 loss = Trainer.training_step(trainer, self.model, micro_batch.inputs, items)
                 losses.append(loss.clone())  # CUDA graphs overwrite it in the next pass

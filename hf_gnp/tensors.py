@@ -1,7 +1,7 @@
 """Functions on tensors, parameters and modules that both the second pass and the engines use."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,17 @@ def parameters_outside(parameters: Iterable[nn.Parameter], optimizer: Any) -> li
     inside = set(map(id, parameters))
     groups = [] if optimizer is None else optimizer.param_groups
     return [parameter for group in groups for parameter in group["params"] if id(parameter) not in inside]
+
+
+def moving_parameters(parameters: Sequence[nn.Parameter], optimizer: Any) -> Sequence[nn.Parameter]:
+    """Return those of the parameters that the optimizer steps. All, if there is none, or if it steps copies."""
+    outside = {parameter.shape for parameter in parameters_outside(parameters, optimizer)}
+    groups = [] if optimizer is None else optimizer.param_groups
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
+    others = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in stepped]
+    if not others or any(parameter.shape in outside for parameter in others):
+        return parameters
+    return [parameter for parameter in parameters if id(parameter) in stepped] or parameters
 
 
 def gradient_of(parameter: nn.Parameter) -> torch.Tensor:

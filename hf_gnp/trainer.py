@@ -189,7 +189,7 @@ class GNPMixin(_Base):
     @_documented_as(Trainer.floating_point_ops)
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         flops: int = super().floating_point_ops(inputs)
-        if self._gnp_run is None:
+        if self._gnp_run is None or self.gnp_args.gnp_alpha == 0:
             return flops
         self._gnp_run.inputs = None  # the micro-batch has ended, and a loader may yield the same object again
         return flops * self._gnp_run.passes

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_gnp import penalty
 from hf_gnp.perturbation import Perturbation
-from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, parameters_outside
+from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, moving_parameters, parameters_outside
 
 from .engine import Engine
 from .reducing import average_gradients, ddp_of, has_communication_hook
@@ -48,10 +48,10 @@ class ParamGradEngine(Engine):
         super().begin_window(perturbation)
         self._optimizer = optimizer or self._optimizer  # a callback may have replaced it
         self._outside = parameters_outside(self.all_parameters, self._optimizer)
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        stepped = {id(parameter) for group in groups for parameter in group["params"]}
-        # Those that the optimizer has. The gradients of the others are mixed too, as clipping counts them.
-        self._moving = [p for p in self.all_parameters if id(p) in stepped] or self.all_parameters
+        # The gradients of the others are mixed too, as clipping counts them.
+        self._moving = moving_parameters(self.all_parameters, self._optimizer)
+        if perturbation.targets is not None and not any(id(p) in perturbation.targets for p in self._moving):
+            raise ValueError("gnp_target_modules matches no parameter that the optimizer has.")
         self.is_sharded = any(isinstance(p, DTensor) for p in self.all_parameters)
 
     def _trainable(self) -> list[nn.Parameter]:

@@ -5,13 +5,12 @@ docs/second_pass.md is the contract: it lists what is restored, what is not, and
 restores attributes and generators. running_tensors.py restores buffers, frozen parameters and large tensors.
 """
 
-import argparse
 import functools
 import operator
 import random
 import sys
 import types
-from collections import OrderedDict, UserDict, UserList, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerState
 
-from hf_gnp.tensors import local_part, modules_of, parameters_of, parameters_outside
+from hf_gnp.tensors import local_part, modules_of, moving_parameters, parameters_of, parameters_outside
 
 from .randomness import global_generators
 from .running_tensors import SMALL, Pair, is_plain, put_back, storage_address, storage_addresses
@@ -50,11 +49,7 @@ FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 OPAQUE = {*SCALARS, *FUNCTIONS, bool, torch.dtype, torch.device}  # most attributes: nothing in them can change
 CONTAINERS = (dict, list, tuple, set, deque)
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-# Objects of libraries that are restored. A loss may step an optimizer and scheduler of its own, as for an adversary.
-OBJECTS_OF_LIBRARIES = (
-    *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
-    *(SimpleNamespace, argparse.Namespace, UserDict, UserList),
-)
+STEPPED = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)  # a loss may step its own, as for an adversary
 LONG = 2**12  # items: longer containers are not inspected
 DEPTH = 3  # objects within objects
 
@@ -109,8 +104,11 @@ class Found:
         of_loss = SimpleNamespace(held=held_by(loss_function) if loss_function else [])
         owners = [(root, DEPTH) for root in (trainer, trainer.state, of_loss)] + self._add_module(trainer.model)
         of_model = len(self.modules)
+        own_optimizer = None if trainer.is_deepspeed_enabled else optimizer  # DeepSpeed's has flat partitions
         mine = parameters_of(self.modules)
-        mine += parameters_outside(mine, None if trainer.is_deepspeed_enabled else optimizer)  # flat partitions
+        outside = parameters_outside(mine, own_optimizer)
+        self.trained = [p for p in (*moving_parameters(mine, own_optimizer), *outside) if p.requires_grad]
+        mine += outside
         others: list[nn.Parameter] = []
         for owner, depth in owners:  # grows
             for value in values_in(attributes_of(owner).values(), seen):
@@ -124,7 +122,7 @@ class Found:
                         self.tensors.append(value)
                 elif (
                     depth
-                    and (is_users(kind) or issubclass(kind, OBJECTS_OF_LIBRARIES))
+                    and (is_users(kind) or issubclass(kind, STEPPED))
                     and not issubclass(kind, type)
                     and hasattr(value, "__dict__")
                 ):
@@ -132,7 +130,6 @@ class Found:
         others += parameters_of(list(self.modules)[of_model:])
         known = set(map(id, mine)) if others else set()
         self.owners = [owner for owner, _ in owners]  # whose attributes are restored
-        self.trained = [parameter for parameter in mine if parameter.requires_grad]
         # The trainer's optimizer does not step these.
         self.others = [p for p in others if p.requires_grad and id(p) not in known]
 

@@ -16,7 +16,7 @@ from hf_gnp.second_pass.inputs import copied
 from hf_gnp.second_pass.probe import replaced
 from hf_gnp.second_pass.window import StateAtHand
 from hf_gnp.signals import deferred_signals
-from hf_gnp.tensors import gradients_hidden
+from hf_gnp.tensors import gradients_hidden, parameters_outside
 
 from .sample import WeightedBatch
 from .vectors import ShardVectors
@@ -106,12 +106,14 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
     is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
     with _prepared_model(trainer) as model:
         # Before the state is recorded: an engine makes the parameters the shards, also after an evaluation.
-        engine = make_engine(trainer.accelerator, model, Perturbation(), trainer.optimizer)
+        engine = make_engine(trainer.accelerator, model, Perturbation())  # of all trainable weights
         state, modes = StateAtHand(trainer, model), [(module, module.training) for module in model.modules()]
+        optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer
+        others = [*state.found.others, *parameters_outside(list(trainer.model.parameters()), optimizer)]
         gradient, progress = engine.take_gradient(), tqdm(desc=name, unit=" passes", leave=False, disable=is_silent)
         not_logged = replaced(trainer, log=lambda *_, **__: None)  # as in the second pass
         try:
-            with progress, gradients_hidden(state.found.others), not_logged:
+            with progress, gradients_hidden(others), not_logged:
                 model.train(training)
                 yield SampleLoss(trainer, model, engine, state, seed, progress)
         finally:

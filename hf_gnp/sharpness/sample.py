@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 from transformers import set_seed
 
-from hf_gnp.second_pass.state import Snapshot
+from hf_gnp.second_pass.state import GENERATORS, restorers
 
 
 class WeightedBatch(NamedTuple):
@@ -45,16 +45,13 @@ def draw(
 ) -> tuple[list[WeightedBatch], int]:
     """
     Draw at most `size` samples by the seed, shuffled or in the dataset's order, and collate them with random
-    transforms by the seed. An iterable dataset gives its first samples. Attributes of the dataset and the collator,
-    such as random generators, are afterwards as before.
+    transforms by the seed. An iterable dataset gives its first samples.
 
     Returns:
         Every n-th micro-batch, where n is the number of ranks, and the number of samples. Each micro-batch costs a
         collective, so all ranks have the same number of them. Surplus ones have a share of 0.
     """
-    owners = [owner for owner in (dataset, trainer.data_collator) if hasattr(owner, "__dict__")]
-    with contextlib.ExitStack() as stack:
-        stack.callback(Snapshot([owner for owner in owners if not isinstance(owner, type)], []).put_back)
+    with _generators_left(dataset, trainer.data_collator):
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             chosen: Any = list(itertools.islice(dataset, size))
         else:
@@ -72,6 +69,26 @@ def draw(
             items = _count_items(trainer, inputs)
             batches.append(WeightedBatch(inputs, items, float(items) if number < count else 0.0, number))
         return batches, len(chosen)
+
+
+@contextlib.contextmanager
+def _generators_left(*owners: Any) -> Iterator[None]:
+    """Leave the random generators in attributes of the data and the collator as they are, also a missing one."""
+    attributes_of = [vars(owner) for owner in owners if hasattr(owner, "__dict__") and not isinstance(owner, type)]
+    before = [(attributes, dict(attributes)) for attributes in attributes_of]
+    found = [value for _, values in before for value in values.values() if isinstance(value, GENERATORS)]
+    restore = [restorer for generator in found for restorer in restorers(generator)]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            for name in [name for name, value in attributes.items() if isinstance(value, GENERATORS)]:
+                if name in values:
+                    attributes[name] = values[name]
+                else:
+                    del attributes[name]
+        for restorer in restore:
+            restorer()
 
 
 def weighted(trainer: Any, batches: list[WeightedBatch]) -> list[WeightedBatch]:

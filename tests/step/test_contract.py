@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,21 +254,24 @@ class Slotted:
         self.calls = 0
 
 
-@row("a NumPy array of more than 16,384 items, a `bytearray`, or a class with `__slots__`", "it changes twice")
-@pytest.mark.parametrize("kind", ["array", "bytes", "slots", "tensor"])
+@row(
+    "a NumPy array of more than 16,384 items, a `bytearray`, a `SimpleNamespace`, or a class with `__slots__`",
+    "it changes twice",
+)
+@pytest.mark.parametrize("kind", ["array", "bytes", "namespace", "slots", "tensor"])
 def test_attribute_that_is_not_put_back(tmp_path, kind):
     def count(trainer, model, inputs):
-        if kind == "slots":
+        if kind in objects:
             trainer.held.calls += 1
         else:
             trainer.held[0] += 1
 
-    size, counts = 2**14 + 1, []
+    size, counts, objects = 2**14 + 1, [], {"slots": Slotted, "namespace": lambda: SimpleNamespace(calls=0)}
     kinds = {"array": np.zeros, "tensor": torch.zeros, "bytes": bytearray}
-    held = Slotted if kind == "slots" else functools.partial(kinds[kind], size)
+    held = objects[kind] if kind in objects else functools.partial(kinds[kind], size)
     for cls in BOTH:
         trainer = trained(tmp_path, cls, count, functools.partial(setattr_of, "held", held()))
-        counts.append(trainer.held.calls if kind == "slots" else trainer.held[0])
+        counts.append(trainer.held.calls if kind in objects else trainer.held[0])
     assert counts == [MICRO_BATCHES, MICRO_BATCHES if kind == "tensor" else PASSES]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from runs import logs_of, make_trainer, run, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import KINDS, Net, make_data
+from tiny import KINDS, Net, make_data, make_model
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPArguments, GNPTrainer
 from hf_gnp.logs import RadiusHint
@@ -239,3 +239,15 @@ def test_sharpness_where_a_subclass_scales_its_loss(tmp_path):
     scaled, plain = (logs_of(trainer, "loss", "gnp_sharpness") for trainer in trainers)
     assert scaled["gnp_sharpness"] == plain["gnp_sharpness"]
     assert scaled["loss"] == pytest.approx([2 * loss for loss in plain["loss"]])
+
+
+class OffAfter(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        args.gnp_alpha = 0.8 if state.global_step < 2 else 0.0
+
+
+def test_flos_after_the_penalty_is_switched_off(tmp_path):
+    model, settings = lambda: make_model("bert"), {"max_steps": 6, "gradient_accumulation_steps": 2}
+    part = trained(tmp_path, "bert", model=model(), callbacks=[OffAfter()], **settings)
+    plain = trained(tmp_path, "bert", Trainer, model=model(), **settings)
+    assert part.state.total_flos == pytest.approx(8 / 6 * plain.state.total_flos)

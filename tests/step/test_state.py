@@ -1,11 +1,9 @@
 """State that a first pass changes: buffers, teachers, counters, queues. The second pass finds it as the first did."""
 
-import argparse
 import copy
 import itertools
 import types
-from collections import Counter, UserDict, deque
-from types import SimpleNamespace
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -456,18 +454,22 @@ def attributes_named_as_a_librarys(cls):
     return cls, {"model": Net(Supervised)}
 
 
-@loss_case(
-    attributes(
-        simple=lambda trainer: SimpleNamespace(calls=0),
-        parsed=lambda trainer: argparse.Namespace(calls=0),
-        mapping=lambda trainer: UserDict(calls=0),
-    )
-)
-def counters_in_namespaces(self, model, inputs):
-    self.simple.calls += 1
-    self.parsed.calls += 2
-    self.mapping["calls"] += 3
-    return model(**inputs)["loss"] * (1 + 0.01 * (self.simple.calls + self.parsed.calls + self.mapping["calls"]))
+class ReachedTeacher(WithTeacher):
+    """The loss reaches its teacher, which only `follow` changes."""
+
+    def __init__(self):
+        super().__init__(is_frozen=False)
+
+    def forward(self, x, labels):
+        self.follow(0.5 / (1 + self.updates))
+        outputs = Net.forward(self, x, labels)
+        return {**outputs, "loss": outputs["loss"] + mse_loss(outputs["logits"], self.teacher(x) + 0.1)}
+
+
+@case
+def teacher_that_the_optimizer_has_not(cls):
+    model = ReachedTeacher()
+    return cls, {"model": model, "optimizers": (torch.optim.SGD(model.layers.parameters(), lr=0.1), None)}
 
 
 # contract? The loss writes into trainable weights.

@@ -153,3 +153,46 @@ def test_weights_that_the_optimizer_has_not_stay(tmp_path, metric, alpha):
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-8)
     for name, values in logs.items():
         assert values == pytest.approx(expected_logs[name], rel=1e-4, abs=1e-6)
+
+
+class OfCopies(torch.optim.SGD):
+    """Steps copies of matrices, and vectors themselves, as optimizers do that are offloaded."""
+
+    def __init__(self, model: nn.Module, lr: float):
+        self.copied = {p: nn.Parameter(p.detach().clone()) for p in model.parameters() if p.dim() > 1}
+        super().__init__([self.copied.get(p, p) for p in model.parameters()], lr=lr)
+
+    def step(self, closure=None):
+        for parameter, copy in self.copied.items():
+            copy.grad = parameter.grad
+        super().step()
+        for parameter, copy in self.copied.items():
+            parameter.data.copy_(copy.data)
+            copy.grad = None
+
+
+def test_optimizer_of_copies(tmp_path):
+    results = []
+    for make in (OfCopies, lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr)):
+        model = Net(nn.Tanh)
+        trainer = trained(tmp_path, "net", model=model, optimizers=(make(model, 0.1), None), max_grad_norm=0.0)
+        results.append((flat_weights(model), logs_of(trainer, "gnp_grad_norm", "gnp_sharpness")))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def head_alone(tmp_path, **settings):
+    model = Net(nn.Tanh)
+    optimizer = torch.optim.SGD(model.layers[2].parameters(), lr=0.1)
+    return make_trainer(tmp_path, "net", model=model, optimizers=(optimizer, None), **settings)
+
+
+def test_targets_that_the_optimizer_has_not(tmp_path):
+    with pytest.raises(ValueError, match="gnp_target_modules matches no parameter that the optimizer has"):
+        head_alone(tmp_path, gnp_target_modules=["layers.0"]).train()
+
+
+def test_sharpness_is_that_of_all_trainable_weights(tmp_path):
+    alone, whole = head_alone(tmp_path), make_trainer(tmp_path, "net", model=Net(nn.Tanh))
+    norms = [trainer.measure_sharpness(make_data("net"), k=0, probes=0)["grad_norm"] for trainer in (alone, whole)]
+    assert norms[0] == norms[1]
