@@ -21,11 +21,11 @@ class OwnBackward:
     ):
         self._engine, self._accelerator, self._trainer_name = engine, accelerator, trainer_name
         self._after_backward = after_backward  # called with the loss after each backward of the window's loss
-        self._watching = contextlib.ExitStack()
+        self.watching = contextlib.ExitStack()
         self.clear()
 
     def clear(self) -> None:
-        self._watching.close()
+        self.watching.close()
         self._aside: list[Any] = []
         self._is_within = False  # whether a backward inside compute_loss made a gradient
         self._marks: Any = None  # the gradient's marks after the window's last backward
@@ -33,17 +33,13 @@ class OwnBackward:
 
     def begin_window(self) -> None:
         """Start watching, and set aside the gradient that exists before the window."""
-        self._watching.enter_context(replaced(self._accelerator, backward=self._backward))
+        self.watching.enter_context(replaced(self._accelerator, backward=self._backward))
         self._set_aside()
-
-    def end_window(self) -> None:
-        """Stop watching before the second pass."""
-        self._watching.close()
 
     def after_window(self) -> None:
         """Keep watching within a step, to refuse a backward whose gradient the next window cannot set aside."""
         if not self._accelerator.sync_gradients and not self._engine.sets_gradients_aside():
-            self._watching.enter_context(replaced(self._accelerator, backward=self._backward))
+            self.watching.enter_context(replaced(self._accelerator, backward=self._backward))
 
     def _set_aside(self) -> bool:
         """Set the present gradient aside, and return whether there was one."""

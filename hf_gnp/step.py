@@ -139,7 +139,7 @@ class PenalisedSteps:
         """Make the second pass, if this step has a penalty. DeepSpeed steps here."""
         engine, is_end_of_step = self.engine, self.trainer.accelerator.sync_gradients
         with deferred_signals():
-            self.own_backward.end_window()
+            self.own_backward.watching.close()
             if self.penalty is not None and self.window.micro_batches:  # momentum records no micro-batch
                 self._second_pass(self.penalty)
             self.own_backward.add()

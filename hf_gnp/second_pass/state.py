@@ -137,13 +137,12 @@ class Found:
         """Add a module and its children, and return those whose attributes are restored."""
         new = [] if module in self.modules else [m for m in modules_of(module) if m not in self.modules]
         self.modules.update(dict.fromkeys(new))
-        return [(module, DEPTH - 1) for module in new if _is_restored(module)]
-
-
-def _is_restored(module: nn.Module) -> bool:
-    kind = type(module)
-    # An attribute may belong to a buffer, as in transformers' dynamic RoPE.
-    return is_users(kind) or (not kind.__module__.startswith("torch.") and bool(module._buffers))
+        # In transformers an attribute may belong to a buffer, as in dynamic RoPE.
+        return [
+            (module, DEPTH - 1)
+            for module in new
+            if is_users(type(module)) or (module._buffers and not type(module).__module__.startswith("torch."))
+        ]
 
 
 def _is_state(tensor: torch.Tensor) -> bool:
