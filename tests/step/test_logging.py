@@ -15,7 +15,7 @@ from tiny import KINDS, Net, make_data, make_model
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_gnp import GNPArguments, GNPTrainer
+from hf_gnp import GNPArguments, GNPMixin, GNPTrainer
 from hf_gnp.logs import RadiusHint
 
 
@@ -231,11 +231,13 @@ def test_hint_needs_logs_in_a_row(given, hints):
 
 
 def test_sharpness_where_a_subclass_scales_its_loss(tmp_path):
-    class Scaled(GNPTrainer):
+    class Scaled(Trainer):
         def training_step(self, *args, **kwargs):
             return 2 * super().training_step(*args, **kwargs)
 
-    trainers = (trained(tmp_path, "net", cls, model=Net(nn.Tanh)) for cls in (Scaled, GNPTrainer))
+    class Penalised(GNPMixin, Scaled): ...
+
+    trainers = (trained(tmp_path, "net", cls, model=Net(nn.Tanh)) for cls in (Penalised, GNPTrainer))
     scaled, plain = (logs_of(trainer, "loss", "gnp_sharpness") for trainer in trainers)
     assert scaled["gnp_sharpness"] == plain["gnp_sharpness"]
     assert scaled["loss"] == pytest.approx([2 * loss for loss in plain["loss"]])
