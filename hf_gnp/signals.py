@@ -19,7 +19,8 @@ def deferred_signals() -> Iterator[None]:
 
     Ctrl-C has such a handler. A second Ctrl-C is not deferred.
     """
-    found = {number: signal.getsignal(number) for number in SIGNALS}
+    is_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    found = {number: signal.getsignal(number) for number in SIGNALS if is_main}
     handlers = {number: handler for number, handler in found.items() if callable(handler)}
     pending: dict[int, Any] = {}  # the frame of each signal
 
@@ -29,14 +30,12 @@ def deferred_signals() -> Iterator[None]:
         pending[number] = frame
 
     try:
-        if threading.current_thread() is threading.main_thread():
-            for number in handlers:
-                signal.signal(number, note)
+        for number in handlers:
+            signal.signal(number, note)
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in reversed(handlers.items()):  # Ctrl-C last, as it may interrupt this
-                signal.signal(number, handler)
+        for number, handler in reversed(handlers.items()):  # Ctrl-C last, as it may interrupt this
+            signal.signal(number, handler)
         with contextlib.ExitStack() as stack:  # all handlers run, also after one that raises
             for number, frame in reversed(pending.items()):
                 stack.callback(handlers[number], number, frame)

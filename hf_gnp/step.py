@@ -20,6 +20,7 @@ from .schedule import Penalty, Schedule
 from .second_pass.probe import (
     is_called_by_training_step,
     is_same_pass,
+    no_log,
     probe_same_forward,
     refuse_same_pass,
     replaced,
@@ -191,13 +192,10 @@ class PenalisedSteps:
         losses: list[torch.Tensor] = []
         for micro_batch in self.window.replayed():
             is_last = len(losses) + 1 == len(self.window.micro_batches)
-            methods: dict[str, Callable[..., Any]] = {
-                "compute_loss": functools.partial(self._compute_loss_again, micro_batch),
-                "_prepare_inputs": lambda original, inputs: inputs,
-                "log": lambda *_, **__: None,
-            }
+            compute_loss = functools.partial(self._compute_loss_again, micro_batch)
+            again = replaced(trainer, compute_loss=compute_loss, log=no_log, _prepare_inputs=lambda _, inputs: inputs)
             offload = getattr(trainer, "maybe_activation_offload_context", contextlib.nullcontext())  # TRL's
-            with self.engine.replay(is_last), replaced(trainer, **methods), offload:
+            with self.engine.replay(is_last), again, offload:
                 items = micro_batch.num_items_in_batch
                 loss = Trainer.training_step(trainer, self.model, micro_batch.inputs, items)
                 losses.append(loss.clone())  # CUDA graphs overwrite it in the next pass

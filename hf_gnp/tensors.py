@@ -32,22 +32,22 @@ def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return list({id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
 
 
-def parameters_outside(parameters: Iterable[nn.Parameter], optimizer: Any) -> list[nn.Parameter]:
-    """Return the optimizer's parameters that are not in `parameters`, such as those of a loss."""
+def split_by_optimizer(
+    parameters: Sequence[nn.Parameter], optimizer: Any
+) -> tuple[Sequence[nn.Parameter], list[nn.Parameter]]:
+    """
+    Return those of the parameters that the optimizer steps, and its others, such as those of a loss.
+
+    The first are all parameters if there is no optimizer, or if it steps copies of some.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    stepped = {id(parameter): parameter for group in groups for parameter in group["params"]}
     inside = set(map(id, parameters))
-    groups = [] if optimizer is None else optimizer.param_groups
-    return [parameter for group in groups for parameter in group["params"] if id(parameter) not in inside]
-
-
-def moving_parameters(parameters: Sequence[nn.Parameter], optimizer: Any) -> Sequence[nn.Parameter]:
-    """Return those of the parameters that the optimizer steps. All, if there is none, or if it steps copies."""
-    outside = {parameter.shape for parameter in parameters_outside(parameters, optimizer)}
-    groups = [] if optimizer is None else optimizer.param_groups
-    stepped = {id(parameter) for group in groups for parameter in group["params"]}
-    others = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in stepped]
-    if not others or any(parameter.shape in outside for parameter in others):
-        return parameters
-    return [parameter for parameter in parameters if id(parameter) in stepped] or parameters
+    outside = [parameter for number, parameter in stepped.items() if number not in inside]
+    rest = {parameter.shape for parameter in parameters if parameter.requires_grad and id(parameter) not in stepped}
+    if not rest or not rest.isdisjoint(parameter.shape for parameter in outside):
+        return parameters, outside
+    return [parameter for parameter in parameters if id(parameter) in stepped] or parameters, outside
 
 
 def gradient_of(parameter: nn.Parameter) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_gnp import penalty
 from hf_gnp.perturbation import Perturbation
-from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, moving_parameters, parameters_outside
+from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, split_by_optimizer
 
 from .engine import Engine
 from .reducing import average_gradients, ddp_of, has_communication_hook
@@ -47,11 +47,10 @@ class ParamGradEngine(Engine):
         self.reshard()
         super().begin_window(perturbation)
         self._optimizer = optimizer or self._optimizer  # a callback may have replaced it
-        self._outside = parameters_outside(self.all_parameters, self._optimizer)
-        # The gradients of the others are mixed too, as clipping counts them.
-        self._moving = moving_parameters(self.all_parameters, self._optimizer)
+        # The gradients of those that do not move are mixed too, as clipping counts them.
+        self._moving, self._outside = split_by_optimizer(self.all_parameters, self._optimizer)
         if perturbation.targets is not None and not any(id(p) in perturbation.targets for p in self._moving):
-            raise ValueError("gnp_target_modules matches no parameter that the optimizer has.")
+            raise ValueError("gnp_target_modules matches no parameter that the optimizer has: name others.")
         self.is_sharded = any(isinstance(p, DTensor) for p in self.all_parameters)
 
     def _trainable(self) -> list[nn.Parameter]:

@@ -38,6 +38,10 @@ def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
         vars(owner).update(kept)
 
 
+def no_log(*_: Any, **__: Any) -> None:
+    """Replace a trainer's `log`, which must be called once a step."""
+
+
 def is_called_by_training_step() -> bool:
     """Return whether `Trainer.training_step` itself, not a subclass's override, called the caller of this function."""
     return sys._getframe(2).f_code in (TRAINING_STEP, inspect.unwrap(Trainer.training_step).__code__)
@@ -49,7 +53,7 @@ def probe_same_forward(
     """Run a micro-batch again at θ, in its restored state. Raise a RuntimeError if the loss differs."""
     inputs = copied(micro_batch.inputs)
     model.train()  # as `Trainer.training_step` does: a loss may have changed the mode
-    not_logged = replaced(trainer, log=lambda *_, **__: None)
+    not_logged = replaced(trainer, log=no_log)
     with around, not_logged, trainer.compute_loss_context_manager(), micro_batch.autocast():
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
     first: Any = micro_batch.forward_loss

@@ -74,8 +74,11 @@ class RunningTensors:
         self._moving: set[int] = set()  # ids of tensors that have changed
         self._unreached: set[int] = set()  # ids of parameters that had no gradient in the last window
         self._steps: set[int] = set()  # the first penalised ones
-        self.is_learning = True
         self.forget()
+
+    @property
+    def is_learning(self) -> bool:
+        return len(self._steps) <= LEARNING
 
     def forget(self) -> None:
         """Release all tensors, but remember which change."""
@@ -99,7 +102,6 @@ class RunningTensors:
         self._trained = trained
         if self.is_learning:
             self._steps.add(step)
-            self.is_learning = len(self._steps) <= LEARNING
         reached = {id(parameter): parameter for parameter in trained if id(parameter) not in self._unreached}
         found = {id(tensor): tensor for tensor in others}
         copied = set(self._moving)

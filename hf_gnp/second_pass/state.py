@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerState
 
-from hf_gnp.tensors import local_part, modules_of, moving_parameters, parameters_of, parameters_outside
+from hf_gnp.tensors import local_part, modules_of, parameters_of, split_by_optimizer
 
 from .randomness import global_generators
 from .running_tensors import SMALL, Pair, is_plain, put_back, storage_address, storage_addresses
@@ -104,10 +104,10 @@ class Found:
         of_loss = SimpleNamespace(held=held_by(loss_function) if loss_function else [])
         owners = [(root, DEPTH) for root in (trainer, trainer.state, of_loss)] + self._add_module(trainer.model)
         of_model = len(self.modules)
-        own_optimizer = None if trainer.is_deepspeed_enabled else optimizer  # DeepSpeed's has flat partitions
         mine = parameters_of(self.modules)
-        outside = parameters_outside(mine, own_optimizer)
-        self.trained = [p for p in (*moving_parameters(mine, own_optimizer), *outside) if p.requires_grad]
+        # DeepSpeed's optimizer has flat partitions.
+        moving, outside = split_by_optimizer(mine, None if trainer.is_deepspeed_enabled else optimizer)
+        self.trained = [parameter for parameter in (*moving, *outside) if parameter.requires_grad]
         mine += outside
         others: list[nn.Parameter] = []
         for owner, depth in owners:  # grows
@@ -158,17 +158,17 @@ def held_by(function: Any) -> list[Any]:
 
 
 class Snapshot:
-    """Record the random generators, and the attributes of `owners`, at construction. `trained` is not recorded."""
+    """Record the random generators, and the attributes of `found.owners`, at construction."""
 
-    def __init__(self, owners: Iterable[Any], devices: list[torch.device], trained: Sequence[nn.Parameter] = ()):
+    def __init__(self, found: Found, devices: list[torch.device]):
         self._attributes: list[tuple[Any, set[str], dict[str, Any]]] = []
         self._contents = global_generators(devices)
         self._tensors: list[Pair] = []
         self._uncopied: list[tuple[torch.Tensor, int]] = []  # large or with a graph; with version counters
         self._detached: set[int] = set()  # ids of attributes without their graph
-        weights = functools.cache(lambda: storage_addresses(t for p in trained for t in (p, p.grad)))
+        weights = functools.cache(lambda: storage_addresses(t for p in found.trained for t in (p, p.grad)))
         seen: set[int] = set()
-        for owner in owners:
+        for owner in found.owners:
             attributes = attributes_of(owner)
             for value in values_in(attributes.values(), seen):
                 if not isinstance(value, torch.Tensor):

@@ -23,7 +23,7 @@ class StateAtHand:
 
     def __init__(self, trainer: Any, model: nn.Module):
         self.found = Found(trainer)
-        self._snapshot = Snapshot(self.found.owners, random_devices(trainer, model), self.found.trained)
+        self._snapshot = Snapshot(self.found, random_devices(trainer, model))
         self._tensors = RunningTensors()
         self._tensors.start(self.found.modules, self.found.trained, self.found.tensors)
 
@@ -76,7 +76,7 @@ class Window:
         micro_batch = MicroBatch(
             copied(inputs),
             num_items_in_batch,
-            Snapshot(found.owners, self._devices, found.trained),
+            Snapshot(found, self._devices),
             functools.partial(torch.autocast, device, *autocast),
         )
         self.micro_batches.append(micro_batch)
@@ -104,7 +104,7 @@ class Window:
         assert self._found is not None
         if self.tensors.is_learning:  # the first passes may have created objects
             self._found = Found(self._trainer)
-        after = Snapshot(self._found.owners, self._devices, self._found.trained)
+        after = Snapshot(self._found, self._devices)
         try:
             with self.tensors.left_as_found(self._found.modules), gradients_hidden(self._found.others):
                 self.in_second_pass = True

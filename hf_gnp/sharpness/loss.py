@@ -13,10 +13,10 @@ from hf_gnp import penalty
 from hf_gnp.engines import Engine, make_engine, refuse_engine
 from hf_gnp.perturbation import Perturbation
 from hf_gnp.second_pass.inputs import copied
-from hf_gnp.second_pass.probe import replaced
+from hf_gnp.second_pass.probe import no_log, replaced
 from hf_gnp.second_pass.window import StateAtHand
 from hf_gnp.signals import deferred_signals
-from hf_gnp.tensors import gradients_hidden, parameters_outside
+from hf_gnp.tensors import gradients_hidden, split_by_optimizer
 
 from .sample import WeightedBatch
 from .vectors import ShardVectors
@@ -109,9 +109,9 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
         engine = make_engine(trainer.accelerator, model, Perturbation())  # of all trainable weights
         state, modes = StateAtHand(trainer, model), [(module, module.training) for module in model.modules()]
         optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer
-        others = [*state.found.others, *parameters_outside(list(trainer.model.parameters()), optimizer)]
+        others = [*state.found.others, *split_by_optimizer(list(trainer.model.parameters()), optimizer)[1]]
         gradient, progress = engine.take_gradient(), tqdm(desc=name, unit=" passes", leave=False, disable=is_silent)
-        not_logged = replaced(trainer, log=lambda *_, **__: None)  # as in the second pass
+        not_logged = replaced(trainer, log=no_log)
         try:
             with progress, gradients_hidden(others), not_logged:
                 model.train(training)
