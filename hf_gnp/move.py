@@ -71,14 +71,11 @@ class Move:
         squares = self._each_once(self._shards, sq_norms)
         moving = self._each_once(self._to_move, penalty.local_sq_norms(self._directions)) if targets else squares
         sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(moving)]))
-        scale = engine.loss_scale()
-        also = [scale.view(1)] if isinstance(scale, torch.Tensor) else []
-        if flags is not None:
-            also.append(flags)
+        scale = torch.as_tensor(engine.loss_scale()).view(1)
+        also = [scale] if flags is None else [scale, flags]
         read = torch.cat([sums, *(tensor.to(sums.device, sums.dtype) for tensor in also)]).tolist()
-        values, rest = read[: len(sums)], read[len(sums) :]
-        loss_scale = rest.pop(0) if isinstance(scale, torch.Tensor) else scale
-        self._normalise(values[0], values[1:])
+        values, (loss_scale, *rest) = read[: len(sums)], read[len(sums) :]
+        self._normalise(*values)
         self.first_norm = math.sqrt(values[0]) / loss_scale
         return self.first_norm, [bool(flag) for flag in rest]
 
@@ -86,15 +83,12 @@ class Move:
     def momentum_norm(self) -> None:
         """Set the optimizer's first moment as the direction. Before its first step there is none."""
         engine, targets = self.engine, self.engine.perturbation.targets
-        self._to_move, self._directions = [], []
-        for shard in engine.trainable_shards():
-            is_target = targets is None or id(shard.parameter) in targets
-            if is_target and (moment := engine.first_moment(shard)) is not None:
-                self._to_move.append(shard)
-                self._directions.append(moment)
+        shards = [s for s in engine.trainable_shards() if targets is None or id(s.parameter) in targets]
+        pairs = [(shard, moment) for shard in shards if (moment := engine.first_moment(shard)) is not None]
+        self._to_move, self._directions = [shard for shard, _ in pairs], [moment for _, moment in pairs]
         squares = self._each_once(self._to_move, penalty.local_sq_norms(self._directions))
-        sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(squares)])).tolist()
-        self._normalise(sums[0], sums[1:])
+        sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(squares)]))
+        self._normalise(*sums.tolist())
 
     def _each_once(self, shards: list[Shard], values: torch.Tensor) -> torch.Tensor:
         """Divide the value of each shard by the number of ranks that hold it, so that sums over ranks are global."""
@@ -119,19 +113,19 @@ class Move:
             return [self._each_once(self._to_move, values).sum().view(1)]
         return [] if perturbation.targets is None else [squares.sum().view(1)]
 
-    def _normalise(self, total: float, values: list[float]) -> None:
+    def _normalise(self, total: float, *values: float) -> None:
         """Set the norm of the direction from the global ‖g₁‖² and the global sums of `_sums_of_metric`."""
-        metric = self.engine.perturbation.metric
-        if metric == "layer":
+        if self.engine.perturbation.metric == "layer":
             weights, directions = values[: len(values) // 2], values[len(values) // 2 :]
             moving = [i for i, (w, d) in enumerate(zip(weights, directions, strict=True)) if w > 0 and d > 0]
-            theta = math.sqrt(sum(weights[i] for i in moving))
+            self._direction_norm = theta = math.sqrt(sum(weights[i] for i in moving))
             self._factors = {i: math.sqrt(weights[i] / directions[i]) / theta for i in moving}
             self.sq_norm = sum(directions[i] for i in moving)
-            self._direction_norm = theta if math.isfinite(total) else math.inf
-            return
-        self.sq_norm = values[0] if values else total
-        self._direction_norm = math.sqrt(self.sq_norm) if math.isfinite(total) else math.inf
+        else:
+            self.sq_norm = values[0] if values else total
+            self._direction_norm = math.sqrt(self.sq_norm)
+        if not math.isfinite(total):
+            self._direction_norm = math.inf
 
     @contextlib.contextmanager
     def perturbed(

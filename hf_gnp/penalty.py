@@ -101,28 +101,25 @@ def move_(
     Returns:
         The local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32. None if not measured.
     """
-    is_in_place = all(weight is master for weight, master in zip(weights, masters, strict=True))
     is_wide = all(weight.dtype.itemsize > 2 for weight in weights)
-    if is_wide:
-        generators = None
-    if weights and is_in_place and not (elementwise or measure or generators):
+    is_in_place = is_wide and all(weight is master for weight, master in zip(weights, masters, strict=True))
+    if weights and is_in_place and not (elementwise or measure):
         if isinstance(scale, float):
             torch._foreach_add_(weights, directions, alpha=scale)
             return None
-        if is_wide and sum(weight.numel() for weight in weights) <= PART:
+        if sum(weight.numel() for weight in weights) <= PART:
             torch._foreach_add_(weights, torch._foreach_mul(directions, _factors(directions, scale)))
             return None
     scales = [scale] * len(weights) if isinstance(scale, float) else scale
-    noise: Sequence[torch.Generator | None] = generators or [None] * len(weights)
-    sums = torch.zeros(2, device=weights[0].device if weights else "cpu")
+    noise: Sequence[torch.Generator | None] = [None] * len(weights) if is_wide or generators is None else generators
     tensors = [_Part(*parts) for parts in zip(weights, directions, masters, scales, noise, strict=True)]
-    common = scale if isinstance(scale, float) and not elementwise else None
+    alpha = scale if isinstance(scale, float) and not elementwise else None
+    sums = torch.zeros(2, device=weights[0].device if weights else "cpu")
     # One group at a time: all moved tensors together would take the memory of the masters.
     rows = (part for tensor in tensors for part in _by_rows(tensor))
     for parts in in_groups(rows, lambda part: part.weight.numel(), PART):
-        measured = _move_parts(parts, common, elementwise, measure)
-        if measured is not None:
-            sums = sums + measured.to(sums.device)
+        if (measured := _move_parts(parts, alpha, elementwise, measure)) is not None:
+            sums += measured.to(sums.device)
     return sums if measure else None
 
 
@@ -138,21 +135,17 @@ def _by_rows(tensor: _Part) -> Iterator[_Part]:
         yield tensor._replace(weight=weight, direction=direction, master=master)
 
 
-def _move_parts(
-    parts: Sequence[_Part], common_scale: float | None, elementwise: bool, measure: bool
-) -> torch.Tensor | None:
-    """Do what `move_` does, with a few copies of these parts in memory."""
+def _move_parts(parts: Sequence[_Part], alpha: float | None, elementwise: bool, measure: bool) -> torch.Tensor | None:
+    """Do what `move_` does, with a few copies of these parts in memory. `alpha` is a scale that all parts have."""
     weights = [part.weight for part in parts]
     starts = [p.master.to(torch.promote_types(p.master.dtype, torch.float32)) for p in parts]
     moves = [p.direction.to(start.device, start.dtype) for p, start in zip(parts, starts, strict=True)]
-    if common_scale is not None:  # rounded as in `move_`: logging must not change a step
-        moved = list(torch._foreach_add(starts, moves, alpha=common_scale))
-    if common_scale is None or measure:
+    if alpha is None:
         moves = list(torch._foreach_mul(moves, [part.scale for part in parts]))
+        alpha = 1.0
     if elementwise:
         moves = list(torch._foreach_mul(torch._foreach_mul(starts, starts), moves))
-    if common_scale is None:
-        moved = list(torch._foreach_add(starts, moves))
+    moved = list(torch._foreach_add(starts, moves, alpha=alpha))  # as in `move_`: logging must not change a step
     for i, part in enumerate(parts):
         if part.generator is not None and part.weight.dtype.itemsize == 2:
             moved[i] = round_stochastically(moved[i].to(part.weight.device), part.weight.dtype, part.generator)
@@ -162,7 +155,7 @@ def _move_parts(
     before = [weight.clone() for weight in weights]
     copy_(weights, moved)
     changes = [weight.float() - old.float() for weight, old in zip(weights, before, strict=True)]
-    moves = [move.to(weight.device, torch.float32) for weight, move in zip(weights, moves, strict=True)]
+    moves = [alpha * move.to(weight.device, torch.float32) for weight, move in zip(weights, moves, strict=True)]
     dots = [torch.dot(change.flatten(), move.flatten()) for change, move in zip(changes, moves, strict=True)]
     return torch.stack([torch.stack([dot.to(dots[0].device) for dot in dots]).sum(), local_sq_norms(moves).sum()])
 

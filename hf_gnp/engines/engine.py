@@ -16,6 +16,17 @@ from hf_gnp.tensors import modules_of, parameters_of
 from .shards import Shard
 
 
+@contextlib.contextmanager
+def attribute_set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute, and set it back on leaving."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 class Engine(ABC):
     """
     Run a penalised step on one kind of sharding. With `move = Move(engine)` a step is:
@@ -42,12 +53,7 @@ class Engine(ABC):
         self.begin_window(perturbation)
 
     def begin_window(self, perturbation: Perturbation, optimizer: Any = None) -> None:
-        """
-        Begin a window. Find the model's parameters, which may have changed since the last one.
-
-        Args:
-            optimizer: The trainer's optimizer, which a callback may have replaced. DeepSpeed has its own.
-        """
+        """Begin a window. A callback may have replaced parameters, or the optimizer, where DeepSpeed has its own."""
         self.perturbation = perturbation
         self.all_parameters = parameters_of(modules_of(self.model))
         self.numbers = {id(parameter): number for number, parameter in enumerate(self.all_parameters)}
@@ -76,7 +82,7 @@ class Engine(ABC):
 
     @abstractmethod
     def loss_scale(self) -> torch.Tensor | float:
-        """Return the factor of the gradients in `shards`, as a scalar tensor where it is on the device."""
+        """Return the factor of the gradients in `shards`, a scalar tensor where it is on the device."""
 
     # The weights.
 
@@ -115,16 +121,11 @@ class Engine(ABC):
         """Make the gradient of a backward of the loss survive the next forward. Called after each backward."""
         return None
 
-    @contextlib.contextmanager
-    def sync_gradients_set(self, is_last: bool) -> Iterator[None]:
+    def sync_gradients_set(self, is_last: bool) -> AbstractContextManager[None]:
         """Set `accelerator.sync_gradients` to its value in the first pass, so that user code sees the same flag."""
-        before = self.accelerator.sync_gradients
-        if not self.perturbation.is_per_micro_batch:
-            self.accelerator.sync_gradients = is_last
-        try:
-            yield
-        finally:
-            self.accelerator.sync_gradients = before
+        if self.perturbation.is_per_micro_batch:  # the flag is that of the present micro-batch
+            return contextlib.nullcontext()
+        return attribute_set(self.accelerator, "sync_gradients", is_last)
 
     def probed(self) -> AbstractContextManager[None]:
         """Surround a forward without backward."""
@@ -189,8 +190,7 @@ class Engine(ABC):
     @abstractmethod
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor | bool:
         """
-        Drop a gradient whose norm is not finite, between clipping and the optimizer step, so that no weight becomes
-        NaN. A loss scaler makes this unnecessary.
+        Drop a gradient whose norm is not finite, between clipping and the optimizer step. Loss scalers do it.
 
         Return whether the step is dropped. This is a flag on the device if the optimizer skips the step itself.
         """

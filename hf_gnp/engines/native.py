@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,39 +16,60 @@ from torch.distributed.tensor import DTensor
 from hf_gnp import penalty
 from hf_gnp.momentum import moment_of, refuse_optimizer, unwrapped
 from hf_gnp.perturbation import Perturbation
-from hf_gnp.tensors import gradient_of, local_part
+from hf_gnp.tensors import gradient_of, gradients_hidden, local_part, split_by_optimizer
 
-from .engine import Engine
-from .param_grad import ParamGradEngine
+from .engine import Engine, attribute_set
 from .private import next_step_skipped, optimizer_that_skips
-from .reducing import average_gradients
+from .reducing import average_gradients, ddp_of, has_communication_hook
 from .shards import Shard, as_sharded, part_of, place_of
 
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
+Gradients = list[tuple[nn.Parameter, torch.Tensor]]
 
-class NativeEngine(ParamGradEngine):
+
+class NativeEngine(Engine):
     """
     Run a step with gradients in `param.grad`.
 
-    Memory: one copy of the weights that move (of this rank's shard under FSDP2), and seldom one of the gradients
-    (`ParamGradEngine`).
+    The model's parameters that the optimizer has move. Other parameters of the model or the optimizer, such as those
+    of a loss, get the mixed gradient. DDP and FSDP2 do not reduce theirs, so ranks have no common direction for them.
 
-    The parameters of the model that the optimizer has move. Others of the model, and those of the optimizer outside
-    of the model, such as those of a loss, get the mixed gradient but do not move.
-    DDP and FSDP2 do not reduce their gradients, so ranks have no common direction for them.
+    Memory: one copy of the weights that move. The second pass adds g₂ to the scaled g₁. Only 16-bit gradients, where
+    rounding would lose a small α g₂, and hooks that change gradients need a copy of g₁.
     """
 
     has_master = False
 
     def __init__(self, accelerator: Accelerator, perturbation: Perturbation, model: nn.Module, optimizer: Any = None):
+        self._optimizer = optimizer
+        self.ddp = ddp_of(model)
         self._uses_cuda_graphs = accelerator.state.dynamo_plugin.mode in CUDA_GRAPHS
         self._moved: list[torch.Tensor] = []
         self._backup: list[torch.Tensor] = []
+        self._first_gradients: Gradients = []
         self._skipping = contextlib.ExitStack()
         self._is_reducing = False  # whether gradients are reduced in this pass
-        super().__init__(accelerator, perturbation, model, optimizer)
+        super().__init__(accelerator, perturbation, model)
+        if self.ddp is not None:
+            has_communication_hook(self.ddp)  # refuses PowerSGD
+
+    def begin_window(self, perturbation: Perturbation, optimizer: Any = None) -> None:
+        self.reshard()
+        super().begin_window(perturbation)
+        self._optimizer = optimizer or self._optimizer  # a callback may have replaced it
+        self._moving, outside = split_by_optimizer(self.all_parameters, self._optimizer)
+        self._mixed = [*self.all_parameters, *outside]  # clipping counts them all
+        if perturbation.targets is not None and not any(id(p) in perturbation.targets for p in self._moving):
+            raise ValueError("gnp_target_modules matches no parameter that the optimizer has: name others.")
+        self.is_sharded = any(isinstance(p, DTensor) for p in self.all_parameters)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.all_parameters if p.requires_grad]
+
+    def _with_gradient(self) -> list[nn.Parameter]:
+        return [p for p in self._mixed if p.grad is not None]
 
     # The shards.
 
@@ -78,6 +99,20 @@ class NativeEngine(ParamGradEngine):
         weight, part = local_part(parameter).detach(), functools.partial(part_of, parameter)
         coordinates, copies = place_of(parameter)
         return Shard(parameter, number, weight, weight, gradient, coordinates, part, copies)
+
+    def _local_gradients(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """Return this rank's parts of gradients, sharded as the parameters."""
+        gradients: list[Any] = [parameter.grad for parameter in parameters]
+        if any(gradient.is_sparse for gradient in gradients):
+            raise NotImplementedError(
+                "The gradient-norm penalty needs dense gradients: build the embedding with sparse=False."
+            )
+        if not self.is_sharded:
+            return gradients
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if isinstance(gradient, DTensor):
+                parameter.grad = as_sharded(gradient, parameter)
+        return [local_part(gradient_of(parameter)) for parameter in parameters]
 
     def first_moment(self, shard: Shard) -> torch.Tensor | None:
         values = self._optimizer.state.get(shard.parameter)
@@ -123,10 +158,10 @@ class NativeEngine(ParamGradEngine):
     # The passes.
 
     def first_pass(self) -> AbstractContextManager[None]:
-        self._is_reducing = not self.perturbation.is_per_rank and self.perturbation.is_per_micro_batch
-        if self.perturbation.is_per_rank:
-            return self.no_sync()
-        return self.reducing() if self._is_reducing else contextlib.nullcontext()
+        self._is_reducing = self.perturbation.scope == "micro_batch"
+        if self._is_reducing:
+            return self.reducing()
+        return self.no_sync() if self.perturbation.is_per_rank else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def replay(self, is_last: bool) -> Iterator[None]:
@@ -135,39 +170,26 @@ class NativeEngine(ParamGradEngine):
         with self.sync_gradients_set(is_last), self.reducing() if self._is_reducing else self.no_sync():
             yield
 
-    @contextlib.contextmanager
-    def reducing(self) -> Iterator[None]:
+    def reducing(self) -> AbstractContextManager[None]:
         """Reduce gradients, even within `no_sync`, which `Trainer` enters for all but the last micro-batch."""
         if self.ddp is None:
-            yield
-            return
-        before = self.ddp.require_backward_grad_sync
-        self.ddp.require_backward_grad_sync = True
-        try:
-            yield
-        finally:
-            self.ddp.require_backward_grad_sync = before
+            return contextlib.nullcontext()
+        return attribute_set(self.ddp, "require_backward_grad_sync", True)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Reduce no gradients."""
         return self.accelerator.no_sync(self.model)
 
     def after_backward(self) -> None:
-        if self._is_reducing and not self.accelerator.sync_gradients and (adapters := self._unsharded()):
-            average_gradients(adapters, some_unused=True)
+        # A hook of `Trainer` averages the gradients of adapters in a model that transformers sharded at load time,
+        # but only in the last backward of a step.
+        is_loaded = getattr(self.model, "is_distributed_loading_by_transformers", False)
+        if is_loaded and self._is_reducing and not self.accelerator.sync_gradients:
+            average_gradients([p for p in self._trainable() if not isinstance(p, DTensor)], some_unused=True)
         # A parameter's first gradient is the tensor that backward made. A CUDA graph would overwrite it.
         if self._uses_cuda_graphs:
-            for parameter in self._with_any_gradient():
+            for parameter in self._with_gradient():
                 parameter.grad = gradient_of(parameter).clone()
-
-    def _unsharded(self) -> list[nn.Parameter]:
-        """
-        Return the adapters in a model that transformers sharded at load time.
-
-        A hook of `Trainer` averages their gradients over ranks, but only in the last backward of a step.
-        """
-        is_sharded_at_load = getattr(self.model, "is_distributed_loading_by_transformers", False)
-        return [p for p in self._trainable() if not isinstance(p, DTensor)] if is_sharded_at_load else []
 
     @contextlib.contextmanager
     def probed(self) -> Iterator[None]:
@@ -180,6 +202,76 @@ class NativeEngine(ParamGradEngine):
                 yield
         finally:
             penalty.copy_(weights, kept)
+
+    # The gradients.
+
+    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
+        self.accumulates = False
+        if alpha == 1:
+            self.discard_gradient()
+        elif (
+            any(shard.gradient.dtype.itemsize == 2 for shard in shards)
+            # Such a hook changes all of `.grad`: tensor parallelism would sum g₁ over ranks a second time.
+            or any(parameter._post_accumulate_grad_hooks for parameter in self._trainable())
+            or (self.ddp is not None and has_communication_hook(self.ddp))
+        ):
+            self.scale_gradient(scale)
+            self._first_gradients = self.take_gradient()
+        else:
+            self.accumulates = True
+            self.scale_gradient(scale * (1 - alpha) / alpha)
+
+    @torch.no_grad()
+    def mix(self, alpha: float) -> None:
+        first, self._first_gradients = self._first_gradients, []
+        if alpha == 1:
+            return
+        for parameter, gradient in first:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(gradient)
+        kept = {id(parameter) for parameter, _ in first}
+        penalty.scale_(self._local_gradients([p for p in self._with_gradient() if id(p) not in kept]), alpha)
+        penalty.lerp_(self._local_gradients([p for p, _ in first]), [local_part(g) for _, g in first], 1 - alpha)
+
+    @torch.no_grad()
+    def scale_gradient(self, scale: float) -> None:
+        penalty.scale_(self._local_gradients(self._with_gradient()), scale)
+
+    def discard_gradient(self) -> None:
+        self._first_gradients = []
+        for parameter in self._mixed:
+            parameter.grad = None
+
+    def take_gradient(self) -> Gradients:
+        parameters = self._with_gradient()
+        if parameters and self._is_unreduced():
+            average_gradients([p for p in parameters if id(p) in self.numbers], some_unused=False)
+        # The next backward overwrites a view into a bucket of DDP.
+        is_view = getattr(self.model, "gradient_as_bucket_view", False)
+        taken = [(p, gradient_of(p).clone() if is_view else gradient_of(p)) for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return taken
+
+    def _is_unreduced(self) -> bool:
+        """Return whether the present gradient is this rank's own, and no backward reduces it once it is taken."""
+        if self.is_sharded or not dist.is_initialized() or dist.get_world_size() == 1:
+            return False
+        return self.perturbation.scope == "step" and not self.accelerator.sync_gradients
+
+    @torch.no_grad()
+    def add_gradient(self, gradient: Gradients) -> None:
+        for parameter, other in gradient:
+            parameter.grad = other if parameter.grad is None else parameter.grad.add_(other)
+
+    def sets_gradients_aside(self) -> bool:
+        return True
+
+    def hidden_gradient(self) -> AbstractContextManager[None]:
+        return gradients_hidden(self._mixed)
+
+    def gradient_marks(self) -> list[tuple[int, int]]:
+        return [(id(gradient), gradient._version) for p in self._mixed if (gradient := p.grad) is not None]
 
     # The end of the step.
 

@@ -41,7 +41,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], some_unused: bool) -> 
     Args:
         some_unused: Whether to leave parameters without gradient if no rank's loss has reached them.
     """
-    if some_unused:
+    if some_unused and parameters:
         flags = [p.grad is not None for p in parameters]
         used = torch.tensor(flags, device=parameters[0].device).float()
         dist.all_reduce(used)

@@ -20,7 +20,7 @@ from hf_gnp.perturbation import Perturbation
 
 # Attributes of DeepSpeed's optimizers that the engines assign, or whose items they assign.
 CHECKED = {"micro_step_id"}
-READ_FIRST = {"all_grad_tensors", "averaged_gradients", "check_grad_overflow", "local_overflow"}
+READ_FIRST = {"all_grad_tensors", "averaged_gradients", "local_overflow"}
 
 
 def sentence(package: str, name: str) -> str:
@@ -62,7 +62,7 @@ def test_gradient_that_fsdp2_has_not_reduced(missing):
     group = SimpleNamespace(fsdp_params=parameters)
     module = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_fsdp_param_group=group))
     engine = object.__new__(Fsdp2Engine)
-    engine._modules, engine.all_parameters, engine._outside = [module], [], []
+    engine._modules, engine.all_parameters, engine._mixed = [module], [], []
     if missing is not None:
         delattr(parameters[0], missing)
         with pytest.raises(RuntimeError, match=sentence("torch", f"FSDPParam.{missing}")):

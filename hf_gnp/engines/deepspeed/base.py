@@ -18,26 +18,22 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_gnp import penalty
-from hf_gnp.engines.engine import Engine
+from hf_gnp.engines.engine import Engine, attribute_set
 from hf_gnp.engines.shards import Shard
 from hf_gnp.momentum import moment_of, refuse_optimizer
 from hf_gnp.perturbation import Perturbation
 
 
-@contextlib.contextmanager
-def _backward_only(accelerator: Accelerator, always_reduces: bool) -> Iterator[None]:
+def _backward_only(accelerator: Accelerator, always_reduces: bool) -> AbstractContextManager[None]:
     """Replace accelerate's DeepSpeedEngineWrapper, whose `backward` would also step."""
-    wrapped = accelerator.deepspeed_engine_wrapped
+    engine = accelerator.deepspeed_engine_wrapped.engine
 
     def backward(loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
-        wrapped.engine.set_gradient_accumulation_boundary(sync_gradients or always_reduces)
-        wrapped.engine.backward(loss, **kwargs)
+        engine.set_gradient_accumulation_boundary(sync_gradients or always_reduces)
+        engine.backward(loss, **kwargs)
 
-    accelerator.deepspeed_engine_wrapped = SimpleNamespace(engine=wrapped.engine, backward=backward)
-    try:
-        yield
-    finally:
-        accelerator.deepspeed_engine_wrapped = wrapped
+    wrapper = SimpleNamespace(engine=engine, backward=backward)
+    return attribute_set(accelerator, "deepspeed_engine_wrapped", wrapper)
 
 
 class DeepSpeedSteps(Engine):

@@ -13,6 +13,7 @@ from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
 from hf_gnp import penalty
+from hf_gnp.engines.engine import attribute_set
 from hf_gnp.engines.private import TESTED, require
 from hf_gnp.engines.shards import Shard
 from hf_gnp.perturbation import Perturbation
@@ -157,12 +158,10 @@ class Zero12Engine(_ReplicatedEngine):
 
     def finish(self) -> None:
         # In bf16 DeepSpeed looks for NaN only on request, and would write them into the weights.
-        check = self.optimizer.check_grad_overflow
-        self.optimizer.check_grad_overflow = check or self.optimizer.dtype == torch.bfloat16
-        try:
+        optimizer = self.optimizer
+        check = optimizer.check_grad_overflow or optimizer.dtype == torch.bfloat16
+        with attribute_set(optimizer, "check_grad_overflow", check):
             super().finish()
-        finally:
-            self.optimizer.check_grad_overflow = check
 
 
 class Bf16Zero1Engine(_ReplicatedEngine):
