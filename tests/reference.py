@@ -21,7 +21,8 @@ def norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def along_the_gradient(parameters: Tensors, g1: Tensors) -> list[torch.Tensor]:
     """g₁/‖g₁‖"""
-    return [g / norm(g1) for g in g1]
+    length = norm(g1)
+    return [g / length for g in g1]
 
 
 def scale_invariant(parameters: Tensors, g1: Tensors) -> list[torch.Tensor]:
@@ -65,12 +66,12 @@ def paper_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
 
 def authors_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
     """(1-α) g₁/‖g₁‖ + α g₂: `norm_perturbations=True` in the authors' code."""
-    return paper_mix([g / norm(g1) for g in g1], g2, alpha)
+    return paper_mix(along_the_gradient([], g1), g2, alpha)
 
 
 def authors_mix_of(share: float) -> Callable[[Tensors, Tensors, float], list[torch.Tensor]]:
     """Return `authors_mix` for one of several directions of a step, whose unit gradient counts with its share."""
-    return lambda g1, g2, alpha: paper_mix([share * g / norm(g1) for g in g1], g2, alpha)
+    return lambda g1, g2, alpha: paper_mix([share * g for g in along_the_gradient([], g1)], g2, alpha)
 
 
 def add_(parameters: Tensors, moves: Tensors) -> None:
