@@ -50,9 +50,8 @@ def check_optimizer_of(trainer: Any) -> None:
     """Refuse a trainer's optimizer without a first moment. One that DeepSpeed makes is checked at a step."""
     optimizer, plugin = unwrapped(trainer.optimizer), trainer.accelerator.state.deepspeed_plugin
     if isinstance(optimizer, torch.optim.Optimizer):
-        cls, group = type(optimizer), optimizer.param_groups[0]
-        accepted = inspect.signature(cls).parameters
-        kwargs = {name: value for name, value in group.items() if name in accepted and name != "params"}
+        cls, accepted = type(optimizer), inspect.signature(type(optimizer)).parameters.keys() - {"params"}
+        kwargs = {name: value for name, value in optimizer.param_groups[0].items() if name in accepted}
         _check_optimizer(cls, kwargs, cls.__name__)
     elif optimizer is None and (plugin is None or "optimizer" not in plugin.deepspeed_config):
         own = trainer.optimizer_cls_and_kwargs

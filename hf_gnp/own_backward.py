@@ -98,7 +98,7 @@ class OwnBackward:
             )
 
     def add(self) -> None:
-        """Add the gradients that were set aside. A collective where they are not reduced yet."""
+        """Add the gradients that were set aside."""
         for gradient in self._aside:
             self._engine.add_gradient(gradient)
         self._aside = []

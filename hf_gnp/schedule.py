@@ -53,19 +53,10 @@ class Schedule:
         warmup_type = args.gnp_warmup_type
         if warmup_type == "auto":  # arXiv 2406.09723
             warmup_type = "zero" if is_adaptive and warmup_steps > 0 else "none"
-        return cls(
-            r=args.gnp_r,
-            alpha=args.gnp_alpha,
-            total_steps=total_steps,
-            warmup_type=warmup_type,
-            warmup_steps=warmup_steps,
-            start=args.gnp_start,
-            end=args.gnp_end,
-            interval=args.gnp_interval,
-            probability=args.gnp_probability,
-            seed=training_args.seed,
-            is_normalized=args.gnp_normalize_gradient,
-        )
+        names = ("r", "alpha", "start", "end", "interval", "probability")
+        values = {name: getattr(args, f"gnp_{name}") for name in names}
+        timing = {"total_steps": total_steps, "warmup_type": warmup_type, "warmup_steps": warmup_steps}
+        return cls(**values, **timing, seed=training_args.seed, is_normalized=args.gnp_normalize_gradient)
 
     def at(self, step: int) -> Penalty | None:
         """Return the penalty of optimizer step `step`, counted from 0 (`state.global_step`). None: a plain step."""

@@ -95,9 +95,9 @@ class Engine(ABC):
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:
         """Save what `restore` needs before shards move. Return the shards with θ as `master`, without gradients."""
 
-    @abstractmethod
     def publish(self) -> None:
-        """Make changed shards visible to the next forward on all ranks. A collective where weights are replicated."""
+        """Make changed shards visible to the next forward on all ranks. A collective under ZeRO-1 and 2."""
+        return None
 
     @abstractmethod
     def restore(self) -> None:
@@ -155,11 +155,11 @@ class Engine(ABC):
 
     @abstractmethod
     def take_gradient(self) -> Any:
-        """Remove the present gradient and return it for `add_gradient`. None or empty if there is none."""
+        """Remove the present gradient and return it. A collective where no backward will reduce it."""
 
     @abstractmethod
     def add_gradient(self, gradient: Any) -> None:
-        """Add a gradient of `take_gradient`. A collective where it is not reduced yet."""
+        """Add a gradient of `take_gradient`."""
 
     def hold_gradient(self) -> None:
         """Keep the gradient of a micro-batch with its own direction until the step ends. The weights are θ."""

@@ -146,8 +146,6 @@ class NativeEngine(Engine):
         pairs = zip(shards, self._backup, strict=True)
         return [shard._replace(master=backup, gradient=None) for shard, backup in pairs]
 
-    publish = Engine.reshard  # does nothing, as no rank gathers weights
-
     @torch.no_grad()
     def restore(self) -> None:
         if self._moved:

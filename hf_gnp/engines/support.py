@@ -83,10 +83,8 @@ def refuse_unsupported(
 
 def refuse_engine(accelerator: Accelerator, model: nn.Module, sentence: str) -> None:
     """Raise NotImplementedError where weights cannot be moved: `sentence`, with the reason for its `{}`."""
-    reasons = (_unsupported_engine(accelerator), _unsupported_model(model), _unsupported_tensors(model))
-    for reason in (*reasons, *refused_options(accelerator)):
-        if reason is not None:
-            raise NotImplementedError(sentence.format(reason))
+    for reason in (*_unsupported_engine(accelerator), *_unsupported_model(model), *refused_options(accelerator)):
+        raise NotImplementedError(sentence.format(reason))
 
 
 def _refuse_optimizer(args: TrainingArguments, optimizer: Any) -> None:
@@ -104,30 +102,28 @@ def _refuse_optimizer(args: TrainingArguments, optimizer: Any) -> None:
         )
 
 
-def _unsupported_engine(accelerator: Accelerator) -> str | None:
+def _unsupported_engine(accelerator: Accelerator) -> Iterator[str]:
     kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
     if is_sagemaker_mp_enabled():
-        return "SageMaker model parallelism: use FSDP2 or DeepSpeed ZeRO"
+        yield "SageMaker model parallelism: use FSDP2 or DeepSpeed ZeRO"
     if kind == DistributedType.XLA:
-        return "XLA: use a CUDA or CPU device"
+        yield "XLA: use a CUDA or CPU device"
     if kind == DistributedType.MEGATRON_LM:
-        return "Megatron-LM: use FSDP2 or DeepSpeed ZeRO"
+        yield "Megatron-LM: use FSDP2 or DeepSpeed ZeRO"
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        return "FSDP version 1: set fsdp_version to 2"
+        yield "FSDP version 1: set fsdp_version to 2"
     hook = getattr(getattr(accelerator, "ddp_handler", None), "comm_hook", DDPCommunicationHookType.NO)
     if "power_sgd" in DDPCommunicationHookType(hook).value:
-        return POWER_SGD
-    if parallelism is None:
-        return None
-    if parallelism.cp_enabled:
-        return "context parallelism, which shards the inputs in place: use Ulysses (sp_size) under ZeRO-3"
+        yield POWER_SGD
+    if parallelism is not None and parallelism.cp_enabled:
+        yield "context parallelism, which shards the inputs in place: use Ulysses (sp_size) under ZeRO-3"
     plugin = accelerator.state.deepspeed_plugin
-    if parallelism.sp_enabled and (plugin is None or plugin.hf_ds_config.get_value("zero_optimization.stage") != 3):
-        return (
+    is_zero3 = plugin is not None and plugin.hf_ds_config.get_value("zero_optimization.stage") == 3
+    if parallelism is not None and parallelism.sp_enabled and not is_zero3:
+        yield (
             "sequence parallelism but under ZeRO-3: in stages 1 and 2 DeepSpeed 0.19.8 averages over data parallel "
             "ranks alone, and the gradient is sp_size times too large. Set stage 3"
         )
-    return None
 
 
 def _refuse_perturbation(accelerator: Accelerator, perturbation: Perturbation, model: nn.Module) -> None:
@@ -149,31 +145,24 @@ def _refuse_perturbation(accelerator: Accelerator, perturbation: Perturbation, m
         perturbation.check_rounding(model)
 
 
-def _unsupported_model(model: Any) -> str | None:
+def _unsupported_model(model: Any) -> Iterator[str]:
     # The attribute is of a model of transformers, or of a wrapper that hands attributes on.
-    if not getattr(model, "is_distributed_loading_by_transformers", False):
-        return None
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = None not in (inputs, outputs) and inputs.weight is outputs.weight
-    if is_tied and model.config.distributed_config.dp_size > 1:
-        return (
-            "tied embeddings in a model that transformers shards over FSDP at load time: transformers 5.23 shards "
-            "them twice and trains one of the two. Load with tie_word_embeddings=False, or use FSDP2 through "
-            "accelerate, ZeRO-3, or tensor parallelism alone, where they are right"
-        )
-    return None
-
-
-def _unsupported_tensors(model: nn.Module) -> str | None:
-    """Look for trainable weights of a tensor subclass that cannot be moved and restored in place."""
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        is_tied = None not in (inputs, outputs) and inputs.weight is outputs.weight
+        if is_tied and model.config.distributed_config.dp_size > 1:
+            yield (
+                "tied embeddings in a model that transformers shards over FSDP at load time: transformers 5.23 shards "
+                "them twice and trains one of the two. Load with tie_word_embeddings=False, or use FSDP2 through "
+                "accelerate, ZeRO-3, or tensor parallelism alone, where they are right"
+            )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not _can_be_moved(parameter):
-            return (
+            yield (
                 f"trainable weights of type {type(parameter.data).__name__} ({name}), which torch._foreach_add_ and "
                 "torch._foreach_copy_ do not change in place (torchao's int8 training is one): train plain weights, "
                 "or an adapter on frozen ones"
             )
-    return None
 
 
 @torch.no_grad()
