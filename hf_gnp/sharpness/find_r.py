@@ -152,14 +152,13 @@ def _measure(loss: SampleLoss, total: torch.Tensor, radii: Sequence[float], dire
 def _direction_of(loss: SampleLoss, first: torch.Tensor, metric: str, targets: frozenset[int] | None) -> torch.Tensor:
     """Return e/r, the perturbation of radius 1 of the targets. Tensors without a gradient or with θ = 0 stay."""
     vectors, theta, direction = loss.vectors, loss.theta(), first.clone()
-    for place, shard in vectors.placed_shards:
+    for part, shard in zip(vectors.parts(direction), vectors.shards, strict=True):
         if targets is not None and id(shard.parameter) not in targets:
-            direction[place] = 0.0
-    if metric == "element":
+            part.zero_()
+    if metric == "layer":
+        vectors.match_norms_(direction, theta)
+    elif metric == "element":
         direction.mul_(theta)
-    elif metric == "layer":
-        count = len(list(loss.model.parameters()))
-        vectors.match_norms_(direction, theta, lambda shard: torch.tensor(shard.number), count)
     norm = vectors.norm(direction)
     if not 0 < norm < math.inf:
         raise ValueError(f"find_r has no direction: the norm of a batch's gradient is {norm} in the metric {metric}.")

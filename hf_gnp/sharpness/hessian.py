@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .loss import SampleLoss
-from .vectors import ShardVectors
+from .vectors import BLOCK, ShardVectors
 
 
 # The factor from one tried step to the next, and the number of tries.
@@ -151,13 +151,11 @@ def _orthogonalize_(rest: torch.Tensor, vectors: list[torch.Tensor], space: Shar
 
 def _rotated(vectors: list[torch.Tensor], rotation: np.ndarray, space: ShardVectors) -> list[torch.Tensor]:
     """Return the combinations of `vectors` in the columns of `rotation`. They overwrite the first `vectors`."""
-    result = vectors[: rotation.shape[1]]
-    for place, _ in space.blocks:
-        old = torch.stack([vector[place] for vector in vectors]).to(space.sum_dtype)
-        rotated = torch.from_numpy(rotation.T.copy()).to(old) @ old
-        for vector, row in zip(result, rotated, strict=True):
-            vector[place] = row
-    return result
+    for blocks in zip(*(vector.split(BLOCK) for vector in vectors), strict=True):
+        old = torch.stack(blocks).to(space.sum_dtype)
+        for block, row in zip(blocks, torch.from_numpy(rotation.T.copy()).to(old) @ old, strict=False):
+            block.copy_(row)
+    return vectors[: rotation.shape[1]]
 
 
 def trace(hessian: Hessian, probes: int, seed: int, known: Eigenpairs | None = None) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """Slices of the loss around trained weights, along a line or in a plane."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from hf_gnp.engines import Shard, whole_shape
+from hf_gnp.engines import whole_shape
 
 from .hessian import Hessian, top_eigenpairs
 from .loss import SampleLoss, sample_loss
@@ -137,19 +136,11 @@ def _eigenvectors(loss: SampleLoss, count: int, tolerance: float, max_products: 
 
 def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
     """Scale each row of a matrix or kernel to the norm of that row of the weights. Other parameters become 0."""
-    counts = [math.prod(whole_shape(parameter)[:1]) for parameter in loss.model.parameters()]
-    first_rows = np.cumsum([0, *counts]).tolist()
-    for place, shard in loss.vectors.placed_shards:
+    for part, shard in zip(loss.vectors.parts(direction), loss.vectors.shards, strict=True):
         if len(whole_shape(shard.parameter)) < 2:
-            direction[place] = 0.0
-
-    def rows_of(shard: Shard) -> torch.Tensor:
-        rows = torch.arange(first_rows[shard.number], first_rows[shard.number + 1])
-        shape = whole_shape(shard.parameter)
-        whole = rows.repeat_interleave(math.prod(shape[1:])).view(shape)
-        return shard.part_of(whole).reshape(-1)
-
-    return loss.vectors.match_norms_(direction, loss.theta(), rows_of, first_rows[-1])
+            part.zero_()
+    loss.vectors.match_norms_(direction, loss.theta(), by_rows=True)
+    return direction
 
 
 def _weights_in(folder: str | Path | None, loss: SampleLoss) -> list[torch.Tensor]:
