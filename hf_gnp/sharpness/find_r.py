@@ -106,7 +106,7 @@ def find_r(
             loss.add_gradient_(total)
         for step in steps[:batches]:
             loss.batches = step
-            rows.append(_measure(loss, total, radii, lambda first: _direction_of(loss, first, metric, targets)))
+            rows.append(_measure(loss, total, radii, metric, targets))
     result = {"metric": metric, "batches": len(rows), "radii": radii} | _summary(np.array(rows))
     result["suggestion"], result["limited_by"] = suggest(result)
     if trainer.is_world_process_zero():
@@ -120,13 +120,11 @@ def find_r(
 def _draw_steps(trainer: Any, dataset: Any, count: int, seed: int, scope: str) -> list[list[WeightedBatch]]:
     """Draw this rank's micro-batches of at most `count` steps of training, from shuffled data."""
     args, dataset = trainer.args, trainer.train_dataset if dataset is None else dataset
-    dataset = [] if dataset is None else dataset
     if isinstance(dataset, dict):
-        raise ValueError(
-            f"find_r needs one dataset, and these are several: give it dataset=...[{next(iter(dataset))!r}]."
-        )
+        raise ValueError(f"find_r needs one dataset of these: give it dataset=...[{next(iter(dataset))!r}].")
     accumulation = args.gradient_accumulation_steps if scope in ("step", "rank") else 1
     size = args.per_device_train_batch_size * accumulation * trainer.accelerator.num_processes
+    dataset = [] if dataset is None else dataset
     drawn, found = draw(trainer, dataset, count * size, args.per_device_train_batch_size, seed, shuffle=True)
     if found < 2 * size:
         raise ValueError(f"find_r needs data for two steps: {2 * size} samples, but it has {found}.")
@@ -134,7 +132,9 @@ def _draw_steps(trainer: Any, dataset: Any, count: int, seed: int, scope: str) -
     return [weighted(trainer, drawn[start : start + accumulation]) for start in starts]
 
 
-def _measure(loss: SampleLoss, total: torch.Tensor, radii: Sequence[float], direction_of: Any) -> list[list[float]]:
+def _measure(
+    loss: SampleLoss, total: torch.Tensor, radii: Sequence[float], metric: str, targets: frozenset[int] | None
+) -> list[list[float]]:
     """Return L, ‖g₂‖, ⟨g₂, g₁⟩ and ⟨g₂, G⟩ at θ, where g₂ is g₁, and at θ + e for each r."""
     vectors, rows, first, direction = loss.vectors, [], None, total
     for r in (0.0, *radii):
@@ -142,7 +142,7 @@ def _measure(loss: SampleLoss, total: torch.Tensor, radii: Sequence[float], dire
         second = vectors.zeros()
         value = loss.add_gradient_(second)
         if first is None:
-            first, direction = second, direction_of(second)
+            first, direction = second, _direction_of(loss, second, metric, targets)
         # The total is g₁ and the gradients of all other steps, which are along G.
         sq_norm, product, with_total = vectors.dots([second, first, total], second).tolist()
         rows.append([value, math.sqrt(sq_norm), product, with_total - product])
@@ -157,13 +157,11 @@ def _direction_of(loss: SampleLoss, first: torch.Tensor, metric: str, targets: f
             part.zero_()
     if metric == "layer":
         vectors.match_norms_(direction, theta)
-    elif metric == "element":
-        direction.mul_(theta)
-    norm = vectors.norm(direction)
+    factor = theta if metric == "element" else 1.0
+    norm = vectors.norm(direction.mul_(factor))
     if not 0 < norm < math.inf:
-        raise ValueError(f"find_r has no direction: the norm of a batch's gradient is {norm} in the metric {metric}.")
-    direction.div_(norm)
-    return direction.mul_(theta) if metric == "element" else direction
+        raise ValueError(f"find_r has no direction: a batch's gradient has the norm {norm} in the metric {metric}.")
+    return direction.div_(norm).mul_(factor)
 
 
 def _summary(rows: np.ndarray) -> dict[str, Any]:
@@ -215,7 +213,7 @@ def _table(result: dict[str, Any]) -> str:
             for name, form in (("cosine", ".3f"), ("rise", ".4g"), ("kept", ".2f"))
         )
         lines.append(f"{r:>9.3g} {cosine:>16} {rise:>20} {result['rise_share'][i]:>10.1%} {kept:>16}")
-    setting = f"gnp_r={result['suggestion']:.2g} with gnp_metric={result['metric']}"
-    is_too_large = result["suggestion"] == result["radii"][0]
-    note = ", and may be too large: give smaller radii" if is_too_large else ""
-    return "\n".join([*lines, f"suggestion: {setting} (limited by {result['limited_by']}{note})"])
+    suggestion, limit = result["suggestion"], result["limited_by"]
+    note = ", and may be too large: give smaller radii" if suggestion == result["radii"][0] else ""
+    lines.append(f"suggestion: gnp_r={suggestion:.2g} with gnp_metric={result['metric']} (limited by {limit}{note})")
+    return "\n".join(lines)

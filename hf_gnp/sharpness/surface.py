@@ -1,5 +1,6 @@
 """Slices of the loss around trained weights, along a line or in a plane."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,9 +73,7 @@ def plot_loss_surface(
     if directions not in UNITS:
         raise ValueError(f"directions must be one of {tuple(UNITS)}, but it is {directions!r}.")
     if dimensions not in (1, 2) or points < 2 or not distance > 0:
-        raise ValueError(
-            f"dimensions must be 1 or 2, points at least 2 and distance positive: {dimensions}, {points}, {distance}."
-        )
+        raise ValueError(f"{dimensions=} must be 1 or 2, {points=} at least 2, and {distance=} positive.")
     if directions == "line" and (dimensions != 1 or len(checkpoints) not in (1, 2)):
         raise ValueError("A line has one dimension and two ends: give one or two checkpoints.")
     if checkpoints and trainer.is_deepspeed_enabled:
@@ -99,15 +98,13 @@ def plot_loss_surface(
                 item["eigenvalues"], vectors = _eigenvectors(loss, dimensions, tolerance, max_products, seed)
                 along = "eigenvectors of the largest eigenvalues of the Hessian"
             else:
-                randoms = [loss.vectors.random(seed, 3, number) for number in range(dimensions)]
-                vectors = [filter_normalized_(random, loss) for random in randoms]
+                vectors = [filter_normalized_(loss.vectors.random(seed, 3, i), loss) for i in range(dimensions)]
                 along = f"filter-normalised random directions (seed {seed})"
-            losses = np.empty([points] * dimensions)
-            for index in np.ndindex(losses.shape):
-                place = [axis[i] for axis, i in zip(axes, index, strict=True)]
+            losses = []
+            for place in itertools.product(*axes):
                 loss.move(sum(x * vector for x, vector in zip(place, vectors, strict=True)))
-                losses[index] = loss.value()
-            slices.append(item | {"losses": losses.tolist()})
+                losses.append(loss.value())
+            slices.append(item | {"losses": np.reshape(losses, [points] * dimensions).tolist()})
     result = {
         "caption": f"Loss of {type(trainer.model).__name__}, mean over {size} samples, along {along}",
         "directions": directions,
@@ -148,20 +145,19 @@ def _weights_in(folder: str | Path | None, loss: SampleLoss) -> list[torch.Tenso
     model, shards = loss.trainer.model, loss.vectors.shards
     if folder is None:
         return [shard.master for shard in shards]
+    named, missing = {}, set()
     if isinstance(model, PreTrainedModel):
         pair: Any = type(model).from_pretrained(folder, output_loading_info=True)
-        loaded, info = pair
-        named, missing = dict(loaded.named_parameters()), {*info["missing_keys"], *info["mismatched_keys"]}
-    else:
-        file = Path(folder) / "model.safetensors"
-        named, missing = load_file(file) if file.is_file() else {}, set()
+        named, missing = dict(pair[0].named_parameters()), {*pair[1]["missing_keys"], *pair[1]["mismatched_keys"]}
+    elif (file := Path(folder) / "model.safetensors").is_file():
+        named = load_file(file)
     names = [name for name, _ in model.named_parameters()]
-    missing |= {name for name in names if name not in named}
+    missing |= set(names) - named.keys()
     if missing:
         raise ValueError(
             f"{folder} has not all weights of {type(model).__name__}, such as {min(missing)}: give folders that "
-            "save_model or a checkpoint wrote, of a whole model whose modules are those of its configuration. PEFT's "
-            "adapters are not read: save models after merge_and_unload."
+            "save_model or a checkpoint wrote, of a whole model as its configuration makes it. Save PEFT's models "
+            "after merge_and_unload."
         )
     return [shard.part_of(named[names[shard.number]].detach()).to(shard.weight.device) for shard in shards]
 
