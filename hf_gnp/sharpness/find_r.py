@@ -48,8 +48,8 @@ def find_r(
 
     The loss is that of training, with the same dropout mask in all passes over a batch. A batch is what shares one
     perturbation in training: `per_device_train_batch_size` samples of each rank, and with the scopes "step" and "rank"
-    all micro-batches of a step. The gradient is always that of all ranks. For the two scopes of a rank, call this on
-    one process. All state is afterwards as after `measure_sharpness`. Every rank calls this.
+    all micro-batches of a step. The gradient is always that of all ranks, so for the two scopes of a rank use one
+    process. State is restored as by `measure_sharpness`. Every rank calls this.
 
     Cost: `batches` times (number of radii + 9) forward and backward passes over a batch, 76 by default. Memory: θ and
     five vectors, in float32, of this rank's trainable shard.
@@ -66,15 +66,14 @@ def find_r(
         log: Whether the main process prints a table.
 
     Returns:
-        radii, and for each r cosine, rise and kept, their standard errors over the batches (`cosine_standard_error`
-        and so on), and rise_share. The means loss and grad_norm at θ. metric and batches. suggestion, and limited_by:
-        the quantity that stops the suggestion, or "grid".
+        radii, and for each r cosine, rise and kept, with standard errors over the batches (`cosine_standard_error` and
+        so on), and rise_share. The means loss and grad_norm at θ. metric and batches. suggestion, and what limits it
+        (limited_by): "cosine", "rise", "kept" or "grid".
 
         The suggestion is the largest r up to which cosine ≥ 0.8, rise_share ≤ 1, and kept is not below 0.9 by more
-        than its standard error, interpolated in log r and within the grid. kept is NaN, and does not count, where
-        plain steps on a batch do not lower the loss of the others, as near a minimum.
-
-        The suggestion is for the present weights, and not the r of the best accuracy: begin a sweep there.
+        than its standard error, interpolated in log r within the grid. kept is NaN, and does not count, where plain
+        steps do not lower the loss of other batches, as near a minimum. Begin a sweep of r there: the suggestion is
+        for the present weights, and not the r of the best accuracy.
 
     Raises:
         ValueError: for an argument out of range, the momentum's direction, fewer than two batches of data, a gradient

@@ -45,16 +45,16 @@ def plot_loss_surface(
     """
     Draw slices of the loss of `measure_sharpness` around one or several checkpoints of the trainer's model.
 
-    Each point is at weights θ + x d (+ y d'). Buffers and frozen weights are those of the trainer's model, which is
-    afterwards as it was. Every rank calls this.
+    Each point is at weights θ + x d (+ y d'). Buffers and frozen weights are the trainer's. State is restored as by
+    `measure_sharpness`. Every rank calls this.
 
     Args:
         path: The file of the PNG. A file with the suffix .json gets the numbers.
-        checkpoints: Folders with weights of the same model, to be drawn instead of the trainer's own. Each process
-            reads them whole, so DeepSpeed is refused.
-        directions: "filters" takes random directions whose filters are as long as those of the weights, comparable
-            between models. "eigenvectors" takes those of the largest eigenvalues. "line" leads from one checkpoint
-            (0) to another (1), or from the trainer's weights to one.
+        checkpoints: Folders with weights of the same model, drawn instead of the trainer's own. Each process reads
+            them whole, so DeepSpeed is refused.
+        directions: "filters": random directions whose filters are as long as those of the weights, comparable between
+            models. "eigenvectors": those of the largest eigenvalues. "line": from one checkpoint (0), or the
+            trainer's weights, to another (1).
         dimensions: 1 for curves, 2 for maps. A line has 1.
         distance: How far each axis extends from the weights. A line extends by a quarter of it beyond each end.
         points: The number of points in each dimension. Each costs a forward pass over the sample.
@@ -86,8 +86,9 @@ def plot_loss_surface(
     slices = []
     with sample_loss(trainer, seed) as loss:
         loss.batches, size = draw_sample(trainer, dataset, samples, seed)
+        own = loss.origin
         for origin in origins:
-            loss.origin = _weights_in(origin, loss)
+            loss.origin = own if origin is None else _weights_in(origin, loss)
             item: dict[str, Any] = {"checkpoint": _name(origin)}
             if directions == "line":
                 vectors = [loss.vectors.add_(loss.theta().neg_(), _weights_in(checkpoints[-1], loss))]
@@ -140,12 +141,9 @@ def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tenso
     return direction
 
 
-def _weights_in(folder: str | Path | None, loss: SampleLoss) -> list[torch.Tensor]:
-    """Return this rank's part of the trainable weights that are saved in a folder, or of the trainer's own."""
-    model, shards = loss.trainer.model, loss.vectors.shards
-    if folder is None:
-        return [shard.master for shard in shards]
-    named, missing = {}, set()
+def _weights_in(folder: str | Path, loss: SampleLoss) -> list[torch.Tensor]:
+    """Return this rank's part of the trainable weights that are saved in a folder."""
+    model, named, missing = loss.trainer.model, {}, set()
     if isinstance(model, PreTrainedModel):
         pair: Any = type(model).from_pretrained(folder, output_loading_info=True)
         named, missing = dict(pair[0].named_parameters()), {*pair[1]["missing_keys"], *pair[1]["mismatched_keys"]}
@@ -159,7 +157,8 @@ def _weights_in(folder: str | Path | None, loss: SampleLoss) -> list[torch.Tenso
             "save_model or a checkpoint wrote, of a whole model as its configuration makes it. Save PEFT's models "
             "after merge_and_unload."
         )
-    return [shard.part_of(named[names[shard.number]].detach()).to(shard.weight.device) for shard in shards]
+    pairs = [(named[names[shard.number]].detach(), shard) for shard in loss.vectors.shards]
+    return [shard.part_of(whole).to(shard.weight.device) for whole, shard in pairs]
 
 
 def _name(checkpoint: Any) -> str:

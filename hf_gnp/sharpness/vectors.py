@@ -66,15 +66,14 @@ class ShardVectors:
 
     def match_norms_(self, vector: torch.Tensor, model: torch.Tensor, by_rows: bool = False) -> None:
         """Scale each tensor of `vector`, or each of its rows, to the norm that it has in `model`. 0 stays 0."""
-        shapes = [whole_shape(parameter) for parameter in self._engine.all_parameters]
-        ends = np.cumsum([0, *(shape[0] if by_rows and shape else 1 for shape in shapes)]).tolist()
+        counts = [math.prod(whole_shape(p)[:1]) if by_rows else 1 for p in self._engine.all_parameters]
+        ends = np.cumsum([0, *counts]).tolist()
 
         def groups_of(shard: Shard) -> torch.Tensor:
             """Return the index of the shard's tensor, or the index of each element's row among all rows."""
-            groups, shape = torch.arange(*ends[shard.number : shard.number + 2]), shapes[shard.number]
+            groups, shape = torch.arange(*ends[shard.number : shard.number + 2]), whole_shape(shard.parameter)
             if by_rows:
-                groups = groups.view(-1, *[1] * len(shape[1:])).expand(shape or (1,))
-                groups = shard.part_of(groups).reshape(-1)
+                groups = shard.part_of(groups.view(shape[:1] + (1,) * len(shape[1:])).expand(shape)).reshape(-1)
             return groups.to(self.device)
 
         sq_norms = torch.zeros(2, ends[-1], dtype=self.sum_dtype, device=self.device)
