@@ -37,19 +37,19 @@ def find_r(
     log: bool = True,
 ) -> dict[str, Any]:
     r"""
-    Measure what a perturbation of radius r does to the gradient at the present weights, and suggest a `gnp_r`.
+    Measure what a perturbation e of radius r does to the gradient at the present weights, and suggest a `gnp_r`.
 
-    A batch has the gradient \\(g_1\\), a perturbation e of radius r along it, and \\(g_2 = \nabla L(\theta + e)\\).
+    A batch has the gradients \\(g_1 = \nabla L(\theta)\\), along which e points, and \\(g_2 = \nabla L(\theta + e)\\).
 
     - cosine is that of \\(g_1\\) and \\(g_2\\). It is 1 while the gradient does not turn.
     - rise is \\(L(\theta + e) - L(\theta)\\). rise_share is the mean rise over the mean loss.
     - kept is \\(\langle g_2, G\rangle / \langle g_1, G\rangle\\), with the mean gradient G of other batches: the part
       of the descent of a plain step that a step along \\(g_2\\) keeps.
 
-    The loss is that of training, with the same dropout mask in all passes over a batch. A batch is what shares one
+    L is the loss of training, with the same dropout mask in all passes over a batch. A batch is what shares one
     perturbation in training: `per_device_train_batch_size` samples of each rank, and with the scopes "step" and "rank"
-    all micro-batches of a step. The gradient is always that of all ranks, so for the two scopes of a rank use one
-    process. State is restored as by `measure_sharpness`. Every rank calls this.
+    all micro-batches of a step. Gradients are those of all ranks, so for the two scopes of a rank use one process.
+    State is restored as by `measure_sharpness`. Every rank calls this.
 
     Cost: `batches` times (number of radii + 9) forward and backward passes over a batch, 76 by default. Memory: θ and
     five vectors, in float32, of this rank's trainable shard.
@@ -66,18 +66,18 @@ def find_r(
         log: Whether the main process prints a table.
 
     Returns:
-        radii, and for each r cosine, rise and kept, with standard errors over the batches (`cosine_standard_error` and
-        so on), and rise_share. The means loss and grad_norm at θ. metric and batches. suggestion, and what limits it
-        (limited_by): "cosine", "rise", "kept" or "grid".
+        radii, and for each r cosine, rise, kept, their standard errors over the batches (`cosine_standard_error` and
+        so on), and rise_share. The means loss and grad_norm at θ. metric and batches. suggestion, and limited_by: the
+        quantity that stops the suggestion, or "grid".
 
         The suggestion is the largest r up to which cosine ≥ 0.8, rise_share ≤ 1, and kept is not below 0.9 by more
         than its standard error, interpolated in log r within the grid. kept is NaN, and does not count, where plain
-        steps do not lower the loss of other batches, as near a minimum. Begin a sweep of r there: the suggestion is
-        for the present weights, and not the r of the best accuracy.
+        steps do not lower the loss of other batches, as near a minimum. The suggestion is for the present weights,
+        and not the r of the best accuracy: begin a sweep there.
 
     Raises:
-        ValueError: for an argument out of range, the momentum's direction, fewer than two batches of data, a gradient
-            that is 0 or not finite, or a model in fp16.
+        ValueError: for an argument out of range, the momentum's direction, data for fewer than two batches, a
+            gradient that is 0 or not finite, or a model in fp16.
         RuntimeError, NotImplementedError: as in `measure_sharpness`.
     """
     gnp_args = getattr(trainer, "gnp_args", None) or GNPArguments(gnp_metric="l2")

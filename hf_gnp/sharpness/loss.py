@@ -16,7 +16,7 @@ from hf_gnp.second_pass.inputs import copied
 from hf_gnp.second_pass.probe import no_log, replaced
 from hf_gnp.second_pass.window import StateAtHand
 from hf_gnp.signals import deferred_signals
-from hf_gnp.tensors import gradients_hidden, split_by_optimizer
+from hf_gnp.tensors import gradients_hidden
 
 from .sample import WeightedBatch
 from .vectors import ShardVectors
@@ -107,8 +107,8 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
         # Before the state is recorded: an engine makes the parameters the shards, also after an evaluation.
         engine = make_engine(trainer.accelerator, model, Perturbation())  # of all trainable weights
         state, modes = StateAtHand(trainer, model), [(module, module.training) for module in model.modules()]
-        optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer
-        others = [*state.found.others, *split_by_optimizer(list(trainer.model.parameters()), optimizer)[1]]
+        inside = set(map(id, trainer.model.parameters()))
+        others = [p for p in (*state.found.others, *state.found.trained) if id(p) not in inside]
         gradient = engine.take_gradient()
         is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
         progress = tqdm(desc=name, unit=" passes", leave=False, disable=is_silent)
