@@ -120,7 +120,7 @@ def _draw_steps(trainer: Any, dataset: Any, count: int, seed: int, scope: str) -
     """Draw this rank's micro-batches of at most `count` steps of training, from shuffled data."""
     args, dataset = trainer.args, trainer.train_dataset if dataset is None else dataset
     if isinstance(dataset, dict):
-        raise ValueError(f"find_r needs one dataset of these: give it dataset=...[{next(iter(dataset))!r}].")
+        raise ValueError(f"find_r takes one dataset, not several: give it dataset=...[{next(iter(dataset))!r}].")
     accumulation = args.gradient_accumulation_steps if scope in ("step", "rank") else 1
     size = args.per_device_train_batch_size * accumulation * trainer.accelerator.num_processes
     dataset = [] if dataset is None else dataset
