@@ -14,15 +14,13 @@ class SharpnessCallback(TrainerCallback):
     Measure the sharpness during training, and log it as any metric: `sharpness_top_eigenvalue_1`, and so on.
 
     Args:
-        every: The number of optimizer steps between measurements. There is one after the last step too, unless the
-            run stops early.
+        every: The number of optimizer steps between measurements. A run that does not stop early ends with one too.
         options: Arguments of `measure_sharpness`.
 
     Example:
 
     ```python
-    >>> callbacks = [SharpnessCallback(every=100)]
-    >>> trainer = GNPTrainer(model, args, train_dataset=train, eval_dataset=test, callbacks=callbacks)
+    >>> GNPTrainer(model, args, train_dataset=train, eval_dataset=test, callbacks=[SharpnessCallback(every=100)])
     ```
     """
 

@@ -37,19 +37,19 @@ def find_r(
     log: bool = True,
 ) -> dict[str, Any]:
     r"""
-    Measure what a perturbation of radius r does to the gradient at the present weights, and suggest a `gnp_r`.
+    Measure what a perturbation e of radius r does to the gradient at the present weights, and suggest a `gnp_r`.
 
-    A batch has the gradient \\(g_1\\), a perturbation e of radius r along it, and \\(g_2 = \nabla L(\theta + e)\\).
+    A batch has the gradients \\(g_1 = \nabla L(\theta)\\), along which e points, and \\(g_2 = \nabla L(\theta + e)\\).
 
     - cosine is that of \\(g_1\\) and \\(g_2\\). It is 1 while the gradient does not turn.
     - rise is \\(L(\theta + e) - L(\theta)\\). rise_share is the mean rise over the mean loss.
     - kept is \\(\langle g_2, G\rangle / \langle g_1, G\rangle\\), with the mean gradient G of other batches: the part
       of the descent of a plain step that a step along \\(g_2\\) keeps.
 
-    The loss is that of training, with the same dropout mask in all passes over a batch. A batch is what shares one
+    L is the loss of training, with the same dropout mask in all passes over a batch. A batch is what shares one
     perturbation in training: `per_device_train_batch_size` samples of each rank, and with the scopes "step" and "rank"
-    all micro-batches of a step. The gradient is always that of all ranks. For the two scopes of a rank, call this on
-    one process. All state is afterwards as after `measure_sharpness`. Every rank calls this.
+    all micro-batches of a step. Gradients are those of all ranks, so for the two scopes of a rank use one process.
+    State is restored as by `measure_sharpness`. Every rank calls this.
 
     Cost: `batches` times (number of radii + 9) forward and backward passes over a batch, 76 by default. Memory: θ and
     five vectors, in float32, of this rank's trainable shard.
@@ -66,19 +66,18 @@ def find_r(
         log: Whether the main process prints a table.
 
     Returns:
-        radii, and for each r cosine, rise and kept, their standard errors over the batches (`cosine_standard_error`
-        and so on), and rise_share. The means loss and grad_norm at θ. metric and batches. suggestion, and limited_by:
-        the quantity that stops the suggestion, or "grid".
+        radii, and for each r cosine, rise, kept, their standard errors over the batches (`cosine_standard_error` and
+        so on), and rise_share. The means loss and grad_norm at θ. metric and batches. suggestion, and limited_by: the
+        quantity that stops the suggestion, or "grid".
 
         The suggestion is the largest r up to which cosine ≥ 0.8, rise_share ≤ 1, and kept is not below 0.9 by more
-        than its standard error, interpolated in log r and within the grid. kept is NaN, and does not count, where
-        plain steps on a batch do not lower the loss of the others, as near a minimum.
-
-        The suggestion is for the present weights, and not the r of the best accuracy: begin a sweep there.
+        than its standard error, interpolated in log r within the grid. kept is NaN, and does not count, where plain
+        steps do not lower the loss of other batches, as near a minimum. The suggestion is for the present weights,
+        and not the r of the best accuracy: begin a sweep there.
 
     Raises:
-        ValueError: for an argument out of range, the momentum's direction, fewer than two batches of data, a gradient
-            that is 0 or not finite, or a model in fp16.
+        ValueError: for an argument out of range, the momentum's direction, data for fewer than two batches, a
+            gradient that is 0 or not finite, or a model in fp16.
         RuntimeError, NotImplementedError: as in `measure_sharpness`.
     """
     gnp_args = getattr(trainer, "gnp_args", None) or GNPArguments(gnp_metric="l2")
@@ -106,7 +105,7 @@ def find_r(
             loss.add_gradient_(total)
         for step in steps[:batches]:
             loss.batches = step
-            rows.append(_measure(loss, total, radii, lambda first: _direction_of(loss, first, metric, targets)))
+            rows.append(_measure(loss, total, radii, metric, targets))
     result = {"metric": metric, "batches": len(rows), "radii": radii} | _summary(np.array(rows))
     result["suggestion"], result["limited_by"] = suggest(result)
     if trainer.is_world_process_zero():
@@ -120,13 +119,11 @@ def find_r(
 def _draw_steps(trainer: Any, dataset: Any, count: int, seed: int, scope: str) -> list[list[WeightedBatch]]:
     """Draw this rank's micro-batches of at most `count` steps of training, from shuffled data."""
     args, dataset = trainer.args, trainer.train_dataset if dataset is None else dataset
-    dataset = [] if dataset is None else dataset
     if isinstance(dataset, dict):
-        raise ValueError(
-            f"find_r needs one dataset, and these are several: give it dataset=...[{next(iter(dataset))!r}]."
-        )
+        raise ValueError(f"find_r takes one dataset, not several: give it dataset=...[{next(iter(dataset))!r}].")
     accumulation = args.gradient_accumulation_steps if scope in ("step", "rank") else 1
     size = args.per_device_train_batch_size * accumulation * trainer.accelerator.num_processes
+    dataset = [] if dataset is None else dataset
     drawn, found = draw(trainer, dataset, count * size, args.per_device_train_batch_size, seed, shuffle=True)
     if found < 2 * size:
         raise ValueError(f"find_r needs data for two steps: {2 * size} samples, but it has {found}.")
@@ -134,7 +131,9 @@ def _draw_steps(trainer: Any, dataset: Any, count: int, seed: int, scope: str) -
     return [weighted(trainer, drawn[start : start + accumulation]) for start in starts]
 
 
-def _measure(loss: SampleLoss, total: torch.Tensor, radii: Sequence[float], direction_of: Any) -> list[list[float]]:
+def _measure(
+    loss: SampleLoss, total: torch.Tensor, radii: Sequence[float], metric: str, targets: frozenset[int] | None
+) -> list[list[float]]:
     """Return L, ‖g₂‖, ⟨g₂, g₁⟩ and ⟨g₂, G⟩ at θ, where g₂ is g₁, and at θ + e for each r."""
     vectors, rows, first, direction = loss.vectors, [], None, total
     for r in (0.0, *radii):
@@ -142,7 +141,7 @@ def _measure(loss: SampleLoss, total: torch.Tensor, radii: Sequence[float], dire
         second = vectors.zeros()
         value = loss.add_gradient_(second)
         if first is None:
-            first, direction = second, direction_of(second)
+            first, direction = second, _direction_of(loss, second, metric, targets)
         # The total is g₁ and the gradients of all other steps, which are along G.
         sq_norm, product, with_total = vectors.dots([second, first, total], second).tolist()
         rows.append([value, math.sqrt(sq_norm), product, with_total - product])
@@ -152,19 +151,16 @@ def _measure(loss: SampleLoss, total: torch.Tensor, radii: Sequence[float], dire
 def _direction_of(loss: SampleLoss, first: torch.Tensor, metric: str, targets: frozenset[int] | None) -> torch.Tensor:
     """Return e/r, the perturbation of radius 1 of the targets. Tensors without a gradient or with θ = 0 stay."""
     vectors, theta, direction = loss.vectors, loss.theta(), first.clone()
-    for place, shard in vectors.placed_shards:
+    for part, shard in zip(vectors.parts(direction), vectors.shards, strict=True):
         if targets is not None and id(shard.parameter) not in targets:
-            direction[place] = 0.0
-    if metric == "element":
-        direction.mul_(theta)
-    elif metric == "layer":
-        count = len(list(loss.model.parameters()))
-        vectors.match_norms_(direction, theta, lambda shard: torch.tensor(shard.number), count)
-    norm = vectors.norm(direction)
+            part.zero_()
+    if metric == "layer":
+        vectors.match_norms_(direction, theta)
+    factor = theta if metric == "element" else 1.0
+    norm = vectors.norm(direction.mul_(factor))
     if not 0 < norm < math.inf:
-        raise ValueError(f"find_r has no direction: the norm of a batch's gradient is {norm} in the metric {metric}.")
-    direction.div_(norm)
-    return direction.mul_(theta) if metric == "element" else direction
+        raise ValueError(f"find_r has no direction: a batch's gradient has the norm {norm} in the metric {metric}.")
+    return direction.div_(norm).mul_(factor)
 
 
 def _summary(rows: np.ndarray) -> dict[str, Any]:
@@ -216,7 +212,7 @@ def _table(result: dict[str, Any]) -> str:
             for name, form in (("cosine", ".3f"), ("rise", ".4g"), ("kept", ".2f"))
         )
         lines.append(f"{r:>9.3g} {cosine:>16} {rise:>20} {result['rise_share'][i]:>10.1%} {kept:>16}")
-    setting = f"gnp_r={result['suggestion']:.2g} with gnp_metric={result['metric']}"
-    is_too_large = result["suggestion"] == result["radii"][0]
-    note = ", and may be too large: give smaller radii" if is_too_large else ""
-    return "\n".join([*lines, f"suggestion: {setting} (limited by {result['limited_by']}{note})"])
+    suggestion, limit = result["suggestion"], result["limited_by"]
+    note = ", and may be too large: give smaller radii" if suggestion == result["radii"][0] else ""
+    lines.append(f"suggestion: gnp_r={suggestion:.2g} with gnp_metric={result['metric']} (limited by {limit}{note})")
+    return "\n".join(lines)

@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .loss import SampleLoss
-from .vectors import ShardVectors
+from .vectors import BLOCK, ShardVectors
 
 
 # The factor from one tried step to the next, and the number of tries.
@@ -53,13 +53,13 @@ class Hessian:
         """Return the gradient of ⟨∇L, v⟩. This needs kernels with a second derivative."""
         loss, vectors = self.loss, self.loss.vectors
         parameters = [shard.parameter for shard in vectors.shards]
-        result, parts = vectors.zeros(), vectors.parts(vector)
+        result = vectors.zeros()
         for batch in loss.batches:
             with sdpa_kernel(SDPBackend.MATH):
                 value = loss.micro_batch_loss(batch) * batch.share
-                gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
-                pairs = [(g, v) for g, v in zip(gradients, parts, strict=True) if g is not None]
-                slope: Any = sum((g * v.to(g)).sum() for g, v in pairs)
+                gradients = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
+                pairs = zip(gradients, vectors.parts(vector), strict=True)
+                slope: Any = sum((gradient * part.to(gradient)).sum() for gradient, part in pairs)
                 vectors.add_(result, torch.autograd.grad(slope, parameters, allow_unused=True))
         loss.end_pass()
         return result
@@ -75,16 +75,15 @@ class Hessian:
     def _choose_step(self, direction: torch.Tensor, step: float | None) -> None:
         """Choose the step h at which the products with `direction` for 4h and h differ least."""
         loss, norm = self.loss, self.loss.vectors.norm
-        if step is None:
+        if step is not None:
+            steps = [step * NEXT_STEP, step]
+        else:
             dtypes = [parameter.dtype for parameter in loss.model.parameters() if parameter.is_floating_point()]
             if loss.trainer.accelerator.mixed_precision == "bf16":
                 dtypes.append(torch.bfloat16)
-            round_off = max(torch.finfo(dtype).eps for dtype in dtypes)
             # Rounding (∝ 1/h) and truncation (∝ h²) are equal here for a function of size 1. A network needs less.
-            first = round_off ** (1 / 3) * max(norm(loss.theta()), 1e-3)
+            first = max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3) * max(norm(loss.theta()), 1e-3)
             steps = [first * NEXT_STEP**i for i in range(STEPS + 1)]
-        else:
-            steps = [step * NEXT_STEP, step]
         last, self.error, self._step = self._difference(direction, steps[0]), math.inf, steps[1]
         for tried in steps[1:]:
             product = self._difference(direction, tried)
@@ -151,13 +150,11 @@ def _orthogonalize_(rest: torch.Tensor, vectors: list[torch.Tensor], space: Shar
 
 def _rotated(vectors: list[torch.Tensor], rotation: np.ndarray, space: ShardVectors) -> list[torch.Tensor]:
     """Return the combinations of `vectors` in the columns of `rotation`. They overwrite the first `vectors`."""
-    result = vectors[: rotation.shape[1]]
-    for place, _ in space.blocks:
-        old = torch.stack([vector[place] for vector in vectors]).to(space.sum_dtype)
-        rotated = torch.from_numpy(rotation.T.copy()).to(old) @ old
-        for vector, row in zip(result, rotated, strict=True):
-            vector[place] = row
-    return result
+    for blocks in zip(*(vector.split(BLOCK) for vector in vectors), strict=True):
+        old = torch.stack(blocks).to(space.sum_dtype)
+        for block, row in zip(blocks, torch.from_numpy(rotation.T.copy()).to(old) @ old, strict=False):
+            block.copy_(row)
+    return vectors[: rotation.shape[1]]
 
 
 def trace(hessian: Hessian, probes: int, seed: int, known: Eigenpairs | None = None) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from hf_gnp.second_pass.inputs import copied
 from hf_gnp.second_pass.probe import no_log, replaced
 from hf_gnp.second_pass.window import StateAtHand
 from hf_gnp.signals import deferred_signals
-from hf_gnp.tensors import gradients_hidden, split_by_optimizer
+from hf_gnp.tensors import gradients_hidden
 
 from .sample import WeightedBatch
 from .vectors import ShardVectors
@@ -103,17 +103,17 @@ class SampleLoss:
 def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sharpness") -> Iterator[SampleLoss]:
     """Yield a `SampleLoss`. On leaving, also after an interruption, restore all state bit for bit."""
     _refuse_unsupported(trainer)
-    is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
     with _prepared_model(trainer) as model:
         # Before the state is recorded: an engine makes the parameters the shards, also after an evaluation.
         engine = make_engine(trainer.accelerator, model, Perturbation())  # of all trainable weights
         state, modes = StateAtHand(trainer, model), [(module, module.training) for module in model.modules()]
-        optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer
-        others = [*state.found.others, *split_by_optimizer(list(trainer.model.parameters()), optimizer)[1]]
-        gradient, progress = engine.take_gradient(), tqdm(desc=name, unit=" passes", leave=False, disable=is_silent)
-        not_logged = replaced(trainer, log=no_log)
+        inside = set(map(id, trainer.model.parameters()))
+        others = [p for p in (*state.found.others, *state.found.trained) if id(p) not in inside]
+        gradient = engine.take_gradient()
+        is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+        progress = tqdm(desc=name, unit=" passes", leave=False, disable=is_silent)
         try:
-            with progress, gradients_hidden(others), not_logged:
+            with progress, gradients_hidden(others), replaced(trainer, log=no_log):
                 model.train(training)
                 yield SampleLoss(trainer, model, engine, state, seed, progress)
         finally:
@@ -131,9 +131,8 @@ def _refuse_unsupported(trainer: Any) -> None:
     dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
     if accelerator.mixed_precision == "fp16" or torch.float16 in dtypes:  # DeepSpeed's `fp16` too
         raise ValueError(
-            "Sharpness is not measured in fp16: a Hessian-vector product is the small difference of two gradients, "
-            "and fp16 has neither the range for such gradients without a loss scale (below 6e-8 they are 0) nor the "
-            "digits for their difference. Load the model in fp32 or bf16."
+            "Sharpness is not measured in fp16, which has too few digits and too little range for differences of "
+            "gradients without a loss scale: load the model in fp32 or bf16."
         )
     if any(dtype.is_complex for dtype in dtypes):
         raise NotImplementedError(sentence.format("complex weights: train them as pairs of real ones"))
@@ -149,27 +148,23 @@ def _refuse_unsupported(trainer: Any) -> None:
 @contextlib.contextmanager
 def _prepared_model(trainer: Any) -> Iterator[nn.Module]:
     """Yield the model as `train` prepared it. Before `train`, prepare it for this context."""
-    accelerator, model = trainer.accelerator, trainer.model
+    accelerator, model, wrapped = trainer.accelerator, trainer.model, trainer.model_wrapped
     is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if is_sharded and not accelerator._optimizers:  # `evaluate` prepares the model alone
         raise RuntimeError(
-            f"{'DeepSpeed' if trainer.is_deepspeed_enabled else 'FSDP'} shards a model together with its optimizer, "
-            "which `train` makes: measure during or after training (SharpnessCallback does), or before it on one "
-            "process."
+            "DeepSpeed and FSDP shard a model together with its optimizer, which `train` makes: measure during or "
+            "after training (SharpnessCallback does), or before it on one process."
         )
-    wrapped = trainer.model_wrapped
     is_of_model = wrapped is not model and accelerator.unwrap_model(wrapped, keep_torch_compile=False) is model
     if is_sharded or is_of_model:  # else the user has set another model since `train`
         yield wrapped
         return
-    # accelerate sets these on the model.
-    models, names = list(accelerator._models), ("forward", "_original_forward", "_is_accelerate_prepared")
-    attributes = {name: vars(model)[name] for name in names if name in vars(model)}
+    models, attributes = list(accelerator._models), dict(vars(model))
     is_placed = getattr(model, "is_distributed_loading_by_transformers", False)  # and sharded
     try:
         yield accelerator.prepare_model(model, device_placement=not is_placed, evaluation_mode=is_placed)
-    finally:
+    finally:  # accelerate adds to its models, and to the attributes of this one
         accelerator._models[:] = models
-        for name in names:
-            vars(model).pop(name, None)
+        for name in vars(model).keys() - attributes.keys():
+            del vars(model)[name]
         vars(model).update(attributes)

@@ -35,10 +35,10 @@ def measure_sharpness(
 
     \\(L\\) is the trainer's own loss in evaluation mode, a mean over the labels of a sample. A seed gives the same
     sample and directions on every engine and number of ranks. Weights, buffers, random generators and gradients are
-    afterwards bit for bit as before, also after an interruption. Every rank calls this.
+    restored bit for bit, also after an interruption. Every rank calls this.
 
-    Memory: θ, the gradient and at most `basis` + 4 vectors, in float32, of this rank's trainable shard. A product
-    costs two gradients of the sample.
+    Cost: two gradients of the sample for each product. Memory: θ, the gradient and at most `basis` + 4 vectors, in
+    float32, of this rank's trainable shard.
 
     Args:
         trainer: A [`GNPTrainer`], or any [`~transformers.Trainer`].
@@ -50,17 +50,16 @@ def measure_sharpness(
         tolerance: The residual ‖Hv - λv‖ at which an eigenvalue is good enough, as a share of the largest one.
         max_products: The largest number of products for the eigenvalues. The residuals tell whether it was enough.
         basis: The number of vectors in memory for the eigenvalues, k + 9 by default. Fewer take more products.
-        method: "differences" takes central differences of gradients, on every engine. "exact" differentiates twice,
-            on one process.
+        method: "differences" of gradients (central, every engine), or "exact" by double backward (one process).
         step: The distance of the differences. Default: the one at which two products agree best.
         seed: The seed of the sample and of the random vectors.
         log: Whether to log the result, each name with the prefix `sharpness_`.
 
     Returns:
         loss, grad_norm (‖∇L‖), top_eigenvalues and residuals (largest first), trace and trace_standard_error,
-        product_error (the estimated relative error of a product), products, samples, radii. For each r the rise of
-        the loss along the gradient (ascent), its mean over random directions (ascent_random), and the larger one up
-        and down the top eigenvector (ascent_top_eigenvector).
+        product_error (the estimated relative error of a product), products, samples, radii. For each r the rise along
+        the gradient (ascent), its mean over random directions (ascent_random), and the larger one of the two along
+        the top eigenvector (ascent_top_eigenvector).
 
     Raises:
         ValueError: for an argument out of range, missing data, or a model in fp16.

@@ -17,38 +17,36 @@ def new_figure(width: float, height: float) -> Any:
 def draw_slices(result: dict[str, Any], path: Path) -> None:
     """Draw the curves of `plot_loss_surface` in one panel, or a map for each checkpoint, all with one colour bar."""
     slices, axes, units = result["slices"], result["axes"], result["units"]
+    losses = np.ma.masked_invalid([item["losses"] for item in slices])
+    labels = []
+    for item in slices:
+        eigenvalues = ", ".join(f"{value:.3g}" for value in item.get("eigenvalues", []))
+        labels.append(item["checkpoint"] + (f" (λ = {eigenvalues})" if eigenvalues else ""))
     if len(axes) == 1:
         figure = new_figure(7, 4.5)
         panel = figure.subplots()
-        for item in slices:
-            panel.plot(*axes, item["losses"], marker=".", label=_label(item))
+        panel.plot(*axes, losses.T, marker=".", label=labels)
         panel.set(xlabel=f"x, {units[0]}", ylabel="loss")
         panel.legend()
     else:
         figure = new_figure(1 + 5 * len(slices), 4.8)
         panels = figure.subplots(1, len(slices), squeeze=False)[0]
-        losses = np.ma.masked_invalid([item["losses"] for item in slices])
         low, high = (losses.min(), losses.max()) if losses.count() else (0.0, 0.0)
         levels = np.linspace(low, high if high > low else low + 1.0, 25)  # a flat map has one colour
-        for panel, item, grid in zip(panels, slices, losses, strict=True):
+        for panel, label, grid in zip(panels, labels, losses, strict=True):
             filled = panel.contourf(*axes, grid.T, levels=levels, cmap="viridis")  # it wants the first axis last
             panel.contour(*axes, grid.T, levels=levels[::2], colors="white", linewidths=0.4)
             panel.plot(0, 0, marker="+", color="red", markersize=10)
-            panel.set(xlabel=f"x, {units[0]}", ylabel=f"y, {units[1]}", title=_label(item), aspect="equal")
+            panel.set(xlabel=f"x, {units[0]}", ylabel=f"y, {units[1]}", title=label, aspect="equal")
             panel.locator_params(nbins=5)
         figure.colorbar(filled, ax=list(panels), label="loss", format="%.3g")
     figure.suptitle(result["caption"], fontsize=9, wrap=True)
     figure.savefig(path, dpi=120)
 
 
-def _label(item: dict[str, Any]) -> str:
-    eigenvalues = ", ".join(f"{value:.3g}" for value in item.get("eigenvalues", []))
-    return item["checkpoint"] + (f" (λ = {eigenvalues})" if eigenvalues else "")
-
-
 def draw_radii(result: dict[str, Any], limits: dict[str, float], model: str, path: Path) -> None:
     """Draw cosine, kept and the rise of `find_r` over r, with the limits of the first two and the suggestion."""
-    radii, figure = np.array(result["radii"]), new_figure(7, 4.5)
+    radii, figure = result["radii"], new_figure(7, 4.5)
     panel = figure.subplots()
     for name, color in (("cosine", "tab:blue"), ("kept", "tab:green")):
         means, errors = np.array(result[name]), np.array(result[f"{name}_standard_error"])
@@ -59,8 +57,7 @@ def draw_radii(result: dict[str, Any], limits: dict[str, float], model: str, pat
     right = panel.twinx()
     right.plot(radii, result["rise_share"], marker=".", color="tab:red", label="rise / loss (right)")
     right.set(ylabel="rise / loss", yscale="log")
-    suggestion = result["suggestion"]
-    panel.axvline(suggestion, color="black", linestyle="--", label=f"suggestion: {suggestion:.2g}")
+    panel.axvline(result["suggestion"], color="black", linestyle="--", label=f"suggestion: {result['suggestion']:.2g}")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     loss, norm = result["loss"], result["grad_norm"]
     figure.suptitle(f"{model}: loss {loss:.3g}, gradient norm {norm:.3g}, {result['batches']} batches", fontsize=10)

@@ -44,12 +44,11 @@ def draw(
     trainer: Any, dataset: Any, size: int, per_batch: int, seed: int, shuffle: bool = False
 ) -> tuple[list[WeightedBatch], int]:
     """
-    Draw at most `size` samples by the seed, shuffled or in the dataset's order, and collate them with random
-    transforms by the seed. An iterable dataset gives its first samples.
+    Return this rank's micro-batches of at most `size` samples, each with its label count as share, and their number.
 
-    Returns:
-        Every n-th micro-batch, where n is the number of ranks, and the number of samples. Each micro-batch costs a
-        collective, so all ranks have the same number of them. Surplus ones have a share of 0.
+    The seed chooses the samples, shuffled or in the dataset's order, and the random transforms. An iterable dataset
+    gives its first samples. All ranks get the same number of micro-batches, as each costs a collective. Surplus ones
+    have a share of 0.
     """
     with _generators_left(dataset, trainer.data_collator):
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
@@ -64,7 +63,7 @@ def draw(
         for number in range(trainer.accelerator.process_index, -(-count // ranks) * ranks, ranks):
             first = number * per_batch if number < count else 0
             set_seed(seed + number)
-            rows = range(first, min(first + per_batch, len(chosen)))
+            rows = range(len(chosen))[first : first + per_batch]
             inputs = loader.collate_fn([loader.dataset[row] for row in rows])
             items = _count_items(trainer, inputs)
             batches.append(WeightedBatch(inputs, items, float(items) if number < count else 0.0, number))
@@ -73,20 +72,18 @@ def draw(
 
 @contextlib.contextmanager
 def _generators_left(*owners: Any) -> Iterator[None]:
-    """Leave the random generators in attributes of the data and the collator as they are, also a missing one."""
-    attributes_of = [vars(owner) for owner in owners if hasattr(owner, "__dict__") and not isinstance(owner, type)]
-    before = [(attributes, dict(attributes)) for attributes in attributes_of]
+    """Restore the random generators in attributes of the data and the collator. Remove those that are made inside."""
+    before = [(vars(o), dict(vars(o))) for o in owners if hasattr(o, "__dict__") and not isinstance(o, type)]
     found = [value for _, values in before for value in values.values() if isinstance(value, GENERATORS)]
     restore = [restorer for generator in found for restorer in restorers(generator)]
     try:
         yield
     finally:
         for attributes, values in before:
-            for name in [name for name, value in attributes.items() if isinstance(value, GENERATORS)]:
-                if name in values:
-                    attributes[name] = values[name]
-                else:
-                    del attributes[name]
+            names = {name for name, value in attributes.items() if isinstance(value, GENERATORS)}
+            attributes.update({name: values[name] for name in names & values.keys()})
+            for name in names - values.keys():
+                del attributes[name]
         for restorer in restore:
             restorer()
 
@@ -112,10 +109,9 @@ def _count_items(trainer: Any, inputs: Any) -> int:
             f"Sharpness cannot be measured with {type(trainer).__name__}: its micro-batches are not mappings of "
             f"tensors but {type(inputs).__name__}, of which its training_step makes the inputs of the loss."
         )
-    name = "shift_labels" if "shift_labels" in inputs else "labels"
-    labels = inputs.get(name)
+    labels = inputs.get("shift_labels", inputs.get("labels"))
     if not isinstance(labels, torch.Tensor):
         return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
-    if name == "labels" and getattr(trainer, "_loss_shifts_labels", False):
+    if "shift_labels" not in inputs and getattr(trainer, "_loss_shifts_labels", False):
         labels = labels[..., 1:]
     return int(labels.ne(-100).sum())

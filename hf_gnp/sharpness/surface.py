@@ -1,7 +1,7 @@
 """Slices of the loss around trained weights, along a line or in a plane."""
 
+import itertools
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from hf_gnp.engines import Shard, whole_shape
+from hf_gnp.engines import whole_shape
 
 from .hessian import Hessian, top_eigenpairs
 from .loss import SampleLoss, sample_loss
@@ -45,16 +45,16 @@ def plot_loss_surface(
     """
     Draw slices of the loss of `measure_sharpness` around one or several checkpoints of the trainer's model.
 
-    Each point is at weights θ + x d (+ y d'). Buffers and frozen weights are those of the trainer's model, which is
-    afterwards as it was. Every rank calls this.
+    Each point is at weights θ + x d (+ y d'). Buffers and frozen weights are the trainer's. State is restored as by
+    `measure_sharpness`. Every rank calls this.
 
     Args:
         path: The file of the PNG. A file with the suffix .json gets the numbers.
-        checkpoints: Folders with weights of the same model, to be drawn instead of the trainer's own. Each process
-            reads them whole, so DeepSpeed is refused.
-        directions: "filters" takes random directions whose filters are as long as those of the weights, comparable
-            between models. "eigenvectors" takes those of the largest eigenvalues. "line" leads from one checkpoint
-            (0) to another (1), or from the trainer's weights to one.
+        checkpoints: Folders with weights of the same model, drawn instead of the trainer's own. Each process reads
+            them whole, so DeepSpeed is refused.
+        directions: "filters": random directions whose filters are as long as those of the weights, comparable between
+            models. "eigenvectors": those of the largest eigenvalues. "line": from one checkpoint (0), or the
+            trainer's weights, to another (1).
         dimensions: 1 for curves, 2 for maps. A line has 1.
         distance: How far each axis extends from the weights. A line extends by a quarter of it beyond each end.
         points: The number of points in each dimension. Each costs a forward pass over the sample.
@@ -73,9 +73,7 @@ def plot_loss_surface(
     if directions not in UNITS:
         raise ValueError(f"directions must be one of {tuple(UNITS)}, but it is {directions!r}.")
     if dimensions not in (1, 2) or points < 2 or not distance > 0:
-        raise ValueError(
-            f"dimensions must be 1 or 2, points at least 2 and distance positive: {dimensions}, {points}, {distance}."
-        )
+        raise ValueError(f"{dimensions=} must be 1 or 2, {points=} at least 2, and {distance=} positive.")
     if directions == "line" and (dimensions != 1 or len(checkpoints) not in (1, 2)):
         raise ValueError("A line has one dimension and two ends: give one or two checkpoints.")
     if checkpoints and trainer.is_deepspeed_enabled:
@@ -88,8 +86,9 @@ def plot_loss_surface(
     slices = []
     with sample_loss(trainer, seed) as loss:
         loss.batches, size = draw_sample(trainer, dataset, samples, seed)
+        own = loss.origin
         for origin in origins:
-            loss.origin = _weights_in(origin, loss)
+            loss.origin = own if origin is None else _weights_in(origin, loss)
             item: dict[str, Any] = {"checkpoint": _name(origin)}
             if directions == "line":
                 vectors = [loss.vectors.add_(loss.theta().neg_(), _weights_in(checkpoints[-1], loss))]
@@ -100,15 +99,13 @@ def plot_loss_surface(
                 item["eigenvalues"], vectors = _eigenvectors(loss, dimensions, tolerance, max_products, seed)
                 along = "eigenvectors of the largest eigenvalues of the Hessian"
             else:
-                randoms = [loss.vectors.random(seed, 3, number) for number in range(dimensions)]
-                vectors = [filter_normalized_(random, loss) for random in randoms]
+                vectors = [filter_normalized_(loss.vectors.random(seed, 3, i), loss) for i in range(dimensions)]
                 along = f"filter-normalised random directions (seed {seed})"
-            losses = np.empty([points] * dimensions)
-            for index in np.ndindex(losses.shape):
-                place = [axis[i] for axis, i in zip(axes, index, strict=True)]
+            losses = []
+            for place in itertools.product(*axes):
                 loss.move(sum(x * vector for x, vector in zip(place, vectors, strict=True)))
-                losses[index] = loss.value()
-            slices.append(item | {"losses": losses.tolist()})
+                losses.append(loss.value())
+            slices.append(item | {"losses": np.reshape(losses, [points] * dimensions).tolist()})
     result = {
         "caption": f"Loss of {type(trainer.model).__name__}, mean over {size} samples, along {along}",
         "directions": directions,
@@ -137,42 +134,31 @@ def _eigenvectors(loss: SampleLoss, count: int, tolerance: float, max_products: 
 
 def filter_normalized_(direction: torch.Tensor, loss: SampleLoss) -> torch.Tensor:
     """Scale each row of a matrix or kernel to the norm of that row of the weights. Other parameters become 0."""
-    counts = [math.prod(whole_shape(parameter)[:1]) for parameter in loss.model.parameters()]
-    first_rows = np.cumsum([0, *counts]).tolist()
-    for place, shard in loss.vectors.placed_shards:
+    for part, shard in zip(loss.vectors.parts(direction), loss.vectors.shards, strict=True):
         if len(whole_shape(shard.parameter)) < 2:
-            direction[place] = 0.0
-
-    def rows_of(shard: Shard) -> torch.Tensor:
-        rows = torch.arange(first_rows[shard.number], first_rows[shard.number + 1])
-        shape = whole_shape(shard.parameter)
-        whole = rows.repeat_interleave(math.prod(shape[1:])).view(shape)
-        return shard.part_of(whole).reshape(-1)
-
-    return loss.vectors.match_norms_(direction, loss.theta(), rows_of, first_rows[-1])
+            part.zero_()
+    loss.vectors.match_norms_(direction, loss.theta(), by_rows=True)
+    return direction
 
 
-def _weights_in(folder: str | Path | None, loss: SampleLoss) -> list[torch.Tensor]:
-    """Return this rank's part of the trainable weights that are saved in a folder, or of the trainer's own."""
-    model, shards = loss.trainer.model, loss.vectors.shards
-    if folder is None:
-        return [shard.master for shard in shards]
+def _weights_in(folder: str | Path, loss: SampleLoss) -> list[torch.Tensor]:
+    """Return this rank's part of the trainable weights that are saved in a folder."""
+    model, named, missing = loss.trainer.model, {}, set()
     if isinstance(model, PreTrainedModel):
         pair: Any = type(model).from_pretrained(folder, output_loading_info=True)
-        loaded, info = pair
-        named, missing = dict(loaded.named_parameters()), {*info["missing_keys"], *info["mismatched_keys"]}
-    else:
-        file = Path(folder) / "model.safetensors"
-        named, missing = load_file(file) if file.is_file() else {}, set()
+        named, missing = dict(pair[0].named_parameters()), {*pair[1]["missing_keys"], *pair[1]["mismatched_keys"]}
+    elif (file := Path(folder) / "model.safetensors").is_file():
+        named = load_file(file)
     names = [name for name, _ in model.named_parameters()]
-    missing |= {name for name in names if name not in named}
+    missing |= set(names) - named.keys()
     if missing:
         raise ValueError(
             f"{folder} has not all weights of {type(model).__name__}, such as {min(missing)}: give folders that "
-            "save_model or a checkpoint wrote, of a whole model whose modules are those of its configuration. PEFT's "
-            "adapters are not read: save models after merge_and_unload."
+            "save_model or a checkpoint wrote, of a whole model as its configuration makes it. Save PEFT's models "
+            "after merge_and_unload."
         )
-    return [shard.part_of(named[names[shard.number]].detach()).to(shard.weight.device) for shard in shards]
+    pairs = [(named[names[shard.number]].detach(), shard) for shard in loss.vectors.shards]
+    return [shard.part_of(whole).to(shard.weight.device) for whole, shard in pairs]
 
 
 def _name(checkpoint: Any) -> str:
