@@ -36,7 +36,7 @@ class PenalisedSteps:
         self.trainer, self.model, self.state, self.schedule = trainer, model, trainer.state, schedule
         self.values = trainer.gnp_args.gnp_values()  # those of the schedule
         self.logs, self.radius_hint = StepLogs(), RadiusHint(trainer.gnp_args)
-        self.window = Window(trainer, model)
+        self.window = Window(trainer)
         perturbation = Perturbation.from_args(trainer.gnp_args, trainer.model)
         self.engine = make_engine(trainer.accelerator, model, perturbation, trainer.optimizer)
         self.move = Move(self.engine)

@@ -20,10 +20,9 @@ from hf_gnp.tensors import local_part
 
 
 SMALL = 2**14  # elements: buffers, and arrays and tensors in attributes, up to this size are copied in each window
-BUDGET = 2**26  # bytes, or the size of the trainable weights (that of a teacher) if it is larger
+BUDGET = 2**26  # bytes, in addition to the size of the trainable weights, which is that of a teacher
 LEARNING = 2  # penalised steps: a teacher that starts as a copy of the weights does not change in the first
 SAMPLE = 256  # elements at most
-TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor, and a copy of its local part
 Restorer = Callable[[], Any]
@@ -32,7 +31,7 @@ Restorer = Callable[[], Any]
 def is_plain(tensor: torch.Tensor) -> bool:
     """Return whether the elements can be copied, compared as bytes and written in place, and ZeRO-3 leaves them."""
     local = local_part(tensor)
-    if type(local) not in TENSORS or local.layout != torch.strided or local.device.type == "meta":
+    if type(local) not in (torch.Tensor, nn.Parameter) or local.layout != torch.strided or local.device.type == "meta":
         return False
     if local.is_quantized or local.is_nested or local.is_inference() or hasattr(tensor, "ds_id"):
         return False
@@ -60,10 +59,11 @@ class _Candidate(NamedTuple):
     is_whole: bool
 
     def has_changed(self) -> torch.Tensor:
-        local = local_part(self.tensor)
         if self.mark != _mark(self.tensor):  # even if no element changes, as in a teacher that equals the weights
-            return torch.ones((), dtype=torch.bool, device=local.device)
-        return (_bytes(local if self.is_whole else _sample(local)) != _bytes(self.elements)).any()
+            return torch.ones((), dtype=torch.bool, device=self.elements.device)
+        return (
+            _bytes(local_part(self.tensor) if self.is_whole else _sample(self.tensor)) != _bytes(self.elements)
+        ).any()
 
 
 class RunningTensors:
@@ -80,7 +80,6 @@ class RunningTensors:
         """Release all tensors, but remember which change."""
         self._trained: Sequence[nn.Parameter] = ()  # the engine restores these
         self._candidates: list[_Candidate] = []
-        self._known: set[int] = set()  # ids of the tensors before the first pass
 
     @torch.no_grad()
     def start(self, found: Any, step: int = 0) -> Restorer:
@@ -92,10 +91,10 @@ class RunningTensors:
         for tensor, fits in self._candidates_of(found):
             is_small_buffer = tensor.numel() <= SMALL and not isinstance(tensor, nn.Parameter)
             mark = None if is_small_buffer or id(tensor) in self._moving else _mark(tensor)
-            is_whole, local = fits or mark is None, local_part(tensor)
-            self._candidates.append(_Candidate(tensor, mark, local.clone() if is_whole else _sample(local), is_whole))
+            is_whole = fits or mark is None
+            elements = local_part(tensor).clone() if is_whole else _sample(tensor)
+            self._candidates.append(_Candidate(tensor, mark, elements, is_whole))
         self._trained = found.trained
-        self._known = set(map(id, (*found.trained, *(candidate.tensor for candidate in self._candidates))))
         return lambda: put_back([(each.tensor, each.elements) for each in self._candidates if each.is_whole])
 
     def _candidates_of(self, found: Any) -> Iterator[tuple[torch.Tensor, bool]]:
@@ -110,7 +109,7 @@ class RunningTensors:
         may_share = any(tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in tensors.values())
         weights = storages_of(reached) if may_share else set()
         plain = [tensor for tensor in tensors.values() if is_plain(tensor) and storage_address(tensor) not in weights]
-        left = max(BUDGET, sum(map(_size, found.trained))) if self.is_learning else -1
+        left = BUDGET + sum(map(_size, found.trained)) if self.is_learning else -1
         for tensor in sorted(plain, key=_size):
             left -= _size(tensor)
             yield tensor, left >= 0
@@ -135,9 +134,8 @@ class RunningTensors:
         """Return what restores the tensors after the second pass. The first pass may have made some of `found`."""
         tensors = {id(candidate.tensor): candidate.tensor for candidate in self._candidates}
         if self.is_learning:  # if a teacher still equals the weights, only the second pass, at θ + e, changes it
-            known = self._known.union(map(id, found.tensors))
             for tensor, fits in self._candidates_of(found):
-                if id(tensor) not in known or (fits and tensor.is_floating_point()):
+                if fits and (tensor.is_floating_point() or tensor.numel() <= SMALL):
                     tensors[id(tensor)] = tensor
         return functools.partial(put_back, [(tensor, local_part(tensor).clone()) for tensor in tensors.values()])
 
@@ -160,11 +158,10 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _sample(local: torch.Tensor) -> torch.Tensor:
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of evenly spaced elements of a tensor."""
-    flat = local.detach().flatten()  # a view if contiguous, as large tensors are
-    size = min(max(1, len(flat) // 4096), SAMPLE)
-    return flat[:: max(1, len(flat) // size)].clone(memory_format=torch.contiguous_format)
+    flat = local_part(tensor).detach().flatten()  # a view if contiguous, as large tensors are
+    return flat[:: max(4096, len(flat) // SAMPLE)].clone(memory_format=torch.contiguous_format)
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -1,8 +1,7 @@
 """
-State around the second pass: it begins in the state before the first pass, and ends in the state after it.
+Random generators and attributes: what a step of a trainer may change, and records that restore it.
 
-docs/second_pass.md is the contract: it lists what is restored, what is not, and what to write instead. This file
-restores generators and attributes. running_tensors.py restores buffers, frozen parameters and large tensors.
+docs/second_pass.md is the contract: it lists what is restored, what is not, and what to write instead.
 """
 
 import functools
@@ -110,6 +109,10 @@ class Found:
         # DeepSpeed's optimizer has flat partitions.
         moving, outside = split_by_optimizer(mine, None if trainer.is_deepspeed_enabled else optimizer)
         self.trained = [parameter for parameter in (*moving, *outside) if parameter.requires_grad]
+        devices = {p.device for p in mine} | {trainer.accelerator.device}  # where offloaded parameters compute
+        if trainer.args.n_gpu > 1:  # DataParallel runs replicas on every visible device
+            devices |= {torch.device("cuda", index) for index in range(trainer.args.n_gpu)}
+        self.devices = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
         for owner, depth in owners:  # grows
             for value in values_in(attributes_of(owner).values(), seen):
                 kind = type(value)
@@ -143,10 +146,10 @@ class Found:
 class Snapshot:
     """Record the random generators, and the attributes of `found.owners`, at construction."""
 
-    def __init__(self, found: Found, devices: list[torch.device], running: Restorer | None = None):
+    def __init__(self, found: Found, running: Restorer | None = None):
         """If `running` is None, running tensors of the second pass stay, and so do attributes that have them."""
         self._attributes = [(owner, attributes_of(owner)) for owner in found.owners]
-        self._restorers = global_generators(devices)
+        self._restorers = global_generators(found.devices)
         if running is not None:
             self._restorers += [running, *(restorer for buffers in found.buffers for restorer in restorers(buffers))]
         self._uncopied: list[tuple[torch.Tensor, int]] = []  # large or with a graph; with version counters
@@ -181,14 +184,6 @@ def _is_made_anew(value: Any) -> bool:
     """Return whether a pass creates a missing attribute again. False for modules and objects of libraries."""
     is_value = isinstance(value, (*SCALARS, torch.Tensor, np.ndarray, *CONTAINERS, *GENERATORS))
     return is_value or (is_users(type(value)) and not isinstance(value, nn.Module))
-
-
-def random_devices(trainer: Any, model: nn.Module) -> list[torch.device]:
-    """Return the accelerators of the model's parameters, and the trainer's, where offloaded parameters compute."""
-    found = {p.device for p in model.parameters()} | {trainer.accelerator.device}
-    if trainer.args.n_gpu > 1:  # DataParallel runs replicas on every visible device
-        found |= {torch.device("cuda", index) for index in range(trainer.args.n_gpu)}
-    return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
 
 
 def global_generators(devices: list[torch.device]) -> list[Restorer]:

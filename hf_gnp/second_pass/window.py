@@ -8,21 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_gnp.tensors import gradients_hidden
 
 from .inputs import copied
 from .running_tensors import RunningTensors
-from .state import Found, Snapshot, random_devices, tensors_on_parameters
+from .state import Found, Snapshot, tensors_on_parameters
 
 
 class StateAtHand(Snapshot):
     """Record random generators, attributes, buffers and frozen weights at construction."""
 
-    def __init__(self, trainer: Any, model: nn.Module):
+    def __init__(self, trainer: Any):
         self.found = Found(trainer)
-        super().__init__(self.found, random_devices(trainer, model), RunningTensors().start(self.found))
+        super().__init__(self.found, RunningTensors().start(self.found))
 
 
 @dataclass
@@ -40,9 +39,8 @@ class MicroBatch:
 class Window:
     """Record and replay the micro-batches of a window, and restore the state that their passes change."""
 
-    def __init__(self, trainer: Any, model: nn.Module):
+    def __init__(self, trainer: Any):
         self._trainer = trainer
-        self._devices = random_devices(trainer, model)
         self.tensors = RunningTensors()
         self.in_second_pass = False
         self.clear()
@@ -62,7 +60,7 @@ class Window:
         if not self.micro_batches:  # also after one that failed
             self._on_parameters = tensors_on_parameters(self._found.trained)
             running = self.tensors.start(self._found, trainer.state.global_step)
-        snapshot, device = Snapshot(self._found, self._devices, running), trainer.accelerator.device.type
+        snapshot, device = Snapshot(self._found, running), trainer.accelerator.device.type
         dtype, is_enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         autocast = functools.partial(torch.autocast, device, dtype, is_enabled)
         micro_batch = MicroBatch(copied(inputs), num_items_in_batch, snapshot, autocast)
@@ -88,7 +86,7 @@ class Window:
         """Restore the state after the first pass on leaving. Call `tensors.end` before it."""
         if self._found is None or self.tensors.is_learning:  # the first passes may have created objects
             self._found = Found(self._trainer)
-        after = Snapshot(self._found, self._devices, self.tensors.after(self._found))
+        after = Snapshot(self._found, self.tensors.after(self._found))
         try:
             with gradients_hidden(self._found.others):
                 self.in_second_pass = True

@@ -107,7 +107,7 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
     with _prepared_model(trainer) as model:
         # Before the state is recorded: an engine makes the parameters the shards, also after an evaluation.
         engine = make_engine(trainer.accelerator, model, Perturbation())  # of all trainable weights
-        state, modes = StateAtHand(trainer, model), [(module, module.training) for module in model.modules()]
+        state, modes = StateAtHand(trainer), [(module, module.training) for module in model.modules()]
         optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer
         others = [*state.found.others, *split_by_optimizer(list(trainer.model.parameters()), optimizer)[1]]
         gradient, progress = engine.take_gradient(), tqdm(desc=name, unit=" passes", leave=False, disable=is_silent)
