@@ -51,11 +51,10 @@ def probe_same_forward(
     trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager[Any], is_low: bool
 ) -> None:
     """Run a micro-batch again at θ, in its restored state. Raise a RuntimeError if the loss differs."""
-    inputs = copied(micro_batch.inputs)
     model.train()  # as `Trainer.training_step` does: a loss may have changed the mode
-    not_logged = replaced(trainer, log=no_log)
-    with around, not_logged, trainer.compute_loss_context_manager(), micro_batch.autocast():
-        loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
+    inputs, items = copied(micro_batch.inputs), micro_batch.num_items_in_batch
+    with around, replaced(trainer, log=no_log), trainer.compute_loss_context_manager(), micro_batch.autocast():
+        loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
     first: Any = micro_batch.forward_loss
     loss, expected, tolerance = loss.detach().double(), first.double(), TOLERANCE_CPU
     if first.device.type != "cpu":

@@ -109,9 +109,9 @@ class RunningTensors:
         may_share = any(tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in tensors.values())
         weights = storages_of(reached) if may_share else set()
         plain = [tensor for tensor in tensors.values() if is_plain(tensor) and storage_address(tensor) not in weights]
-        left = BUDGET + sum(map(_size, found.trained)) if self.is_learning else -1
-        for tensor in sorted(plain, key=_size):
-            left -= _size(tensor)
+        left = BUDGET + sum(local_part(parameter).nbytes for parameter in found.trained) if self.is_learning else -1
+        for tensor in sorted(plain, key=lambda tensor: local_part(tensor).nbytes):
+            left -= local_part(tensor).nbytes
             yield tensor, left >= 0
 
     @torch.no_grad()
@@ -162,7 +162,3 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of evenly spaced elements of a tensor."""
     flat = local_part(tensor).detach().flatten()  # a view if contiguous, as large tensors are
     return flat[:: max(4096, len(flat) // SAMPLE)].clone(memory_format=torch.contiguous_format)
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return local_part(tensor).numel() * tensor.element_size()

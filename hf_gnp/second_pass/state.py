@@ -5,7 +5,6 @@ docs/second_pass.md is the contract: it lists what is restored, what is not, and
 """
 
 import functools
-import itertools
 import operator
 import random
 import sys
@@ -101,8 +100,8 @@ class Found:
         seen = {id(value) for value in (*own, trainer, trainer.state)}
         loss: Any = trainer.compute_loss_func
         held: list[Any] = []
-        if isinstance(loss, functools.partial):
-            loss, held = loss.func, [*loss.args, *loss.keywords.values()]
+        while isinstance(loss, functools.partial):
+            loss, held = loss.func, [*held, *loss.args, *loss.keywords.values()]
         roots = (trainer, trainer.state, SimpleNamespace(held=[*held, getattr(loss, "__self__", None)]))
         owners = [(root, DEPTH) for root in roots] + self._add_module(trainer.model)
         mine, self.others = self.others, []
@@ -136,11 +135,8 @@ class Found:
         self.others += parameters_of(new)
         self.buffers += [module._buffers for module in new if module._buffers]
         # In transformers an attribute may belong to a buffer, as in dynamic RoPE.
-        return [
-            (module, DEPTH - 1)
-            for module in new
-            if is_users(type(module)) or (module._buffers and not type(module).__module__.startswith("torch."))
-        ]
+        owners = [m for m in new if is_users(type(m)) or (m._buffers and not type(m).__module__.startswith("torch."))]
+        return [(owner, DEPTH - 1) for owner in owners]
 
 
 class Snapshot:
@@ -155,7 +151,7 @@ class Snapshot:
         self._uncopied: list[tuple[torch.Tensor, int]] = []  # large or with a graph; with version counters
         copies: list[Pair] = []
         weights = functools.cache(lambda: storages_of(found.trained))
-        values = itertools.chain.from_iterable(attributes.values() for _, attributes in self._attributes)
+        values = [value for _, attributes in self._attributes for value in attributes.values()]
         for value in values_in(values, set()):
             if not isinstance(value, torch.Tensor):
                 self._restorers += restorers(value)
@@ -188,15 +184,15 @@ def _is_made_anew(value: Any) -> bool:
 
 def global_generators(devices: list[torch.device]) -> list[Restorer]:
     """Return functions that restore the global generators of Python, NumPy, and torch on the CPU and on `devices`."""
-    restorers: list[Restorer] = [
+    found: list[Restorer] = [
         functools.partial(random.setstate, random.getstate()),
         functools.partial(np.random.set_state, np.random.get_state()),
         functools.partial(torch.set_rng_state, torch.get_rng_state()),
     ]
     for device in devices:
         module, index = torch.get_device_module(device), () if device.type == "mps" else (device,)  # MPS has one
-        restorers.append(functools.partial(module.set_rng_state, module.get_rng_state(*index), *index))
-    return restorers
+        found.append(functools.partial(module.set_rng_state, module.get_rng_state(*index), *index))
+    return found
 
 
 def restorers(value: Any) -> Iterator[Restorer]:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ class MicroBatch:
     inputs: Any
     num_items_in_batch: torch.Tensor | int | None
     snapshot: Snapshot
-    autocast: Callable[[], AbstractContextManager[Any]]  # as a user's `training_step` may have set it
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]  # as a user's `training_step` may have set it
     forward_loss: torch.Tensor | None = None  # what compute_loss returned
     loss: Any = None  # what `Trainer.training_step` called backward with
 
@@ -76,9 +75,8 @@ class Window:
             names = {id(parameter): name for name, parameter in self._trainer.model.named_parameters()}
             raise NotImplementedError(
                 f"The backward pass writes into {names.get(parameter_id, 'a parameter')}.{attribute}, as hooks do "
-                "that keep main_grad or per-sample gradients. An optimizer that steps with it would not see the "
-                "penalty, which mixes .grad. Use .grad. What the optimizer does not use can be kept in a dictionary "
-                "of your own, `if not trainer.in_second_pass`. Or set gnp_alpha=0."
+                "that keep main_grad or per-sample gradients. The penalty changes .grad only. Use .grad. Keep what "
+                "no optimizer uses in a dictionary of your own, `if not trainer.in_second_pass`. Or set gnp_alpha=0."
             )
 
     @contextlib.contextmanager
