@@ -170,6 +170,7 @@ class PenalisedSteps:
         if not (move.has_direction or engine.perturbation.is_per_rank):  # another rank may have a direction
             return
         is_first, self._is_probed = not self._is_probed, True
+        engine.reshard()  # the state after the first pass has the shards, not what a rank has gathered
         with window.left_as_found():
             if is_first:
                 self._probe()
