@@ -36,7 +36,7 @@ class PenalisedSteps:
         self.trainer, self.model, self.state, self.schedule = trainer, model, trainer.state, schedule
         self.values = trainer.gnp_args.gnp_values()  # those of the schedule
         self.logs, self.radius_hint = StepLogs(), RadiusHint(trainer.gnp_args)
-        self.window = Window(trainer, model)
+        self.window = Window(trainer)
         perturbation = Perturbation.from_args(trainer.gnp_args, trainer.model)
         self.engine = make_engine(trainer.accelerator, model, perturbation, trainer.optimizer)
         self.move = Move(self.engine)
@@ -170,6 +170,7 @@ class PenalisedSteps:
         if not (move.has_direction or engine.perturbation.is_per_rank):  # another rank may have a direction
             return
         is_first, self._is_probed = not self._is_probed, True
+        engine.reshard()  # the state after the first pass has the shards, not what a rank has gathered
         with window.left_as_found():
             if is_first:
                 self._probe()

@@ -18,15 +18,14 @@ def copied(inputs: Any, copies: dict[int, Any] | None = None) -> Any:
     Parameters and other objects are not copied. A tensor in two places is copied once, by its id in `copies`.
     """
     copies = {} if copies is None else copies
+    if isinstance(inputs, nn.Parameter):
+        return inputs
     if isinstance(inputs, torch.Tensor | np.ndarray):
         if getattr(inputs, "grad_fn", None) is not None:
             raise NotImplementedError(
-                "The inputs of compute_loss have a graph: what was computed from weights before cannot be computed "
-                "again at moved ones. Compute it in compute_loss or in the model's forward, detach it, or set "
-                "gnp_alpha=0."
+                "The inputs of compute_loss have a graph, which cannot be computed again at perturbed weights. Make "
+                "them in compute_loss or in the model's forward, detach them, or set gnp_alpha=0."
             )
-        if isinstance(inputs, nn.Parameter):
-            return inputs
         if id(inputs) not in copies:
             if isinstance(inputs, np.ndarray):
                 copies[id(inputs)] = inputs.copy()

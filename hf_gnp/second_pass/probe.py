@@ -51,27 +51,24 @@ def probe_same_forward(
     trainer: Any, model: nn.Module, micro_batch: MicroBatch, around: AbstractContextManager[Any], is_low: bool
 ) -> None:
     """Run a micro-batch again at θ, in its restored state. Raise a RuntimeError if the loss differs."""
-    inputs = copied(micro_batch.inputs)
     model.train()  # as `Trainer.training_step` does: a loss may have changed the mode
-    not_logged = replaced(trainer, log=no_log)
-    with around, not_logged, trainer.compute_loss_context_manager(), micro_batch.autocast():
-        loss = trainer.compute_loss(model, inputs, num_items_in_batch=micro_batch.num_items_in_batch)
+    inputs, items = copied(micro_batch.inputs), micro_batch.num_items_in_batch
+    with around, replaced(trainer, log=no_log), trainer.compute_loss_context_manager(), micro_batch.autocast():
+        loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
     first: Any = micro_batch.forward_loss
     loss, expected, tolerance = loss.detach().double(), first.double(), TOLERANCE_CPU
     if first.device.type != "cpu":
         is_low = is_low or any(p.requires_grad and p.dtype.itemsize <= 2 for p in model.parameters())
         tolerance = TOLERANCE_LOW if is_low else TOLERANCE
-    if torch.allclose(loss, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True):
-        return
-    raise RuntimeError(
-        f"The loss of a micro-batch was {expected.mean().item()} and is {loss.mean().item()} when it is run again at "
-        "the same weights, with the same inputs, random numbers, buffers and attributes: something else moves between "
-        "two forwards, and the second pass of the gradient-norm penalty would see another loss than the first. "
-        f"{type(trainer).__name__}.compute_loss or the model's forward changes what is not put back: an iterator, a "
-        "file, a global, a closure, another library's generator, an object in the inputs. Keep it in an attribute of "
-        "the trainer or of your module, change it only `if not trainer.in_second_pass`, or set gnp_alpha=0. See "
-        "docs/second_pass.md."
-    )
+    if not torch.allclose(loss, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True):
+        raise RuntimeError(
+            f"The loss of a micro-batch was {expected.mean().item()} and is {loss.mean().item()} when it is run again "
+            "at the same weights, with the same inputs, random numbers, buffers and attributes, so something else "
+            f"changes. {type(trainer).__name__}.compute_loss or the model's forward uses an iterator, a file, a "
+            "global, a closure, another library's generator or an object in the inputs. Keep it in an attribute of "
+            "the trainer or of your module, change it only `if not trainer.in_second_pass`, or set gnp_alpha=0. See "
+            "docs/second_pass.md."
+        )
 
 
 def is_same_pass(micro_batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]) -> bool:
@@ -84,7 +81,7 @@ def refuse_same_pass(first_norm: float, second_norm: float) -> None:
     if abs(second_norm - first_norm) <= TOLERANCE_NORM * first_norm:
         raise RuntimeError(
             "The weights were perturbed, but the second pass has the same losses and gradient as the first, bit for "
-            "bit: the move never reached the forward. It computes with copies of the weights (a cast that is kept, "
-            "a quantised or shadow copy), or in a precision in which gnp_r is rounded away. Compute with the "
-            "parameters themselves, raise gnp_r, or set gnp_alpha=0."
+            "bit: the move never reached the forward. It computes with copies of the weights (a cast that is kept, a "
+            "quantised or shadow copy), or gnp_r is rounded away. Compute with the parameters themselves, raise "
+            "gnp_r, or set gnp_alpha=0."
         )

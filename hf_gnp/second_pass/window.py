@@ -3,34 +3,24 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_gnp.tensors import gradients_hidden
 
 from .inputs import copied
-from .randomness import random_devices
 from .running_tensors import RunningTensors
 from .state import Found, Snapshot, tensors_on_parameters
 
 
-class StateAtHand:
-    """Record random generators, attributes, buffers and frozen weights (see state.py) at construction."""
+class StateAtHand(Snapshot):
+    """Record random generators, attributes, buffers and frozen weights at construction."""
 
-    def __init__(self, trainer: Any, model: nn.Module):
+    def __init__(self, trainer: Any):
         self.found = Found(trainer)
-        self._snapshot = Snapshot(self.found, random_devices(trainer, model))
-        self._tensors = RunningTensors()
-        self._tensors.start(self.found.modules, self.found.trained, self.found.tensors)
-
-    def put_back(self) -> None:
-        """Restore all of it."""
-        self._tensors.rewind()
-        self._snapshot.put_back()
+        super().__init__(self.found, RunningTensors().start(self.found))
 
 
 @dataclass
@@ -40,7 +30,7 @@ class MicroBatch:
     inputs: Any
     num_items_in_batch: torch.Tensor | int | None
     snapshot: Snapshot
-    autocast: Callable[[], AbstractContextManager[Any]]  # as a user's `training_step` may have set it
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]  # as a user's `training_step` may have set it
     forward_loss: torch.Tensor | None = None  # what compute_loss returned
     loss: Any = None  # what `Trainer.training_step` called backward with
 
@@ -48,9 +38,8 @@ class MicroBatch:
 class Window:
     """Record and replay the micro-batches of a window, and restore the state that their passes change."""
 
-    def __init__(self, trainer: Any, model: nn.Module):
+    def __init__(self, trainer: Any):
         self._trainer = trainer
-        self._devices = random_devices(trainer, model)
         self.tensors = RunningTensors()
         self.in_second_pass = False
         self.clear()
@@ -59,54 +48,45 @@ class Window:
         """Forget everything except which tensors change."""
         self.micro_batches: list[MicroBatch] = []
         self._found: Found | None = None
-        self._on_parameters: dict[tuple[int, str], tuple[int, int]] = {}
+        self._on_parameters: set[tuple[int, str, int, int]] = set()
         self.tensors.forget()
 
     def record(self, inputs: Any, num_items_in_batch: torch.Tensor | int | None) -> MicroBatch:
         """Record a micro-batch before its first pass."""
-        trainer, found = self._trainer, self._found
-        is_first = found is None
-        if found is None or self.tensors.is_learning:  # in its first passes a loss may create objects
-            found = self._found = Found(trainer)
-        if is_first:
-            self._on_parameters = tensors_on_parameters(found.trained)
-            self.tensors.start(found.modules, found.trained, found.tensors, trainer.state.global_step)
-        device = trainer.accelerator.device.type
-        autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        micro_batch = MicroBatch(
-            copied(inputs),
-            num_items_in_batch,
-            Snapshot(found, self._devices),
-            functools.partial(torch.autocast, device, *autocast),
-        )
+        trainer, running = self._trainer, None
+        if self._found is None or self.tensors.is_learning:  # in its first passes a loss may create objects
+            self._found = Found(trainer)
+        if not self.micro_batches:  # also after one that failed
+            self._on_parameters = tensors_on_parameters(self._found.trained)
+            running = self.tensors.start(self._found, trainer.state.global_step)
+        snapshot, device = Snapshot(self._found, running), trainer.accelerator.device.type
+        dtype, is_enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        autocast = functools.partial(torch.autocast, device, dtype, is_enabled)
+        micro_batch = MicroBatch(copied(inputs), num_items_in_batch, snapshot, autocast)
         self.micro_batches.append(micro_batch)
         return micro_batch
 
     def refuse_tensors_on_parameters(self) -> None:
         """Raise a NotImplementedError if the first pass wrote into tensors that are attributes of parameters."""
-        assert self._found is not None
-        if self._trainer.is_deepspeed_enabled:  # DeepSpeed keeps its own there
+        if self._found is None or self._trainer.is_deepspeed_enabled:  # DeepSpeed keeps its own there
             return
-        changed = tensors_on_parameters(self._found.trained).items() - self._on_parameters.items()
-        if changed:
-            (parameter_id, attribute), _ = min(changed, key=lambda item: item[0][1])
+        changed = tensors_on_parameters(self._found.trained) - self._on_parameters
+        for parameter_id, attribute, *_ in changed:
             names = {id(parameter): name for name, parameter in self._trainer.model.named_parameters()}
             raise NotImplementedError(
                 f"The backward pass writes into {names.get(parameter_id, 'a parameter')}.{attribute}, as hooks do "
-                "that keep main_grad or per-sample gradients. An optimizer that steps with it would not see the "
-                "gradient that the penalty mixes in .grad. Use .grad. What the optimizer does not use can be kept in "
-                "a dictionary of your own, `if not trainer.in_second_pass`. Or set gnp_alpha=0."
+                "that keep main_grad or per-sample gradients. The penalty changes .grad only. Use .grad. Keep what "
+                "no optimizer uses in a dictionary of your own, `if not trainer.in_second_pass`. Or set gnp_alpha=0."
             )
 
     @contextlib.contextmanager
     def left_as_found(self) -> Iterator[None]:
         """Restore the state after the first pass on leaving. Call `tensors.end` before it."""
-        assert self._found is not None
-        if self.tensors.is_learning:  # the first passes may have created objects
+        if self._found is None or self.tensors.is_learning:  # the first passes may have created objects
             self._found = Found(self._trainer)
-        after = Snapshot(self._found, self._devices)
+        after = Snapshot(self._found, self.tensors.after(self._found))
         try:
-            with self.tensors.left_as_found(self._found.modules), gradients_hidden(self._found.others):
+            with gradients_hidden(self._found.others):
                 self.in_second_pass = True
                 yield
         finally:
@@ -115,7 +95,6 @@ class Window:
 
     def replayed(self) -> Iterator[MicroBatch]:
         """Yield the micro-batches again, each in the state of its first pass."""
-        self.tensors.rewind()
-        for number, micro_batch in enumerate(tuple(self.micro_batches)):
-            micro_batch.snapshot.put_back(is_first=number == 0)
+        for micro_batch in tuple(self.micro_batches):
+            micro_batch.snapshot.put_back()
             yield micro_batch

@@ -106,7 +106,7 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
     with _prepared_model(trainer) as model:
         # Before the state is recorded: an engine makes the parameters the shards, also after an evaluation.
         engine = make_engine(trainer.accelerator, model, Perturbation())  # of all trainable weights
-        state, modes = StateAtHand(trainer, model), [(module, module.training) for module in model.modules()]
+        state, modes = StateAtHand(trainer), [(module, module.training) for module in model.modules()]
         inside = set(map(id, trainer.model.parameters()))
         others = [p for p in (*state.found.others, *state.found.trained) if id(p) not in inside]
         gradient = engine.take_gradient()

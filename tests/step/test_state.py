@@ -678,6 +678,33 @@ def test_state_when_the_penalty_begins(tmp_path, make, schedule):
     assert_identical(gnp.model.state_dict(), plain.model.state_dict())
 
 
+@pytest.mark.parametrize("make", [WithTeacher, lambda: Net(Centred)], ids=["teacher", "buffer"])
+def test_state_after_a_micro_batch_that_failed(tmp_path, make):
+    """What the first micro-batch of a window changed before it failed, the others find in both passes."""
+
+    def base(parent):
+        class Skipping(parent):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                loss = model(**inputs)["loss"]
+                if not self.accelerator.sync_gradients:
+                    raise torch.OutOfMemoryError
+                return loss
+
+            def training_step(self, *args, **kwargs):
+                try:
+                    return super().training_step(*args, **kwargs)
+                except torch.OutOfMemoryError:
+                    return torch.zeros(())
+
+        return Skipping
+
+    def train(cls):
+        return trainer_of(tmp_path, inner(cls, base), model=make(), accumulation=2, max_steps=4)
+
+    _, gnp = assert_unmoved_is_plain(train)
+    assert logs_of(gnp, "gnp_sharpness")["gnp_sharpness"] == [0.0] * 4
+
+
 class KeepsWeights(Net):
     """Its attributes are views of its weights, as those of `torch.nn.utils.spectral_norm` are before a forward."""
 
