@@ -48,19 +48,18 @@ def refuse_optimizer(name: str) -> NoReturn:
 
 def check_optimizer_of(trainer: Any) -> None:
     """Refuse a trainer's optimizer without a first moment. One that DeepSpeed makes is checked at a step."""
-    optimizer, plugin = unwrapped(trainer.optimizer), trainer.accelerator.state.deepspeed_plugin
-    if isinstance(optimizer, torch.optim.Optimizer):
-        cls, accepted = type(optimizer), inspect.signature(type(optimizer)).parameters.keys() - {"params"}
-        kwargs = {name: value for name, value in optimizer.param_groups[0].items() if name in accepted}
-        _check_optimizer(cls, kwargs, cls.__name__)
-    elif optimizer is None and (plugin is None or "optimizer" not in plugin.deepspeed_config):
+    present, plugin = unwrapped(trainer.optimizer), trainer.accelerator.state.deepspeed_plugin
+    if isinstance(present, torch.optim.Optimizer):
+        cls, accepted = type(present), inspect.signature(type(present)).parameters.keys() - {"params"}
+        kwargs = {name: value for name, value in present.param_groups[0].items() if name in accepted}
+        name = cls.__name__
+    elif present is None and (plugin is None or "optimizer" not in plugin.deepspeed_config):
         own = trainer.optimizer_cls_and_kwargs
         cls, kwargs = own or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        _check_optimizer(cls, kwargs, cls.__name__ if own else f"optim={trainer.args.optim.value}")
-
-
-def _check_optimizer(cls: type, kwargs: Mapping[str, Any], name: str) -> None:
-    """Let an optimizer step on one small parameter, and look at its state."""
+        name = cls.__name__ if own else f"optim={trainer.args.optim.value}"
+    else:
+        return
+    # Step once on a small parameter, and look for the moment in its state.
     parameter = nn.Parameter(torch.zeros(64, 128))
     parameter.grad = torch.ones_like(parameter)
     try:

@@ -44,6 +44,7 @@ class Engine(ABC):
         model: The model that `accelerator` has prepared.
     """
 
+    is_perturbed = False  # whether weights on this rank may not be θ. ZeRO-1 and 2 restore it in `finish`
     has_master = True  # whether 16-bit forward weights have an fp32 master
     accumulates = False  # whether g₂ is added to the g₁ that `keep_gradients` leaves
     keeps_momentum_move = False  # whether a move along the momentum stays until the step ends, as restoring gathers
@@ -85,11 +86,6 @@ class Engine(ABC):
         """Return the factor of the gradients in `shards`, a scalar tensor where it is on the device."""
 
     # The weights.
-
-    @property
-    @abstractmethod
-    def is_perturbed(self) -> bool:
-        """Return whether weights on this rank may not be θ. ZeRO-1 and 2 restore it in `finish`."""
 
     @abstractmethod
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:

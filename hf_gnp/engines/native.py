@@ -135,22 +135,19 @@ class NativeEngine(Engine):
 
     # The weights.
 
-    @property
-    def is_perturbed(self) -> bool:
-        return bool(self._moved)
-
     @torch.no_grad()
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:
         self._backup = penalty.clones([shard.weight for shard in shards])
-        self._moved = [shard.weight for shard in shards]  # last: `restore` needs both
+        self._moved = [shard.weight for shard in shards]
+        self.is_perturbed = bool(shards)  # last: `restore` needs both lists
         pairs = zip(shards, self._backup, strict=True)
         return [shard._replace(master=backup, gradient=None) for shard, backup in pairs]
 
     @torch.no_grad()
     def restore(self) -> None:
-        if self._moved:
+        if self.is_perturbed:
             penalty.copy_(self._moved, self._backup)
-            self._moved, self._backup = [], []
+            self._moved, self._backup, self.is_perturbed = [], [], False
         self.publish()
 
     # The passes.

@@ -92,7 +92,6 @@ class ShardedEngine(DeepSpeedSteps):
         super().__init__(accelerator, perturbation, self.ds_engine.module)
         self._first_gradients: list[torch.Tensor] = []
         self._holds = False  # whether there is a gradient of earlier micro-batches of the step
-        self._is_perturbed = False
 
     # The shards.
 
@@ -149,12 +148,8 @@ class ShardedEngine(DeepSpeedSteps):
 
     # The weights.
 
-    @property
-    def is_perturbed(self) -> bool:
-        return self._is_perturbed
-
     def keep_weights(self, shards: list[Shard]) -> list[Shard]:
-        self._is_perturbed = True
+        self.is_perturbed = True
         return [shard._replace(gradient=None) for shard in shards]
 
     def restore_partitions(self) -> None:

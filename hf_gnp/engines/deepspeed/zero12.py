@@ -76,23 +76,23 @@ class _ReplicatedEngine(ShardedEngine):
         super().finish()
         if self.optimizer.overflow or not has_step:
             self._publish_masters()
-        self._is_perturbed = False
+        self.is_perturbed = False
 
     def _publish_masters(self) -> None:
-        if self._is_perturbed:
+        if self.is_perturbed:
             self.optimizer.update_lp_params()
-        self._is_perturbed = False
+        self.is_perturbed = False
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put θ back after a failure: on this rank at once, and the other ranks' parts if all ranks failed."""
-        if not self._is_perturbed:
+        if not self.is_perturbed:
             return
         self.restore_partitions()
         try:
             dist.monitored_barrier(self._failed_ranks, timeout=FAILED_RANKS_TIMEOUT)
             self.publish()
-            self._is_perturbed = False
+            self.is_perturbed = False
         except RuntimeError as error:
             logger.warning(
                 "The second pass failed on this rank alone: its fp32 weights and its part of the forward weights are "

@@ -50,9 +50,9 @@ class Zero3Engine(ShardedEngine):
 
     @torch.no_grad()
     def restore(self) -> None:
-        if self._is_perturbed:
+        if self.is_perturbed:
             self.restore_partitions()
-        self._is_perturbed = False
+        self.is_perturbed = False
         self.publish()
 
     def publish(self) -> None:
