@@ -52,7 +52,7 @@ def probe_same_forward(
 ) -> None:
     """Run a micro-batch again at θ, in its restored state. Raise a RuntimeError if the loss differs."""
     model.train()  # as `Trainer.training_step` does: a loss may have changed the mode
-    inputs, items = copied(micro_batch.inputs), micro_batch.num_items_in_batch
+    inputs, items = copied((micro_batch.inputs, micro_batch.num_items_in_batch))
     with around, replaced(trainer, log=no_log), trainer.compute_loss_context_manager(), micro_batch.autocast():
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
     first: Any = micro_batch.forward_loss

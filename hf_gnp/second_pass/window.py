@@ -62,7 +62,7 @@ class Window:
         snapshot, device = Snapshot(self._found, running), trainer.accelerator.device.type
         dtype, is_enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         autocast = functools.partial(torch.autocast, device, dtype, is_enabled)
-        micro_batch = MicroBatch(copied(inputs), num_items_in_batch, snapshot, autocast)
+        micro_batch = MicroBatch(copied(inputs), copied(num_items_in_batch), snapshot, autocast)
         self.micro_batches.append(micro_batch)
         return micro_batch
 

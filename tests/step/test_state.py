@@ -705,6 +705,31 @@ def test_state_after_a_micro_batch_that_failed(tmp_path, make):
     assert logs_of(gnp, "gnp_sharpness")["gnp_sharpness"] == [0.0] * 4
 
 
+class Counting(Net):
+    def forward(self, x, labels=None, **kwargs):  # so `Trainer` counts the items of a batch
+        return super().forward(x, labels)
+
+
+@pytest.mark.parametrize("first_step", [0, 1])  # the probe sees step 0
+@pytest.mark.parametrize(("accumulation", "scope"), [(1, "step"), (2, "step"), (2, "micro_batch")])
+def test_number_of_items_changed_in_place(tmp_path, accumulation, scope, first_step):
+    def base(parent):
+        class Smoothing(parent):
+            def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
+                if self.state.global_step >= first_step:
+                    num_items_in_batch.add_(4)
+                logits = model(**inputs)["logits"]
+                return nn.functional.cross_entropy(logits, inputs["labels"], reduction="sum") / num_items_in_batch
+
+        return Smoothing
+
+    def train(cls):
+        gnp = {"gnp_scope": scope}
+        return trainer_of(tmp_path, inner(cls, base), model=Counting(nn.Tanh), accumulation=accumulation, gnp=gnp)
+
+    assert_unmoved_is_plain(train)
+
+
 class KeepsWeights(Net):
     """Its attributes are views of its weights, as those of `torch.nn.utils.spectral_norm` are before a forward."""
 
