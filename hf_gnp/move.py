@@ -71,10 +71,13 @@ class Move:
         squares = self._each_once(self._shards, sq_norms)
         moving = self._each_once(self._to_move, penalty.local_sq_norms(self._directions)) if targets else squares
         sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(moving)]))
-        scale = torch.as_tensor(engine.loss_scale()).view(1)
-        also = [scale] if flags is None else [scale, flags]
+        scale = engine.loss_scale()
+        also = [scale.view(1)] if isinstance(scale, torch.Tensor) else []  # a number would be copied to the device
+        if flags is not None:
+            also.append(flags)
         read = torch.cat([sums, *(tensor.to(sums.device, sums.dtype) for tensor in also)]).tolist()
-        values, (loss_scale, *rest) = read[: len(sums)], read[len(sums) :]
+        values, rest = read[: len(sums)], read[len(sums) :]
+        loss_scale = rest.pop(0) if isinstance(scale, torch.Tensor) else scale
         self._normalise(*values)
         self.first_norm = math.sqrt(values[0]) / loss_scale
         return self.first_norm, [bool(flag) for flag in rest]

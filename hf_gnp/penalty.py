@@ -101,17 +101,19 @@ def move_(
     Returns:
         The local sums ⟨weights - weights before, e⟩ and ‖e‖², in float32. None if not measured.
     """
+    is_in_place = all(weight is master for weight, master in zip(weights, masters, strict=True))
     is_wide = all(weight.dtype.itemsize > 2 for weight in weights)
-    is_in_place = is_wide and all(weight is master for weight, master in zip(weights, masters, strict=True))
-    if weights and is_in_place and not (elementwise or measure):
+    if is_wide:
+        generators = None
+    if weights and is_in_place and not (elementwise or measure or generators):
         if isinstance(scale, float):
             torch._foreach_add_(weights, directions, alpha=scale)
             return None
-        if sum(weight.numel() for weight in weights) <= PART:
+        if is_wide and sum(weight.numel() for weight in weights) <= PART:
             torch._foreach_add_(weights, torch._foreach_mul(directions, _factors(directions, scale)))
             return None
     scales = [scale] * len(weights) if isinstance(scale, float) else scale
-    noise: Sequence[torch.Generator | None] = [None] * len(weights) if is_wide or generators is None else generators
+    noise: Sequence[torch.Generator | None] = generators or [None] * len(weights)
     tensors = [_Part(*parts) for parts in zip(weights, directions, masters, scales, noise, strict=True)]
     alpha = scale if isinstance(scale, float) and not elementwise else None
     sums = torch.zeros(2, device=weights[0].device if weights else "cpu")

@@ -19,10 +19,14 @@ def norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt()
 
 
+def unit(tensors: Tensors) -> list[torch.Tensor]:
+    length = norm(tensors)
+    return [t / length for t in tensors]
+
+
 def along_the_gradient(parameters: Tensors, g1: Tensors) -> list[torch.Tensor]:
     """g₁/‖g₁‖"""
-    length = norm(g1)
-    return [g / length for g in g1]
+    return unit(g1)
 
 
 def scale_invariant(parameters: Tensors, g1: Tensors) -> list[torch.Tensor]:
@@ -66,12 +70,12 @@ def paper_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
 
 def authors_mix(g1: Tensors, g2: Tensors, alpha: float) -> list[torch.Tensor]:
     """(1-α) g₁/‖g₁‖ + α g₂: `norm_perturbations=True` in the authors' code."""
-    return paper_mix(along_the_gradient([], g1), g2, alpha)
+    return paper_mix(unit(g1), g2, alpha)
 
 
 def authors_mix_of(share: float) -> Callable[[Tensors, Tensors, float], list[torch.Tensor]]:
     """Return `authors_mix` for one of several directions of a step, whose unit gradient counts with its share."""
-    return lambda g1, g2, alpha: paper_mix([share * g for g in along_the_gradient([], g1)], g2, alpha)
+    return lambda g1, g2, alpha: paper_mix([share * g for g in unit(g1)], g2, alpha)
 
 
 def add_(parameters: Tensors, moves: Tensors) -> None:

@@ -54,7 +54,7 @@ class Engine(ABC):
         self.begin_window(perturbation)
 
     def begin_window(self, perturbation: Perturbation, optimizer: Any = None) -> None:
-        """Begin a window. A callback may have replaced parameters, or the optimizer, where DeepSpeed has its own."""
+        """Begin a window. A callback may have replaced parameters or `optimizer`. DeepSpeed has its own optimizer."""
         self.perturbation = perturbation
         self.all_parameters = parameters_of(modules_of(self.model))
         self.numbers = {id(parameter): number for number, parameter in enumerate(self.all_parameters)}
@@ -186,7 +186,7 @@ class Engine(ABC):
     @abstractmethod
     def drop_nonfinite_gradient(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor | bool:
         """
-        Drop a gradient whose norm is not finite, between clipping and the optimizer step. Loss scalers do it.
+        Drop a gradient whose norm is not finite, between clipping and the optimizer step. A scaler does so itself.
 
         Return whether the step is dropped. This is a flag on the device if the optimizer skips the step itself.
         """

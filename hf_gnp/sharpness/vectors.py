@@ -77,11 +77,12 @@ class ShardVectors:
             return groups.to(self.device)
 
         sq_norms = torch.zeros(2, ends[-1], dtype=self.sum_dtype, device=self.device)
-        for of_group, whole in zip(sq_norms, (model, vector), strict=True):
-            for shard, part in zip(self.shards, whole.split(self._sizes), strict=True):
+        for shard, *parts in zip(self.shards, model.split(self._sizes), vector.split(self._sizes), strict=True):
+            groups = groups_of(shard)
+            for of_group, part in zip(sq_norms, parts, strict=True):
                 squares = part.to(of_group).square()
                 squares = squares if by_rows else squares.sum(0, keepdim=True)
-                of_group.index_add_(0, groups_of(shard), squares, alpha=1 / shard.copies)
+                of_group.index_add_(0, groups, squares, alpha=1 / shard.copies)
         wanted, given = np.sqrt(self._sum_over_ranks(sq_norms))
         scales = torch.from_numpy(np.divide(wanted, given, out=np.zeros(ends[-1]), where=given > 0)).to(vector)
         for shard, part in zip(self.shards, vector.split(self._sizes), strict=True):
