@@ -14,8 +14,8 @@ DIRECTIONS = ("gradient", "momentum")
 METRICS = ("l2", "layer", "element")
 
 CHOICES = {"gnp_warmup_type": WARMUP_TYPES, "gnp_scope": SCOPES, "gnp_direction": DIRECTIONS, "gnp_metric": METRICS}
-NUMBERS = ("gnp_r", "gnp_warmup_steps", "gnp_interval")
-SHARES = ("gnp_alpha", "gnp_start", "gnp_end", "gnp_probability")
+HIGHEST = {"gnp_r": math.inf, "gnp_warmup_steps": math.inf, "gnp_interval": math.inf}
+HIGHEST |= dict.fromkeys(("gnp_alpha", "gnp_start", "gnp_end", "gnp_probability"), 1.0)
 FLAGS = {"gnp_normalize_gradient": ("true", "false"), "gnp_stochastic_rounding": ("true", "false", "auto")}
 
 
@@ -24,14 +24,15 @@ def check_values(args: "GNPArguments") -> None:
     for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
             raise ValueError(f"{name} must be one of {choices}, but it is {getattr(args, name)!r}.")
-    for name in (*NUMBERS, *SHARES):
+    typed = vars(args)  # not by `setattr`, after which a default would count as the user's value
+    for name, highest in HIGHEST.items():
         if name != "gnp_warmup_steps" or args.gnp_warmup_steps is not None:
-            setattr(args, name, _number(name, getattr(args, name), highest=1.0 if name in SHARES else math.inf))
+            typed[name] = _number(name, getattr(args, name), highest)
     for name, words in FLAGS.items():
         word = str(getattr(args, name)).lower()
         if word not in words:
             raise ValueError(f"{name} must be {' or '.join(words)}, but it is {getattr(args, name)!r}.")
-        setattr(args, name, {"true": True, "false": False}.get(word, word))
+        typed[name] = {"true": True, "false": False}.get(word, word)
     if args.gnp_interval < 1 or args.gnp_interval != int(args.gnp_interval):
         raise ValueError(f"gnp_interval must be a whole number of steps, at least 1, but it is {args.gnp_interval}.")
     args.gnp_interval = int(args.gnp_interval)

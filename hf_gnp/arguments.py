@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 from .argument_checks import DIRECTIONS, METRICS, SCOPES, WARMUP_TYPES, check_pairs, check_values
 
 
-FOLLOWING = ("gnp_r", "gnp_alpha", "gnp_metric")  # arguments whose defaults follow others
 UNNAMED = {"gnp_metric": "l2"}  # the paper's: what it means that `gnp_values` has no metric
 
 
@@ -158,34 +157,30 @@ class GNPArguments:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in FOLLOWING:  # the user's from now on, also if it equals the default
-            vars(self)["_gnp_defaults"] = vars(self).get("_gnp_defaults", frozenset()) - {name}
+        if self.is_default(name):  # the user's from now on, also if it equals the default
+            vars(self)["_gnp_defaults"] -= {name}
+
+    def is_default(self, name: str) -> bool:
+        """Return whether the user left out `gnp_r`, `gnp_alpha` or `gnp_metric`, whose defaults follow others."""
+        return name in vars(self).get("_gnp_defaults", ())
 
     def check_gnp_values(self) -> None:
         """Check all gnp arguments, also at the beginning of each `train`: a search sets them in between."""
-        left_out = frozenset(name for name in FOLLOWING if self.is_default(name) or getattr(self, name) is None)
+        names = ("gnp_r", "gnp_alpha", "gnp_metric")
+        left_out = frozenset(name for name in names if self.is_default(name) or getattr(self, name) is None)
         defaults = {
             "gnp_r": 0.05,
             "gnp_alpha": 1.0 if self.gnp_direction == "momentum" else 0.8,
             "gnp_metric": "layer" if "gnp_r" in left_out else "l2",  # published values of r are for l2
         }
-        for name in left_out:
-            setattr(self, name, defaults[name])
-        try:
-            check_values(self)
-            check_pairs(self)
-        finally:
-            vars(self)["_gnp_defaults"] = left_out
-
-    def is_default(self, name: str) -> bool:
-        """Return whether the user left out a `gnp_*` argument, of those whose defaults follow others."""
-        return name in vars(self).get("_gnp_defaults", ())
+        vars(self).update({name: defaults[name] for name in left_out}, _gnp_defaults=left_out)
+        check_values(self)
+        check_pairs(self)
 
     def gnp_values(self) -> dict[str, Any]:
         """Return r, α, and the `gnp_*` arguments that are not at their defaults, or not the paper's metric."""
-        strength = {"gnp_r": self.gnp_r, "gnp_alpha": self.gnp_alpha}
-        defaults = {f.name: f.default for f in fields(GNPArguments) if f.name not in strength} | UNNAMED
-        return strength | {n: getattr(self, n) for n, default in defaults.items() if getattr(self, n) != default}
+        defaults = {f.name: f.default for f in fields(GNPArguments)} | UNNAMED  # r and α have none
+        return {n: getattr(self, n) for n, default in defaults.items() if getattr(self, n) != default}
 
 
 @dataclass

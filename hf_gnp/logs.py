@@ -47,8 +47,8 @@ class StepLogs:
         """Return the last step's penalty, and means over penalised steps and over ranks. A collective."""
         if self.steps == 0:
             return {}
-        r, alpha = (self.penalty.r, self.penalty.alpha) if self.penalty else (0.0, 0.0)
-        logs = {"gnp_r": r, "gnp_alpha": alpha, "gnp_on": self.penalised_steps / self.steps}
+        last = self.penalty or Penalty(0.0, 0.0)
+        logs = {"gnp_r": last.r, "gnp_alpha": last.alpha, "gnp_on": self.penalised_steps / self.steps}
         if self._sums:
             sums = [torch.as_tensor(value).float().to(accelerator.device) for value in self._sums.values()]
             counts = [self._cosines if name == "cosine" else self.penalised_steps for name in self._sums]
@@ -87,20 +87,20 @@ class RadiusHint:
 
     def __init__(self, args: GNPArguments):
         self.metric, self.default_r = args.gnp_metric, args.gnp_r if args.is_default("gnp_r") else None
-        self._before, self._seen, self._is_given = "", 0, False
+        self._kinds: list[str] | None = []  # what each log says of r. None after the hint
 
     def after(self, logs: dict[str, float]) -> str | None:
         """Return the hint after a log with the `gnp_*` metrics, or None."""
         names = ("gnp_r", "gnp_cosine", "gnp_sharpness", "loss")
         r, cosine, rise, loss = (logs.get(name, math.nan) for name in names)
-        if self._is_given or math.isnan(cosine) or logs["gnp_on"] == 0:
+        if self._kinds is None or math.isnan(cosine) or logs["gnp_on"] == 0:
             return None
         is_small = r == self.default_r and cosine > self.STRAIGHT
         kind = "large" if cosine < self.TURNED else "small" if is_small else ""
-        self._before, self._seen = kind, self._seen + 1 if kind == self._before else 1
-        self._is_given = kind != "" and self._seen == self.LOGS
-        if not self._is_given:
+        self._kinds = [*self._kinds[1 - self.LOGS :], kind]
+        if kind == "" or self._kinds != [kind] * self.LOGS:
             return None
+        self._kinds = None
         if is_small:
             return (
                 f"gnp_r={r:g}, the default, changes little: the cosine of both gradients (gnp_cosine) is "
@@ -119,12 +119,10 @@ class RadiusHint:
 
 def logs_after(args: TrainingArguments, state: TrainerState) -> bool:
     """Return whether `Trainer` will log at the end of this step, as far as its arguments tell."""
+    step, interval = state.global_step + 1, state.logging_steps
     if args.logging_strategy == IntervalStrategy.NO:
         return False
-    if args.logging_first_step and state.global_step == 0:
-        return True
-    interval = state.logging_steps
     if args.logging_strategy == IntervalStrategy.EPOCH:
         epochs = state.num_train_epochs if args.max_steps > 0 else args.num_train_epochs  # the first is rounded up
         interval = max(1, round(state.max_steps / epochs))
-    return (state.global_step + 1) % interval == 0
+    return step % interval == 0 or (step == 1 and args.logging_first_step)

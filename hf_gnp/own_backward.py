@@ -29,7 +29,6 @@ class OwnBackward:
         self._aside: list[Any] = []
         self._is_within = False  # whether a backward inside compute_loss made a gradient
         self._marks: Any = None  # the gradient's marks after the window's last backward
-        self.backwards = 0  # backward passes by `Trainer.training_step` in this window
 
     def begin_window(self) -> None:
         """Start watching, and set aside the gradient that exists before the window."""
@@ -59,7 +58,6 @@ class OwnBackward:
             original(*args, **kwargs)
             engine.after_backward()
             self._after_backward(*args)
-            self.backwards += 1
         elif not engine.sets_gradients_aside():
             raise NotImplementedError(self._refusal())
         else:

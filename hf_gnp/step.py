@@ -97,6 +97,8 @@ class PenalisedSteps:
             is_twice = self.penalty and self.penalty.r * self.penalty.alpha > 0 and not perturbation.is_momentum
             self._is_open, self.passes = True, 2 if is_twice else 1
             self.own_backward.begin_window()
+            if self.penalty is not None and perturbation.is_momentum:
+                self.move.momentum_norm()  # the momentum does not change within a window
         self.inputs = inputs
 
     def _compute_loss(
@@ -121,12 +123,10 @@ class PenalisedSteps:
     def _moved_along_momentum(self, penalty: Penalty) -> Iterator[None]:
         """Perturb the weights for the only pass of a micro-batch, with `gnp_direction="momentum"`."""
         with deferred_signals():
-            if is_first := self.own_backward.backwards == 0:  # the momentum does not change within a window
-                self.move.momentum_norm()
             measure = logs_after(self.trainer.args, self.state)
             with self.move.perturbed(penalty, self.noise_key, measure):
                 yield
-        if self.move.has_direction and is_first:
+        if self.move.has_direction:
             self.logs.add(self.move.fidelity)
 
     # The second pass.

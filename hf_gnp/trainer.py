@@ -32,17 +32,6 @@ _Base: Any = object
 _documented_as: Callable[[Any], Callable[[Any], Any]] = functools.wraps
 
 
-def _take_signature_of_base(cls: Any, mixin: type) -> None:
-    """Copy the signature of the base's `__init__`, which scripts inspect."""
-    base: Any = next(base for base in cls.__mro__ if base is not mixin and "__init__" in vars(base))
-
-    @functools.wraps(base.__init__)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        super(cls, self).__init__(*args, **kwargs)
-
-    cls.__init__ = __init__
-
-
 class GNPMixin(_Base):
     r"""
     Penalise the gradient norm of the loss in any subclass of [`~transformers.Trainer`]. The mixin comes first:
@@ -79,7 +68,14 @@ class GNPMixin(_Base):
                 f"class {cls.__name__}(GNPMixin, {cls.__bases__[0].__name__})."
             )
         if GNPMixin in cls.__bases__ and "__init__" not in vars(cls):
-            _take_signature_of_base(cls, GNPMixin)
+            # Scripts inspect the signature of `__init__`: it gets that of the base.
+            base: Any = next(base for base in cls.__mro__ if base is not GNPMixin and "__init__" in vars(base))
+
+            @functools.wraps(base.__init__)
+            def init(self: Any, *args: Any, **kwargs: Any) -> None:
+                super(cls, self).__init__(*args, **kwargs)
+
+            cls.__init__ = init  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -106,21 +102,33 @@ class GNPMixin(_Base):
     def in_second_pass(self) -> bool:
         return self._gnp_run is not None and self._gnp_run.window.in_second_pass
 
+    @property
+    def _gnp_perturbed_run(self) -> PenalisedSteps | None:
+        """Return the present run, or one that failed, if its weights are perturbed."""
+        return self._gnp_run if self._gnp_run is not None and self._gnp_run.engine.is_perturbed else None
+
     @_documented_as(Trainer.train)
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._gnp_run is not None:  # the last run ended at perturbed weights
             self._gnp_run.abandon()
-            if self._gnp_run.engine.is_perturbed:
+            self._gnp_end_run()
+            if self._gnp_run is not None:
                 raise RuntimeError("Weights are still moved by a second pass that failed: load a checkpoint first.")
         try:
             with callbacks_know(self):
                 result = super().train(*args, **kwargs)
             self._gnp_tell_dropped()
-            if self._gnp_run is not None and self._gnp_run.engine.is_perturbed:  # after micro-batches without a step
-                self._gnp_run.abandon()
+            if run := self._gnp_perturbed_run:  # after micro-batches without a step
+                run.abandon()
             return result
         finally:
             self._gnp_end_run()
+
+    def _gnp_end_run(self) -> None:
+        """Release the run and with it the model, unless its weights are perturbed."""
+        if self._gnp_run is not None:
+            self._gnp_run.close()
+            self._gnp_run = self._gnp_perturbed_run
 
     @_documented_as(Trainer.hyperparameter_search)
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,14 +137,12 @@ class GNPMixin(_Base):
 
     def _hp_search_setup(self, trial: Any) -> None:
         # Trainer calls this at the beginning of each run. From here on its arguments are final.
-        if trial is not None:
-            before = getattr(self, "_gnp_before_search", {})
-            vars(self.gnp_args).update(before)  # transformers keeps the values of the last trial
+        if trial is not None:  # transformers keeps the values of the last trial
+            vars(self.gnp_args).update(getattr(self, "_gnp_before_search", {}))
         super()._hp_search_setup(trial)
         if trial is not None and self.gnp_args is not self.args:
             is_optuna = hasattr(trial, "params")
             update_arguments(self.gnp_args, self.hp_space(trial) if is_optuna else dict(trial))
-        self._gnp_end_run()
         self._gnp_check()
 
     def _gnp_current_run(self, model: nn.Module) -> PenalisedSteps:
@@ -162,13 +168,6 @@ class GNPMixin(_Base):
     def _gnp_schedule(self) -> Schedule:
         self._gnp_check()  # a callback may have set arguments
         return Schedule.from_args(self.gnp_args, self.state.max_steps, self.args, is_adaptive(self.optimizer))
-
-    def _gnp_end_run(self) -> None:
-        """Release the run and with it the model, unless its weights are perturbed."""
-        if self._gnp_run is not None:
-            self._gnp_run.close()
-            if not self._gnp_run.engine.is_perturbed:
-                self._gnp_run = None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -213,8 +212,8 @@ class GNPMixin(_Base):
         return grad_norm
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._gnp_run is not None and self._gnp_run.engine.is_perturbed:  # a callback has stopped within a window
-            self._gnp_run.engine.restore()
+        if run := self._gnp_perturbed_run:  # a callback has stopped within a window
+            run.engine.restore()
         self._gnp_is_trainers_log = self.control.should_log
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -223,14 +222,13 @@ class GNPMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # `drain` is a collective. All ranks make Trainer's own call, but a user's compute_loss may log on one rank.
-        if self._gnp_is_trainers_log and {"loss", "learning_rate"} <= logs.keys():
+        is_trainers = self._gnp_is_trainers_log and {"loss", "learning_rate"} <= logs.keys()
+        if is_trainers and (run := self._gnp_run) is not None:
             self._gnp_is_trainers_log = False
-            if self._gnp_run is not None:
-                self._gnp_tell_dropped()
-                logs.update(self._gnp_run.logs.drain(self.accelerator))
-                for hint in (self._gnp_run.radius_hint.after(logs), self._gnp_run.logs.fidelity_hint(logs)):
-                    if hint is not None:
-                        logger.warning(hint)
+            self._gnp_tell_dropped()
+            logs.update(run.logs.drain(self.accelerator))
+            for hint in filter(None, (run.radius_hint.after(logs), run.logs.fidelity_hint(logs))):
+                logger.warning(hint)
         super().log(logs, *args, **kwargs)
 
     def _gnp_tell_dropped(self) -> None:
@@ -243,7 +241,7 @@ class GNPMixin(_Base):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save as [`~transformers.Trainer.save_model`] does, but refuse perturbed weights (of signal handlers)."""
-        if self._gnp_run is not None and self._gnp_run.engine.is_perturbed:
+        if self._gnp_perturbed_run:
             raise RuntimeError("The weights are perturbed by an unfinished second pass: nothing was saved.")
         super().save_model(*args, **kwargs)
 
