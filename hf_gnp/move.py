@@ -21,7 +21,7 @@ class Move:
     """
     Move an engine's weights to θ + e, in the metric of its `Perturbation`.
 
-        move.gradient_norm()            # or move.momentum_norm()
+        move.gradient_norm(flags)       # or move.momentum_norm()
         with move.perturbed(penalty, noise_key):
             ...
 
@@ -36,7 +36,6 @@ class Move:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._shards: list[Shard] = []  # those with a gradient
         self._to_move: list[Shard] = []
         self._directions: list[torch.Tensor] = []
         self._direction_norm = 0.0  # the denominator of e, or ‖θ‖ over the tensors that move with "layer"
@@ -55,7 +54,7 @@ class Move:
         return 0 < self._direction_norm < math.inf
 
     @torch.no_grad()
-    def gradient_norm(self, flags: torch.Tensor | None = None) -> tuple[float, list[bool]]:
+    def gradient_norm(self, flags: torch.Tensor) -> tuple[float, list[bool]]:
         """
         Return ‖g₁‖ without the loss scale, and `flags` on the host. One all-reduce, and one read from the device.
 
@@ -63,19 +62,17 @@ class Move:
             flags: A vector of this rank's flags. It is read together with the norm, as each read waits for the device.
         """
         engine, targets = self.engine, self.engine.perturbation.targets
-        self._shards = engine.shards()
-        self._to_move = [shard for shard in self._shards if targets is None or id(shard.parameter) in targets]
+        shards = engine.shards()
+        self._to_move = [shard for shard in shards if targets is None or id(shard.parameter) in targets]
         self._directions = [shard.gradient for shard in self._to_move]
-        sq_norms = penalty.local_sq_norms([shard.gradient for shard in self._shards])
+        sq_norms = penalty.local_sq_norms([shard.gradient for shard in shards])
         self._local_sq_norm = sq_norms.sum()
-        squares = self._each_once(self._shards, sq_norms)
+        squares = self._each_once(shards, sq_norms)
         moving = self._each_once(self._to_move, penalty.local_sq_norms(self._directions)) if targets else squares
         sums = engine.sum_over_ranks(torch.cat([squares.sum().view(1), *self._sums_of_metric(moving)]))
         scale = engine.loss_scale()
-        also = [scale.view(1)] if isinstance(scale, torch.Tensor) else []  # a number would be copied to the device
-        if flags is not None:
-            also.append(flags)
-        read = torch.cat([sums, *(tensor.to(sums.device, sums.dtype) for tensor in also)]).tolist()
+        scales = [scale.view(1)] if isinstance(scale, torch.Tensor) else []  # a number would be copied to the device
+        read = torch.cat([sums, *(tensor.to(sums.device, sums.dtype) for tensor in (*scales, flags))]).tolist()
         values, rest = read[: len(sums)], read[len(sums) :]
         loss_scale = rest.pop(0) if isinstance(scale, torch.Tensor) else scale
         self._normalise(*values)
@@ -153,7 +150,7 @@ class Move:
                     norm = self.first_norm
                     if engine.perturbation.normalize_gradient and 0 < norm < math.inf:
                         self.first_scale = share / norm
-                    engine.keep_gradients(self._shards, penalty_.alpha, self.first_scale)
+                    engine.keep_gradients(penalty_.alpha, self.first_scale)
                     self.forget()  # the engine keeps what it needs of g₁
                 engine.publish()
             forget_casts()
@@ -172,7 +169,7 @@ class Move:
 
     def forget(self) -> None:
         """Release g₁ and the directions."""
-        self._shards, self._to_move, self._directions = [], [], []
+        self._to_move, self._directions = [], []
 
     def local_norms_after_mix(self, alpha: float) -> tuple[float, float]:
         """Return two local norms: of the mixed gradient if g₂ were g₁, and of the present one. Waits for a device."""

@@ -5,8 +5,8 @@ The math of the penalised step, on lists of local tensors: no collective, no eng
     g₂ = ∇L(θ + e)              e = r g₁/‖g₁‖, or in another metric (perturbation.py)
     g  = (1-α) g₁ + α g₂        = ∇L(θ) + λ H(θ) g₁/‖g₁‖ + O(λ r)        λ = α r
 
-g needs no second gradient buffer: the engine scales g₁ by (1-α)/α, the second pass adds g₂, and the engine scales
-the sum by α.
+Most engines need no second gradient buffer: they scale g₁ by (1-α)/α, the second pass adds g₂, and they scale the sum
+by α. ZeRO-2 and 3 keep g₁ and interpolate.
 
 Reference: Zhao, Zhang and Hu, ICML 2022, arXiv 2202.03599, equations (6) to (9).
 """

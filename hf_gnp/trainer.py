@@ -46,7 +46,9 @@ class GNPMixin(_Base):
 
     `Trainer`'s logs gain `gnp_grad_norm` (\\(\lVert g_1\rVert\\)), `gnp_perturbed_loss`, `gnp_sharpness` (perturbed
     minus clean loss) and `gnp_cosine` (of \\(g_1\\) and \\(g_2\\), at logged steps only). Each is a mean over ranks
-    and over the penalised steps since the last log. `loss` is the clean loss.
+    and over the penalised steps since the last log. `gnp_r` and `gnp_alpha` are those of the last step. `gnp_on` is
+    the share of penalised steps, and `gnp_fidelity` the part of the last move that survives rounding. `loss` is the
+    clean loss.
 
     Attributes:
         in_second_pass: Whether the second pass runs now. Put code that must run once a step, such as logging in

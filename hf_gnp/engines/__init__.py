@@ -24,15 +24,9 @@ def make_engine(
 ) -> Engine:
     """Return the engine for a model, and perhaps an optimizer, that `accelerator` has prepared."""
     perturbation.check_rounding(model)
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from .deepspeed import make_deepspeed_engine
 
         return make_deepspeed_engine(accelerator, perturbation)
-    if kind in (DistributedType.NO, DistributedType.FSDP) or kind.value.startswith("MULTI_"):
-        is_fsdp2 = any(isinstance(module, FSDPModule) for module in model.modules())
-        return (Fsdp2Engine if is_fsdp2 else NativeEngine)(accelerator, perturbation, model, optimizer)
-    raise NotImplementedError(
-        f"The gradient-norm penalty does not run under {kind}. "
-        "Use one process, DDP, FSDP2 or DeepSpeed ZeRO, or set gnp_alpha=0 for plain training."
-    )
+    is_fsdp2 = any(isinstance(module, FSDPModule) for module in model.modules())
+    return (Fsdp2Engine if is_fsdp2 else NativeEngine)(accelerator, perturbation, model, optimizer)

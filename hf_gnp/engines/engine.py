@@ -33,7 +33,7 @@ class Engine(ABC):
 
         engine.begin_window(perturbation)
         with engine.first_pass(): ...               # each micro-batch: backward without optimizer step
-        move.gradient_norm()                        # shards, sum_over_ranks, loss_scale
+        move.gradient_norm(flags)                   # shards, sum_over_ranks, loss_scale
         with move.perturbed(penalty, noise_key):    # keep_weights, keep_gradients, publish, end_perturbation
             with engine.replay(is_last): ...        # each micro-batch again
         engine.mix(alpha)                           # the gradient is (1-α) g₁ + α g₂
@@ -41,7 +41,8 @@ class Engine(ABC):
         engine.drop_nonfinite_gradient(grad_norm)
 
     Args:
-        model: The model that `accelerator` has prepared.
+        model: The model that `accelerator` has prepared. The constructor calls `begin_window`, so a subclass sets its
+            attributes before it calls this one.
     """
 
     is_perturbed = False  # whether weights on this rank may not be θ. ZeRO-1 and 2 restore it in `finish`
@@ -79,7 +80,7 @@ class Engine(ABC):
 
     @abstractmethod
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a small tensor over the ranks that hold distinct shards: one all-reduce at most."""
+        """Sum a small tensor in place over ranks that hold distinct shards, and return it. One all-reduce at most."""
 
     @abstractmethod
     def loss_scale(self) -> torch.Tensor | float:
@@ -134,8 +135,8 @@ class Engine(ABC):
     # The gradients.
 
     @abstractmethod
-    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
-        """Save what `mix` needs of `scale * g₁`, and prepare the gradient for g₂. `shards` are all of `shards()`."""
+    def keep_gradients(self, alpha: float, scale: float) -> None:
+        """Save what `mix` needs of `scale * g₁`, and prepare the gradient for g₂."""
 
     @abstractmethod
     def mix(self, alpha: float) -> None:
@@ -158,7 +159,7 @@ class Engine(ABC):
         """Add a gradient of `take_gradient`."""
 
     def hold_gradient(self) -> None:
-        """Keep the gradient of a micro-batch with its own direction until the step ends. The weights are θ."""
+        """Keep the gradient of a micro-batch with its own direction, for the next window to set aside."""
         return None
 
     def sets_gradients_aside(self) -> bool:
@@ -192,7 +193,7 @@ class Engine(ABC):
         """
 
     def end_step(self) -> None:
-        """Undo what `drop_nonfinite_gradient` has set. Called after the optimizer's step."""
+        """Undo what `drop_nonfinite_gradient` has set, if anything. Called when a window closes."""
         return None
 
     def abandon(self) -> None:

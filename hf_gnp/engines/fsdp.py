@@ -22,7 +22,7 @@ class Fsdp2Engine(NativeEngine):
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         within = {id(child) for module in self._modules for child in module.modules() if child is not module}
         self._roots = [module for module in self._modules if id(module) not in within]
-        self.hides_gradient()  # refuses torch releases with other private names
+        list(self._fsdp_parameters())  # refuses torch releases with other private names
         super().__init__(accelerator, perturbation, model, optimizer)
 
     def reshard(self) -> None:

@@ -50,7 +50,7 @@ class NativeEngine(Engine):
         self._backup: list[torch.Tensor] = []
         self._first_gradients: Gradients = []
         self._skipping = contextlib.ExitStack()
-        self._is_reducing = False  # whether gradients are reduced in this pass
+        self._is_reducing = False  # whether this engine, not `Trainer`, makes the present micro-batch reduce
         super().__init__(accelerator, perturbation, model)
         if self.ddp is not None:
             has_communication_hook(self.ddp)  # refuses PowerSGD
@@ -200,12 +200,12 @@ class NativeEngine(Engine):
 
     # The gradients.
 
-    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
+    def keep_gradients(self, alpha: float, scale: float) -> None:
         self.accumulates = False
         if alpha == 1:
             self.discard_gradient()
         elif (
-            any(shard.gradient.dtype.itemsize == 2 for shard in shards)
+            any(gradient_of(parameter).dtype.itemsize == 2 for parameter in self._with_gradient())
             # Such a hook changes all of `.grad`: tensor parallelism would sum g₁ over ranks a second time.
             or any(parameter._post_accumulate_grad_hooks for parameter in self._trainable())
             or (self.ddp is not None and has_communication_hook(self.ddp))

@@ -106,10 +106,8 @@ def _unsupported_engine(accelerator: Accelerator) -> Iterator[str]:
     kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
     if is_sagemaker_mp_enabled():
         yield "SageMaker model parallelism: use FSDP2 or DeepSpeed ZeRO"
-    if kind == DistributedType.XLA:
-        yield "XLA: use a CUDA or CPU device"
-    if kind == DistributedType.MEGATRON_LM:
-        yield "Megatron-LM: use FSDP2 or DeepSpeed ZeRO"
+    if kind.value not in ("NO", "FSDP", "DEEPSPEED") and not kind.value.startswith("MULTI_"):
+        yield f"{kind.value}: use DDP, FSDP2 or DeepSpeed ZeRO"
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         yield "FSDP version 1: set fsdp_version to 2"
     hook = getattr(getattr(accelerator, "ddp_handler", None), "comm_hook", DDPCommunicationHookType.NO)

@@ -95,6 +95,7 @@ class RunningTensors:
             elements = local_part(tensor).clone() if is_whole else _sample(tensor)
             self._candidates.append(_Candidate(tensor, mark, elements, is_whole))
         self._trained = found.trained
+        # Not the present list: `end` removes what did not change.
         return lambda: put_back([(each.tensor, each.elements) for each in self._candidates if each.is_whole])
 
     def _candidates_of(self, found: Any) -> Iterator[tuple[torch.Tensor, bool]]:

@@ -104,7 +104,7 @@ class Found:
             loss, held = loss.func, [*held, *loss.args, *loss.keywords.values()]
         roots = (trainer, trainer.state, SimpleNamespace(held=[*held, getattr(loss, "__self__", None)]))
         owners = [(root, DEPTH) for root in roots] + self._add_module(trainer.model)
-        mine, self.others = self.others, []
+        mine, self.others = self.others, []  # `_add_module` has added those of the model
         # DeepSpeed's optimizer has flat partitions.
         moving, outside = split_by_optimizer(mine, None if trainer.is_deepspeed_enabled else optimizer)
         self.trained = [parameter for parameter in (*moving, *outside) if parameter.requires_grad]
@@ -143,7 +143,11 @@ class Snapshot:
     """Record the random generators, and the attributes of `found.owners`, at construction."""
 
     def __init__(self, found: Found, running: Restorer | None = None):
-        """If `running` is None, running tensors of the second pass stay, and so do attributes that have them."""
+        """
+        Args:
+            running: Restores the running tensors, for a window's first micro-batch. If None, buffers keep what the
+                second pass has written since, and so do attributes that have such tensors.
+        """
         self._attributes = [(owner, attributes_of(owner)) for owner in found.owners]
         self._restorers = global_generators(found.devices)
         if running is not None:

@@ -15,14 +15,6 @@ from .running_tensors import RunningTensors
 from .state import Found, Snapshot, tensors_on_parameters
 
 
-class StateAtHand(Snapshot):
-    """Record random generators, attributes, buffers and frozen weights at construction."""
-
-    def __init__(self, trainer: Any):
-        self.found = Found(trainer)
-        super().__init__(self.found, RunningTensors().start(self.found))
-
-
 @dataclass
 class MicroBatch:
     """Hold one call of `compute_loss` by `Trainer.training_step`: copies of its arguments, and the state before it."""

@@ -14,7 +14,8 @@ from hf_gnp.engines import Engine, make_engine, refuse_engine
 from hf_gnp.perturbation import Perturbation
 from hf_gnp.second_pass.inputs import copied
 from hf_gnp.second_pass.probe import no_log, replaced
-from hf_gnp.second_pass.window import StateAtHand
+from hf_gnp.second_pass.running_tensors import RunningTensors
+from hf_gnp.second_pass.state import Found, Snapshot
 from hf_gnp.signals import deferred_signals
 from hf_gnp.tensors import gradients_hidden
 
@@ -32,7 +33,7 @@ class SampleLoss:
         origin: θ, one tensor for each shard. It may be set to other weights, such as those of a checkpoint.
     """
 
-    def __init__(self, trainer: Any, model: nn.Module, engine: Engine, state: StateAtHand, seed: int, progress: Any):
+    def __init__(self, trainer: Any, model: nn.Module, engine: Engine, state: Snapshot, seed: int, progress: Any):
         self.trainer, self.model, self.progress = trainer, model, progress
         self._engine, self._state, self._seed = engine, state, seed
         self.vectors = ShardVectors(engine.keep_weights(engine.trainable_shards()), engine)
@@ -106,9 +107,10 @@ def sample_loss(trainer: Any, seed: int, training: bool = False, name: str = "Sh
     with _prepared_model(trainer) as model:
         # Before the state is recorded: an engine makes the parameters the shards, also after an evaluation.
         engine = make_engine(trainer.accelerator, model, Perturbation())  # of all trainable weights
-        state, modes = StateAtHand(trainer), [(module, module.training) for module in model.modules()]
+        found, modes = Found(trainer), [(module, module.training) for module in model.modules()]
+        state = Snapshot(found, RunningTensors().start(found))
         inside = set(map(id, trainer.model.parameters()))
-        others = [p for p in (*state.found.others, *state.found.trained) if id(p) not in inside]
+        others = [p for p in (*found.others, *found.trained) if id(p) not in inside]
         gradient = engine.take_gradient()
         is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
         progress = tqdm(desc=name, unit=" passes", leave=False, disable=is_silent)

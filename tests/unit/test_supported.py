@@ -163,7 +163,7 @@ def refuse_engine(args: TrainingArguments, **accelerator) -> None:
     ("accelerator", "message"),
     [
         ({"distributed_type": DistributedType.XLA}, "XLA"),
-        ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM"),
+        ({"distributed_type": DistributedType.MEGATRON_LM}, "MEGATRON_LM: use DDP"),
         ({"distributed_type": DistributedType.FSDP}, "FSDP version 1"),
         ({"ddp_handler": DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.POWER_SGD)}, "PowerSGD"),
         ({"ddp_handler": DistributedDataParallelKwargs(comm_hook="batched_power_sgd")}, "PowerSGD"),

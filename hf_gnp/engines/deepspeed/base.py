@@ -24,29 +24,25 @@ from hf_gnp.momentum import moment_of, refuse_optimizer
 from hf_gnp.perturbation import Perturbation
 
 
-def _backward_only(accelerator: Accelerator, always_reduces: bool) -> AbstractContextManager[None]:
-    """Replace accelerate's DeepSpeedEngineWrapper, whose `backward` would also step."""
-    engine = accelerator.deepspeed_engine_wrapped.engine
-
-    def backward(loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
-        engine.set_gradient_accumulation_boundary(sync_gradients or always_reduces)
-        engine.backward(loss, **kwargs)
-
-    wrapper = SimpleNamespace(engine=engine, backward=backward)
-    return attribute_set(accelerator, "deepspeed_engine_wrapped", wrapper)
-
-
 class DeepSpeedSteps(Engine):
-    """All stages: backward and step are two calls. DeepSpeed reduces at the boundary that `_backward_only` sets."""
+    """All stages: backward and step are two calls. DeepSpeed reduces at the boundary that `first_pass` sets."""
 
     ds_engine: Any
 
     def first_pass(self) -> AbstractContextManager[None]:
-        return _backward_only(self.accelerator, self.perturbation.is_per_micro_batch)
+        """Replace accelerate's DeepSpeedEngineWrapper, whose `backward` would also step."""
+
+        def backward(loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+            is_boundary = sync_gradients or self.perturbation.is_per_micro_batch
+            self.ds_engine.set_gradient_accumulation_boundary(is_boundary)
+            self.ds_engine.backward(loss, **kwargs)
+
+        wrapper = SimpleNamespace(engine=self.ds_engine, backward=backward)
+        return attribute_set(self.accelerator, "deepspeed_engine_wrapped", wrapper)
 
     @contextlib.contextmanager
     def replay(self, is_last: bool) -> Iterator[None]:
-        with self.sync_gradients_set(is_last), _backward_only(self.accelerator, is_last):
+        with self.sync_gradients_set(is_last), self.first_pass():
             yield
 
     def computes_in_16_bit(self) -> bool:
@@ -79,7 +75,7 @@ class Fragment(NamedTuple):
 
 class ShardedEngine(DeepSpeedSteps):
     """
-    ZeRO-1, 2 and 3: θ is restored from the fp32 masters. If α < 1, this rank's shard of g₁ is copied before g₂, but
+    ZeRO-1, 2 and 3: θ is restored from the fp32 masters. If α < 1, this rank's shard of g₁ is copied before g₂, except
     in `Bf16Zero1Engine`.
     """
 
@@ -163,7 +159,7 @@ class ShardedEngine(DeepSpeedSteps):
         """Return the gradients that the optimizer steps with on this rank, after a pass that reduced them."""
         return self.fragment_gradients(self.fragments())
 
-    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
+    def keep_gradients(self, alpha: float, scale: float) -> None:
         self._first_gradients = [gradient.clone() for gradient in self.gradients()] if alpha < 1 else []
         penalty.scale_(self._first_gradients, scale)
         self.reset_gradients()

@@ -15,7 +15,6 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from hf_gnp import penalty
 from hf_gnp.engines.engine import attribute_set
 from hf_gnp.engines.private import TESTED, require
-from hf_gnp.engines.shards import Shard
 from hf_gnp.perturbation import Perturbation
 
 from .base import Fragment, ShardedEngine
@@ -192,7 +191,7 @@ class Bf16Zero1Engine(_ReplicatedEngine):
     def loss_scale(self) -> float:
         return 1.0
 
-    def keep_gradients(self, shards: list[Shard], alpha: float, scale: float) -> None:
+    def keep_gradients(self, alpha: float, scale: float) -> None:
         self.accumulates = alpha < 1
         if alpha < 1:
             penalty.scale_(self.gradients(), scale * (1 - alpha) / alpha)
