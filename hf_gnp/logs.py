@@ -117,7 +117,7 @@ class RadiusHint:
         )
 
 
-def logs_after(args: TrainingArguments, state: TrainerState) -> bool:
+def will_log(args: TrainingArguments, state: TrainerState) -> bool:
     """Return whether `Trainer` will log at the end of this step, as far as its arguments tell."""
     step, interval = state.global_step + 1, state.logging_steps
     if args.logging_strategy == IntervalStrategy.NO:

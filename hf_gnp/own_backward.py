@@ -14,12 +14,12 @@ class OwnBackward:
     """
     Watch `accelerator.backward`. Set the gradient of a user's own call aside before the next backward of the window,
     and add it to the gradient of the step after the second pass. Engines without `sets_gradients_aside` refuse it.
+
+    Where each micro-batch has its own direction, the mixed gradient of the step's earlier ones is set aside likewise.
     """
 
-    def __init__(
-        self, engine: Engine, accelerator: Any, trainer_name: str, after_backward: Callable[[torch.Tensor], None]
-    ):
-        self._engine, self._accelerator, self._trainer_name = engine, accelerator, trainer_name
+    def __init__(self, engine: Engine, trainer_name: str, after_backward: Callable[[torch.Tensor], None]):
+        self._engine, self._accelerator, self._trainer_name = engine, engine.accelerator, trainer_name
         self._after_backward = after_backward  # called with the loss after each backward of the window's loss
         self.watching = contextlib.ExitStack()
         self.clear()
@@ -69,9 +69,13 @@ class OwnBackward:
             engine.add_gradient(ours)
         self._marks = engine.gradient_marks()
 
+    def gradient_has_changed(self) -> bool:
+        """Return whether the gradient has changed since the window's last backward, as far as the engine can tell."""
+        return self._marks is not None and self._marks != self._engine.gradient_marks()
+
     def refuse_changes(self) -> None:
         """Raise a RuntimeError if the gradient has changed since the window's last backward."""
-        if self._marks is not None and self._marks != self._engine.gradient_marks():
+        if self.gradient_has_changed():
             raise RuntimeError(
                 "The gradient was changed between the micro-batches of a step, or before its second pass, by "
                 "something other than the backward of the loss. It cannot be told from the gradient of the loss. To "
@@ -83,7 +87,7 @@ class OwnBackward:
     def sees_other_gradient(self, is_known_to_reach: bool) -> bool:
         """Return whether there is a gradient besides the window's own and those that were set aside."""
         marks = self._engine.gradient_marks()
-        # DeepSpeed has no marks. It has none if a micro-batch of this run has reached `Trainer.training_step`.
+        # DeepSpeed has no marks. There, none is assumed once a micro-batch has reached `Trainer.training_step`.
         return not is_known_to_reach if marks is None else marks != (self._marks or [])
 
     def refuse_lone(self) -> None:

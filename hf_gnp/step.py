@@ -5,14 +5,16 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.utils import logging
 
 from .engines import make_engine
-from .logs import RadiusHint, StepLogs, logs_after
+from .logs import RadiusHint, StepLogs, will_log
 from .move import Move
 from .own_backward import OwnBackward
 from .perturbation import Perturbation
@@ -29,6 +31,9 @@ from .second_pass.window import MicroBatch, Window
 from .signals import deferred_signals
 
 
+logger = logging.get_logger(__name__)
+
+
 class PenalisedSteps:
     """Run the steps of one call of `train`, which makes a new trainer state and may wrap the model anew."""
 
@@ -37,18 +42,19 @@ class PenalisedSteps:
         self.values = trainer.gnp_args.gnp_values()  # those of the schedule
         self.logs, self.radius_hint = StepLogs(), RadiusHint(trainer.gnp_args)
         self.window = Window(trainer)
-        perturbation = Perturbation.from_args(trainer.gnp_args, trainer.model)
+        # Each window finds its targets: after an evaluation FSDP2's root has other parameter objects.
+        perturbation = replace(Perturbation.from_args(trainer.gnp_args, trainer.model), targets=None)
         self.engine = make_engine(trainer.accelerator, model, perturbation, trainer.optimizer)
         self.move = Move(self.engine)
         self._momentum_move = contextlib.ExitStack()  # from compute_loss to the end of its backward
-        self.own_backward = OwnBackward(self.engine, trainer.accelerator, type(trainer).__name__, self._after_backward)
+        self.own_backward = OwnBackward(self.engine, type(trainer).__name__, self._after_backward)
         self.step: int | None = None
         self.penalty: Penalty | None = None
         self._is_open = False  # whether a window has begun
         self._is_probed = False
         self._has_reached = False  # whether this micro-batch has reached `Trainer.training_step`
         self._has_ever_reached = False
-        self.inputs: Any = None  # the current micro-batch, as the data loader gave it
+        self.inputs: Any = None  # the micro-batch, until `Trainer.floating_point_ops`, which follows training_step
         self.passes = 1  # over each micro-batch of this window
 
     # The first pass.
@@ -78,7 +84,10 @@ class PenalisedSteps:
         step = self.trainer.state.global_step
         if step != self.step:
             penalty = self.schedule.at(step)
-            if self._is_open and self.penalty != penalty:
+            # A subclass skipped the last micro-batch of the step before. FSDP2 and DeepSpeed still have its gradient.
+            if self._is_open and (self.penalty != penalty or self.own_backward.gradient_has_changed()):
+                if self.window.micro_batches:
+                    logger.warning(skipped_last(self.trainer, self.step))
                 self.close()
             self.step, self.penalty = step, penalty
             self.noise_key = "noise", self.schedule.seed, step  # seeds stochastic rounding alike on all ranks
@@ -123,7 +132,7 @@ class PenalisedSteps:
     def _moved_along_momentum(self, penalty: Penalty) -> Iterator[None]:
         """Perturb the weights for the only pass of a micro-batch, with `gnp_direction="momentum"`."""
         with deferred_signals():
-            measure = logs_after(self.trainer.args, self.state)
+            measure = will_log(self.trainer.args, self.state)
             with self.move.perturbed(penalty, self.noise_key, measure):
                 yield
         if self.move.has_direction:
@@ -162,7 +171,7 @@ class PenalisedSteps:
         if norm == 0:
             self.own_backward.refuse_lone()
         windows = self.trainer.current_gradient_accumulation_steps if engine.perturbation.is_per_micro_batch else 1
-        share = 1 / (windows or 1)
+        share = 1 / (windows or 1)  # of this window in the step
         if penalty.r * penalty.alpha == 0:  # a warm-up with gnp_normalize_gradient: g₂ is g₁
             if 0 < norm < math.inf:
                 engine.scale_gradient((1 - penalty.alpha) * share / norm + penalty.alpha)
@@ -174,7 +183,7 @@ class PenalisedSteps:
         with window.left_as_found():
             if is_first:
                 self._probe()
-            measure = logs_after(self.trainer.args, self.state)
+            measure = will_log(self.trainer.args, self.state)
             with move.perturbed(penalty, self.noise_key, measure, share):
                 is_visible = is_first and move.moved_weights()
                 losses = self._run_all_again()
@@ -240,6 +249,13 @@ def never_reached(trainer: Any) -> str:
     return (
         f"{name}.training_step never reaches Trainer.training_step, whose loss the gradient-norm penalty runs again, "
         "so the penalty cannot be applied: call super().training_step(...) in it, or set gnp_alpha=0."
+    )
+
+
+def skipped_last(trainer: Any, step: int | None) -> str:
+    return (
+        f"Step {step} was not penalised: {type(trainer).__name__}.training_step skipped its last micro-batch, after "
+        "which the second pass runs."
     )
 
 

@@ -58,10 +58,16 @@ BY_MICRO_BATCH = {
 }
 # Without a backward FSDP2's root stays gathered, and has other parameter objects than in training.
 EVALUATED = {
-    f"{mesh}-evaluated{'-norms' if targets else ''}": case(
-        mesh, gnp(gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1, gnp_target_modules=targets)
+    f"{mesh}-evaluated-{targets}": case(
+        mesh,
+        gnp(gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+        | {"gnp_target_modules": targets},
     )
-    for targets, meshes in ((None, ("tp-fsdp", "fsdp2-accelerate")), ("norm", ("hsdp", "fsdp2-accelerate")))
+    for targets, meshes in (
+        (None, ("tp-fsdp", "fsdp2-accelerate")),
+        ("norm", ("hsdp",)),
+        ("lm_head", ("fsdp2-accelerate",)),  # the root's
+    )
     for mesh in meshes
 }
 FORWARD_FIRST = {
@@ -128,8 +134,8 @@ def test_mesh_matches_the_reference(results, name):
     if args.get("gnp_metric") == "layer":
         formula["direction"] = reference.in_proportion_to_each_tensor
     model, accumulation = make_decoder(CASES[name]["kind"]), args["gradient_accumulation_steps"]
-    if args.get("gnp_target_modules") == "norm":
-        formula["direction"] = reference.along_some(["norm" in name for name, _ in model.named_parameters()])
+    if targets := args.get("gnp_target_modules"):
+        formula["direction"] = reference.along_some([targets in name for name, _ in model.named_parameters()])
     start, expected, reference_logs = reference_run(
         "llama", accumulation, ranks, alpha=args["gnp_alpha"], model=model, **formula
     )

@@ -231,6 +231,29 @@ def test_step_that_is_skipped_whole(tmp_path):
     assert_ends_at(trainer.model, reference_run("net", 1, model=Net(nn.Tanh), steps=steps))
 
 
+class SkippingLast(GNPTrainer):
+    """Leaves out the last micro-batch of the second step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step == 1 and self.accelerator.sync_gradients:
+            return torch.zeros(())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class PlainSecondStep(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        args.gnp_alpha = 0.0 if state.global_step == 1 else 0.8
+
+
+def test_step_whose_last_micro_batch_is_skipped(tmp_path, caplog):
+    """The step is a plain one, as no second pass follows, and a warning says so."""
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 4}
+    trainer = trained(tmp_path, "net", SkippingLast, model=Net(nn.Tanh), **settings)
+    assert "Step 1 was not penalised: SkippingLast.training_step skipped" in caplog.text
+    plain = trained(tmp_path, "net", SkippingLast, model=Net(nn.Tanh), callbacks=[PlainSecondStep()], **settings)
+    assert_identical(snapshot(trainer.model), snapshot(plain.model))
+
+
 # --- Exceptions that the subclass swallows ---
 
 
