@@ -163,9 +163,9 @@ class Move:
             self._moved = []
         # The momentum perturbs all micro-batches of a step alike.
         is_needed_again = engine.perturbation.is_momentum and not engine.accelerator.sync_gradients
-        if not (engine.keeps_momentum_move and is_needed_again):
-            engine.end_perturbation()
-            forget_casts()
+        if not (engine.restores_late or (engine.keeps_momentum_move and is_needed_again)):
+            engine.restore()
+        forget_casts()
 
     def forget(self) -> None:
         """Release g₁ and the directions."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .engines import Engine
+from .engines.engine import OTHER_BACKWARD, Engine
 from .second_pass.probe import is_called_by_training_step, replaced
 
 
@@ -42,8 +42,6 @@ class OwnBackward:
 
     def _set_aside(self) -> bool:
         """Set the present gradient aside, and return whether there was one."""
-        if self._engine.hides_gradient():
-            raise NotImplementedError(self._refusal())
         gradient = self._engine.take_gradient()
         if gradient:
             self._aside.append(gradient)
@@ -59,7 +57,7 @@ class OwnBackward:
             engine.after_backward()
             self._after_backward(*args)
         elif not engine.sets_gradients_aside():
-            raise NotImplementedError(self._refusal())
+            raise NotImplementedError(OTHER_BACKWARD)
         else:
             ours = None if is_first else engine.take_gradient()
             original(*args, **kwargs)
@@ -69,13 +67,9 @@ class OwnBackward:
             engine.add_gradient(ours)
         self._marks = engine.gradient_marks()
 
-    def gradient_has_changed(self) -> bool:
-        """Return whether the gradient has changed since the window's last backward, as far as the engine can tell."""
-        return self._marks is not None and self._marks != self._engine.gradient_marks()
-
     def refuse_changes(self) -> None:
         """Raise a RuntimeError if the gradient has changed since the window's last backward."""
-        if self.gradient_has_changed():
+        if self._marks is not None and self._marks != self._engine.gradient_marks():
             raise RuntimeError(
                 "The gradient was changed between the micro-batches of a step, or before its second pass, by "
                 "something other than the backward of the loss. It cannot be told from the gradient of the loss. To "
@@ -104,10 +98,3 @@ class OwnBackward:
         for gradient in self._aside:
             self._engine.add_gradient(gradient)
         self._aside = []
-
-    def _refusal(self) -> str:
-        return (
-            f"{self._trainer_name} calls backward outside of Trainer.training_step. Under DeepSpeed, and under FSDP2 "
-            "with gradient_accumulation_steps > 1, its gradient cannot be told from that of the loss: add the term to "
-            "the loss in compute_loss, use DDP, or set gnp_alpha=0."
-        )

@@ -33,6 +33,11 @@ from .signals import deferred_signals
 
 logger = logging.get_logger(__name__)
 
+UNCOPIED = (
+    "Step {} was not penalised: a large buffer, frozen weight or tensor in an attribute changed in a pass, and there "
+    "was no copy of it. From the next step on it is copied."
+)
+
 
 class PenalisedSteps:
     """Run the steps of one call of `train`, which makes a new trainer state and may wrap the model anew."""
@@ -79,13 +84,15 @@ class PenalisedSteps:
         self._momentum_move.close()
         if self.window.micro_batches:  # of `Trainer.training_step`, whose loss a subclass may scale
             self.window.micro_batches[-1].loss = loss.detach().clone()
+            if not self.is_window_complete:
+                self.window.tensors.note()
 
     def _begin_micro_batch(self, inputs: Any) -> None:
         step = self.trainer.state.global_step
         if step != self.step:
             penalty = self.schedule.at(step)
             # A subclass skipped the last micro-batch of the step before. FSDP2 and DeepSpeed still have its gradient.
-            if self._is_open and (self.penalty != penalty or self.own_backward.gradient_has_changed()):
+            if self._is_open and (self.penalty != penalty or self.own_backward.sees_other_gradient(True)):
                 if self.window.micro_batches:
                     logger.warning(skipped_last(self.trainer, self.step))
                 self.close()
@@ -167,7 +174,9 @@ class PenalisedSteps:
         window.refuse_tensors_on_parameters()
         # One read for both: each read waits for the device.
         norm, moved = move.gradient_norm(window.tensors.compare())
-        window.tensors.end(moved)
+        if window.tensors.end(moved):
+            logger.warning(UNCOPIED.format(self.step))
+            return
         if norm == 0:
             self.own_backward.refuse_lone()
         windows = self.trainer.current_gradient_accumulation_steps if engine.perturbation.is_per_micro_batch else 1

@@ -60,7 +60,7 @@ class GNPMixin(_Base):
     """
 
     _gnp_run: PenalisedSteps | None = None
-    _gnp_is_trainers_log = False
+    _gnp_logs: dict[str, float] | None = None  # what `Trainer` logs next
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -124,6 +124,7 @@ class GNPMixin(_Base):
                 run.abandon()
             return result
         finally:
+            self.is_in_train = False  # also after an exception, so that sharpness can be measured
             self._gnp_end_run()
 
     def _gnp_end_run(self) -> None:
@@ -216,19 +217,17 @@ class GNPMixin(_Base):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if run := self._gnp_perturbed_run:  # a callback has stopped within a window
             run.engine.restore()
-        self._gnp_is_trainers_log = self.control.should_log
-        try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-        finally:
-            self._gnp_is_trainers_log = False
+        # Here, as it is a collective, and a subclass may call `log` on one rank, or after it has renamed its entries.
+        if self.control.should_log and self._gnp_run is not None:
+            self._gnp_tell_dropped()
+            self._gnp_logs = self._gnp_run.logs.drain(self.accelerator)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._gnp_logs = None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        # `drain` is a collective. All ranks make Trainer's own call, but a user's compute_loss may log on one rank.
-        is_trainers = self._gnp_is_trainers_log and {"loss", "learning_rate"} <= logs.keys()
-        if is_trainers and (run := self._gnp_run) is not None:
-            self._gnp_is_trainers_log = False
-            self._gnp_tell_dropped()
-            logs.update(run.logs.drain(self.accelerator))
+        if self._gnp_logs and (run := self._gnp_run) is not None:
+            logs.update(self._gnp_logs)
+            self._gnp_logs = None  # the evaluation logs next
             for hint in filter(None, (run.radius_hint.after(logs), run.logs.fidelity_hint(logs))):
                 logger.warning(hint)
         super().log(logs, *args, **kwargs)

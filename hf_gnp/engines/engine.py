@@ -27,6 +27,13 @@ def attribute_set(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+OTHER_BACKWARD = (
+    "There is a backward outside of Trainer.training_step. Under DeepSpeed, and under FSDP2 with "
+    "gradient_accumulation_steps > 1, its gradient cannot be told from that of the loss: add the term to the loss in "
+    "compute_loss, use DDP, or set gnp_alpha=0."
+)
+
+
 class Engine(ABC):
     """
     Run a penalised step on one kind of sharding. With `move = Move(engine)` a step is:
@@ -34,7 +41,7 @@ class Engine(ABC):
         engine.begin_window(perturbation)
         with engine.first_pass(): ...               # each micro-batch: backward without optimizer step
         move.gradient_norm(flags)                   # shards, sum_over_ranks, loss_scale
-        with move.perturbed(penalty, noise_key):    # keep_weights, keep_gradients, publish, end_perturbation
+        with move.perturbed(penalty, noise_key):    # keep_weights, keep_gradients, publish, restore
             with engine.replay(is_last): ...        # each micro-batch again
         engine.mix(alpha)                           # the gradient is (1-α) g₁ + α g₂
         engine.finish()
@@ -45,7 +52,8 @@ class Engine(ABC):
             attributes before it calls this one.
     """
 
-    is_perturbed = False  # whether weights on this rank may not be θ. ZeRO-1 and 2 restore it in `finish`
+    is_perturbed = False  # whether weights on this rank may not be θ
+    restores_late = False  # whether `finish` and `hold_gradient` restore θ, as the step gathers new weights anyway
     has_master = True  # whether 16-bit forward weights have an fp32 master
     accumulates = False  # whether g₂ is added to the g₁ that `keep_gradients` leaves
     keeps_momentum_move = False  # whether a move along the momentum stays until the step ends, as restoring gathers
@@ -100,10 +108,6 @@ class Engine(ABC):
     def restore(self) -> None:
         """Restore θ. Works after a partial move, and twice."""
 
-    def end_perturbation(self) -> None:
-        """Restore θ after passes without failure, or leave that to `finish`, where the step does so anyway."""
-        self.restore()
-
     # The passes.
 
     @abstractmethod
@@ -152,7 +156,11 @@ class Engine(ABC):
 
     @abstractmethod
     def take_gradient(self) -> Any:
-        """Remove the present gradient and return it. A collective where no backward will reduce it."""
+        """
+        Remove the present gradient and return it. A collective where no backward will reduce it.
+
+        Raise a NotImplementedError if there is one that cannot be taken.
+        """
 
     @abstractmethod
     def add_gradient(self, gradient: Any) -> None:
@@ -164,10 +172,6 @@ class Engine(ABC):
 
     def sets_gradients_aside(self) -> bool:
         """Return whether `take_gradient` can return the gradient of a backward now, also within a window."""
-        return False
-
-    def hides_gradient(self) -> bool:
-        """Return whether there is a gradient that `take_gradient` does not return."""
         return False
 
     def hidden_gradient(self) -> AbstractContextManager[None]:

@@ -11,7 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from hf_gnp.perturbation import Perturbation
 
-from .native import NativeEngine
+from .engine import OTHER_BACKWARD
+from .native import Gradients, NativeEngine
 from .private import require
 
 
@@ -70,7 +71,13 @@ class Fsdp2Engine(NativeEngine):
         # Before the window's last backward FSDP2 does not set `.grad`.
         return self.accelerator.sync_gradients and not self.hides_gradient()
 
+    def take_gradient(self) -> Gradients:
+        if self.hides_gradient():
+            raise NotImplementedError(OTHER_BACKWARD)
+        return super().take_gradient()
+
     def hides_gradient(self) -> bool:
+        """Return whether there is a gradient that is not in `.grad`."""
         parameters = list(self._fsdp_parameters())
         waiting = (p.unsharded_accumulated_grad for p in parameters)
         whole = (p._unsharded_param.grad for p in parameters if hasattr(p, "_unsharded_param"))

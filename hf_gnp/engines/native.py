@@ -207,7 +207,7 @@ class NativeEngine(Engine):
         elif (
             any(gradient_of(parameter).dtype.itemsize == 2 for parameter in self._with_gradient())
             # Such a hook changes all of `.grad`: tensor parallelism would sum g₁ over ranks a second time.
-            or any(parameter._post_accumulate_grad_hooks for parameter in self._trainable())
+            or any(parameter._post_accumulate_grad_hooks for parameter in self.all_parameters)
             or (self.ddp is not None and has_communication_hook(self.ddp))
         ):
             self.scale_gradient(scale)

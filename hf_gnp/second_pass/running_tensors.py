@@ -4,8 +4,9 @@ Tensors that a pass changes without a gradient.
 Candidates are buffers, parameters that nothing trains (frozen, or not reached by the loss of the last window), and
 large tensors in attributes. In the first `LEARNING` penalised steps of a run, those within a budget are copied before
 the first pass and compared after it. From then on, those that changed and small buffers are copied. The others, such
-as quantised base weights, are watched. One that is replaced, gets a new version, or changes in a sample of its
-elements is copied from the next window on. Versions alone do not tell: `batch_norm` and `.data` write without one.
+as quantised base weights, are watched. If one is replaced, gets a new version, or changes in a sample of its elements,
+the window has no second pass, and from the next window on the tensor is copied. Versions alone do not tell:
+`batch_norm` and `.data` write without one.
 """
 
 import functools
@@ -80,6 +81,8 @@ class RunningTensors:
         """Release all tensors, but remember which change."""
         self._trained: Sequence[nn.Parameter] = ()  # the engine restores these
         self._candidates: list[_Candidate] = []
+        self._buffers: list[dict[str, Any]] = []  # of each module, by name
+        self._noted: tuple[list[Any], list[dict[str, Any]]] = [], []  # marks of the candidates, and buffers
 
     @torch.no_grad()
     def start(self, found: Any, step: int = 0) -> Restorer:
@@ -94,12 +97,12 @@ class RunningTensors:
             is_whole = fits or mark is None
             elements = local_part(tensor).clone() if is_whole else _sample(tensor)
             self._candidates.append(_Candidate(tensor, mark, elements, is_whole))
-        self._trained = found.trained
+        self._trained, self._buffers = found.trained, found.buffers
         # Not the present list: `end` removes what did not change.
         return lambda: put_back([(each.tensor, each.elements) for each in self._candidates if each.is_whole])
 
     def _candidates_of(self, found: Any) -> Iterator[tuple[torch.Tensor, bool]]:
-        """Yield the candidates, the smallest first, and whether copies of all up to each fit into the budget."""
+        """Yield the candidates, parameters last and small ones first, and whether a copy fits into the budget."""
         reached = [parameter for parameter in found.trained if id(parameter) not in self._unreached]
         restored = set(map(id, reached))
         tensors = {id(tensor): tensor for tensor in found.tensors}
@@ -111,9 +114,28 @@ class RunningTensors:
         weights = storages_of(reached) if may_share else set()
         plain = [tensor for tensor in tensors.values() if is_plain(tensor) and storage_address(tensor) not in weights]
         left = BUDGET + sum(local_part(parameter).nbytes for parameter in found.trained) if self.is_learning else -1
-        for tensor in sorted(plain, key=lambda tensor: local_part(tensor).nbytes):
-            left -= local_part(tensor).nbytes
-            yield tensor, left >= 0
+        # Most parameters here are frozen weights, which do not change.
+        for tensor in sorted(plain, key=lambda tensor: (isinstance(tensor, nn.Parameter), local_part(tensor).nbytes)):
+            fits = local_part(tensor).nbytes <= left
+            left -= fits * local_part(tensor).nbytes
+            yield tensor, fits
+
+    def note(self) -> None:
+        """Note the tensors and their versions after a micro-batch, for `written`."""
+        self._noted = [_mark(each.tensor) for each in self._candidates], [dict(buffers) for buffers in self._buffers]
+
+    @torch.no_grad()
+    def written(self) -> Iterator[Restorer]:
+        """Yield what restores the tensors that code outside of `compute_loss` has written or replaced since `note`."""
+        marks, noted = self._noted
+        pairs = zip(self._candidates, marks, strict=False)  # no marks if nothing was noted
+        written = [candidate.tensor for candidate, mark in pairs if mark != _mark(candidate.tensor)]
+        for buffers, before in zip(self._buffers, noted, strict=False):
+            new = {name: buffer for name, buffer in buffers.items() if buffer is not before.get(name)}
+            if new:
+                yield functools.partial(buffers.update, new)
+            written += [buffer for buffer in new.values() if buffer is not None and is_plain(buffer)]
+        yield functools.partial(put_back, [(tensor, local_part(tensor).clone()) for tensor in written])
 
     @torch.no_grad()
     def compare(self) -> torch.Tensor:
@@ -121,14 +143,19 @@ class RunningTensors:
         flags = [candidate.has_changed() for candidate in self._candidates if candidate.mark is not None]
         return torch.stack([flag.to(flags[0].device) for flag in flags]) if flags else torch.zeros(0)
 
-    def end(self, compared: Sequence[bool]) -> None:
-        """Learn from the flags of `compare`, read from the device. Release the copies of what did not change."""
+    def end(self, compared: Sequence[bool]) -> bool:
+        """
+        Learn from the flags of `compare`, read from the device. Release the copies of what did not change.
+
+        Return whether a tensor without a copy changed, so that the state before the first pass is lost.
+        """
         flags, reached = iter(compared), {id(p) for p in self._trained if p.grad is not None}
         changed = [candidate for candidate in self._candidates if candidate.mark is None or next(flags)]
         self._candidates = [each for each in changed if id(each.tensor) not in reached]  # the engine restores these
         self._moving |= {id(candidate.tensor) for candidate in self._candidates if candidate.mark is not None}
         # ZeRO keeps no `grad`.
         self._unreached = {id(p) for p in self._trained} - reached if reached else set()
+        return not all(candidate.is_whole for candidate in self._candidates)
 
     @torch.no_grad()
     def after(self, found: Any) -> Restorer:

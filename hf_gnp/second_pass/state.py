@@ -149,22 +149,22 @@ class Snapshot:
                 second pass has written since, and so do attributes that have such tensors.
         """
         self._attributes = [(owner, attributes_of(owner)) for owner in found.owners]
-        self._restorers = global_generators(found.devices)
+        self.restorers = global_generators(found.devices)
         if running is not None:
-            self._restorers += [running, *(restorer for buffers in found.buffers for restorer in restorers(buffers))]
+            self.restorers += [running, *(restorer for buffers in found.buffers for restorer in restorers(buffers))]
         self._uncopied: list[tuple[torch.Tensor, int]] = []  # large or with a graph; with version counters
         copies: list[Pair] = []
         weights = functools.cache(lambda: storages_of(found.trained))
         values = [value for _, attributes in self._attributes for value in attributes.values()]
         for value in values_in(values, set()):
             if not isinstance(value, torch.Tensor):
-                self._restorers += restorers(value)
+                self.restorers += restorers(value)
             elif value.numel() <= SMALL and value.grad_fn is None and is_plain(value):
                 if storage_address(value) not in weights():
                     copies.append((value, local_part(value).detach().clone()))
             elif running is None and not value.is_inference():
                 self._uncopied.append((value, value._version))
-        self._restorers.append(functools.partial(put_back, copies))
+        self.restorers.append(functools.partial(put_back, copies))
 
     def put_back(self) -> None:
         """Restore all of it."""
@@ -176,7 +176,7 @@ class Snapshot:
                 for name in new:
                     del now[name]  # the pass created it
             now.update({name: value for name, value in before.items() if name not in now or id(value) not in written})
-        for restore in self._restorers:
+        for restore in self.restorers:
             restore()
 
 

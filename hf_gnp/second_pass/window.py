@@ -52,6 +52,8 @@ class Window:
             self._on_parameters = tensors_on_parameters(self._found.trained)
             running = self.tensors.start(self._found, trainer.state.global_step)
         snapshot, device = Snapshot(self._found, running), trainer.accelerator.device.type
+        if running is None:
+            snapshot.restorers += self.tensors.written()
         dtype, is_enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         autocast = functools.partial(torch.autocast, device, dtype, is_enabled)
         micro_batch = MicroBatch(copied(inputs), copied(num_items_in_batch), snapshot, autocast)

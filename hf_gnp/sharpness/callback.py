@@ -31,13 +31,19 @@ class SharpnessCallback(TrainerCallback):
         self._trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer is None:
-            raise RuntimeError("SharpnessCallback needs a trainer with GNPMixin: use GNPTrainer (gnp_alpha=0 too).")
-        find_dataset(self._trainer, self.options.get("dataset"))  # raises an error where there is none
+        find_dataset(self._known_trainer(), self.options.get("dataset"))  # raises an error where there is none
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._trainer.measure_sharpness(**self.options)
+            self._known_trainer().measure_sharpness(**self.options)
+
+    def _known_trainer(self) -> Any:
+        if self._trainer is None:
+            raise RuntimeError(
+                "SharpnessCallback needs a trainer with GNPMixin, such as GNPTrainer (gnp_alpha=0 too), and must be "
+                "added before train."
+            )
+        return self._trainer
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def test_own_backward_is_added_once(results, name):
 @pytest.mark.parametrize("name", REFUSED_BACKWARD)
 def test_own_backward_is_refused(results, name):
     error = results[name]["error"].strip().splitlines()[-1]
-    assert "calls backward outside of Trainer.training_step" in error and error.startswith("NotImplementedError")
+    assert "a backward outside of Trainer.training_step" in error and error.startswith("NotImplementedError")
 
 
 @pytest.mark.parametrize("name", SUPPORT)

@@ -40,6 +40,8 @@ class _ReplicatedEngine(ShardedEngine):
     `hold_gradient`.
     """
 
+    restores_late = True
+
     # DeepSpeed's lists, with one entry for each parameter group.
     masters: list[Any]
     flat_weights: list[torch.Tensor]
@@ -62,9 +64,6 @@ class _ReplicatedEngine(ShardedEngine):
             start_alignment_factor=self.optimizer.nccl_start_alignment_factor,
             allgather_bucket_size=self.optimizer.allgather_bucket_size,
         )
-
-    def end_perturbation(self) -> None:
-        pass  # `finish` publishes new weights, or `hold_gradient` those of the masters
 
     def hold_gradient(self) -> None:
         super().hold_gradient()
