@@ -195,7 +195,7 @@ def test_training_does_not_notice(tmp_path):
 
 
 def test_table_and_picture(tmp_path, capsys):
-    trainer = trainer_of(tmp_path, Net(nn.Tanh))
+    trainer = trainer_of(tmp_path, Net())
     result = trainer.find_r(path=tmp_path / "pictures" / "r.png", batches=2)
     printed = capsys.readouterr().out
     assert f"suggestion: gnp_r={result['suggestion']:.2g}" in printed
@@ -203,7 +203,7 @@ def test_table_and_picture(tmp_path, capsys):
     assert result["radii"] == pytest.approx(np.logspace(-3, 0, 10))
     assert result["metric"] == "l2"
     assert_is_picture(tmp_path / "pictures" / "r.png", 500)
-    stock = make_trainer(tmp_path, "net", cls=Trainer, model=Net(nn.Tanh), data=learnable())
+    stock = make_trainer(tmp_path, "net", cls=Trainer, model=Net(), data=learnable())
     assert find_r(stock, batches=2, log=False) == result
     trainer.find_r(batches=2, log=False)
     assert not capsys.readouterr().out
@@ -245,7 +245,7 @@ def test_suggestion(columns, expected):
 
 
 def test_refusals_say_what_to_do(tmp_path):
-    trainer = trainer_of(tmp_path, Net(nn.Tanh))
+    trainer = trainer_of(tmp_path, Net())
     with pytest.raises(ValueError, match="metric must be"):
         trainer.find_r(metric="l1")
     with pytest.raises(ValueError, match="radii must be positive"):
@@ -261,7 +261,7 @@ def test_refusals_say_what_to_do(tmp_path):
     trainer.model.layers[-1].requires_grad_(False)
     with pytest.raises(ValueError, match="no direction"):
         trainer.find_r()
-    trainer = trainer_of(tmp_path, Net(nn.Tanh))
+    trainer = trainer_of(tmp_path, Net())
     nn.init.zeros_(trainer.model.layers[0].bias)
     trainer.gnp_args.gnp_target_modules = ["layers.0.bias"]
     for metric in ("layer", "element"):

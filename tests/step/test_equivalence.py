@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 def make(kind: str) -> nn.Module:
     """A plain module too."""
-    return Net(nn.Tanh) if kind == "net" else make_model(kind)
+    return Net() if kind == "net" else make_model(kind)
 
 
 @pytest.mark.parametrize("alpha", [0.8, 1.0, 0.1])
@@ -57,14 +57,14 @@ def test_micro_batches_left_over_by_a_stream(tmp_path):
     """`Trainer` does not step on them: their gradient stays, and is part of the next epoch's first step."""
     data = make_data("net", 10 * MICRO_BATCH)
     settings = {"max_steps": 4, "gradient_accumulation_steps": 4}
-    trainer = trained(tmp_path, "net", model=Net(nn.Tanh), data=Stream(data), **settings)
+    trainer = trained(tmp_path, "net", data=Stream(data), **settings)
     first, second, leftover = windows("net", 4, data)
     steps = [[first], [second], [leftover, first], [second]]
 
     def loss(model, parts):
         return sum(window_loss(model, part) for part in parts)
 
-    assert_matches_reference(trainer, reference_run("net", 4, model=Net(nn.Tanh), steps=steps, loss=loss))
+    assert_matches_reference(trainer, reference_run("net", 4, steps=steps, loss=loss))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -90,12 +90,12 @@ def test_loss_function_with_number_of_items(tmp_path, accumulation):
         return cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
 
     settings = {"compute_loss_func": sum_over_items, "gradient_accumulation_steps": accumulation}
-    trainer = trained(tmp_path, "net", model=UnlabelledNet(nn.Tanh), data=data, **settings)
+    trainer = trained(tmp_path, "net", model=UnlabelledNet(), data=data, **settings)
 
     def loss(model, window):
         items = sum((batch["labels"] != -100).sum() for batch in window)
         return sum(sum_over_items(model(batch["x"]), batch["labels"], items) for batch in window)
 
     steps = windows("net", accumulation, data)
-    expected = reference_run("net", accumulation, model=UnlabelledNet(nn.Tanh), steps=steps, loss=loss)
+    expected = reference_run("net", accumulation, model=UnlabelledNet(), steps=steps, loss=loss)
     assert_matches_reference(trainer, expected)

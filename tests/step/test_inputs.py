@@ -50,8 +50,7 @@ class CloningTrainer(MaskingTrainer):
 def test_loss_writes_into_its_inputs(tmp_path):
     settings = {"max_steps": 3, "gradient_accumulation_steps": 2}
     in_place, cloned = (
-        run(make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), **settings))
-        for cls in (MaskingTrainer, CloningTrainer)
+        run(make_trainer(tmp_path, "net", cls, **settings)) for cls in (MaskingTrainer, CloningTrainer)
     )
     assert_identical(in_place, cloned)
 
@@ -70,7 +69,7 @@ class CloningNet(Net):
 def test_model_writes_into_its_inputs(tmp_path, alpha):
     settings = {"gnp_alpha": alpha, "gradient_accumulation_steps": 2}
     in_place, cloned = (
-        run(make_trainer(tmp_path, "net", model=cls(nn.Tanh), **settings)) for cls in (InPlaceNet, CloningNet)
+        run(make_trainer(tmp_path, "net", model=cls(), **settings)) for cls in (InPlaceNet, CloningNet)
     )
     assert_identical(in_place, cloned)
 
@@ -81,7 +80,7 @@ def test_samples_are_left_alone(tmp_path):
     def train(cls):
         data = make_data("net", 6)
         batches = [{key: value[None] for key, value in sample.items()} for sample in data]  # views of the samples
-        settings = {"per_device_train_batch_size": 1, "model": InPlaceNet(nn.Tanh), "data": batches}
+        settings = {"per_device_train_batch_size": 1, "model": InPlaceNet(), "data": batches}
         trainer = make_unmoved(tmp_path, cls, **settings)
         trainer.data_collator = lambda samples: samples[0]
         trainer.train()
@@ -103,11 +102,11 @@ def test_inputs_lose_and_gain_keys(tmp_path):
         batch = collate(samples)
         return {"wrapped": batch["x"], "labels": batch["labels"], "nested": {"factor": torch.tensor(2.0)}}
 
-    popping = make_trainer(tmp_path, "net", PoppingTrainer, model=Net(nn.Tanh), remove_unused_columns=False)
+    popping = make_trainer(tmp_path, "net", PoppingTrainer, remove_unused_columns=False)
     popping.data_collator = collate_wrapped
     result = run(popping)
     doubled = [{"x": 2 * sample["x"], "labels": sample["labels"]} for sample in make_data("net")]
-    assert_identical(result, run(make_trainer(tmp_path, "net", model=Net(nn.Tanh), data=doubled)))
+    assert_identical(result, run(make_trainer(tmp_path, "net", data=doubled)))
 
 
 class Batch(MutableMapping):
@@ -141,7 +140,7 @@ class EditsInputs(Net):
     """Writes into whatever it is given."""
 
     def __init__(self):
-        super().__init__(nn.Tanh)
+        super().__init__()
 
     def forward(self, x, labels):
         if isinstance(x, Sample):
@@ -180,7 +179,7 @@ def test_inputs_are_copied(tmp_path, kind, wrap):
 
 class Prompted(Net):
     def __init__(self):
-        super().__init__(nn.Tanh)
+        super().__init__()
         self.prompt = nn.Parameter(torch.zeros(5))
 
     def forward(self, x, labels, prompt):
@@ -262,7 +261,7 @@ def test_objects_in_the_inputs_are_passed_on(tmp_path, kind, place):
 
         made.clear()
         seen.clear()
-        trainer = make_unmoved(tmp_path, Uses, model=Net(nn.Tanh))
+        trainer = make_unmoved(tmp_path, Uses)
         trainer.data_collator = collate_with
         return trainer
 

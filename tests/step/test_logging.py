@@ -12,7 +12,6 @@ import pytest
 from runs import logs_of, make_trainer, run, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import KINDS, Net, make_data, make_model
-from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPArguments, GNPMixin, GNPTrainer
@@ -176,7 +175,7 @@ class OneBuffer(Whole):
 def test_losses_outlive_the_next_pass(tmp_path):
     logs = []
     for cls in (Whole, OneBuffer):
-        model = cls(nn.Tanh)
+        model = cls()
         settings = {"gradient_accumulation_steps": 2, "max_steps": 3, "average_tokens_across_devices": False}
         trainer = trained(tmp_path, "net", model=model, **settings)
         logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
@@ -237,7 +236,7 @@ def test_sharpness_where_a_subclass_scales_its_loss(tmp_path):
 
     class Penalised(GNPMixin, Scaled): ...
 
-    trainers = (trained(tmp_path, "net", cls, model=Net(nn.Tanh)) for cls in (Penalised, GNPTrainer))
+    trainers = (trained(tmp_path, "net", cls) for cls in (Penalised, GNPTrainer))
     scaled, plain = (logs_of(trainer, "loss", "gnp_sharpness") for trainer in trainers)
     assert scaled["gnp_sharpness"] == plain["gnp_sharpness"]
     assert scaled["loss"] == pytest.approx([2 * loss for loss in plain["loss"]])

@@ -17,8 +17,7 @@ from runs import (
     trained,
     windows,
 )
-from tiny import KINDS, Net, flat_weights, make_model, relative_distance
-from torch import nn
+from tiny import KINDS, flat_weights, make_model, relative_distance
 
 from hf_gnp import penalty
 from hf_gnp.move import Move
@@ -197,6 +196,6 @@ def test_cosine_in_parts(tmp_path, monkeypatch):
     cosines = []
     for part in (7, 2**22):
         monkeypatch.setattr(penalty, "PART", part)
-        trainer = trained(tmp_path, "net", model=Net(nn.Tanh), max_steps=3)
+        trainer = trained(tmp_path, "net", max_steps=3)
         cosines.append(logs_of(trainer, "gnp_cosine")["gnp_cosine"])
     assert cosines[0] == pytest.approx(cosines[1], abs=1e-6)

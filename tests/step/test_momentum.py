@@ -176,7 +176,7 @@ def watched(tmp_path, cls, **kwargs):
             outside.see(self.args, self.state, self.control, self.model)
             return loss
 
-    model = Net(torch.nn.Tanh)
+    model = Net()
     model.register_forward_pre_hook(lambda *_: forwards.append(flat_weights(model)))
     settings = {"gnp_r": 0.3, "max_steps": 4, "num_train_epochs": 2, "callbacks": [outside], **MOMENTUM, **kwargs}
     trainer = make_trainer(tmp_path, "net", Watched, model=model, **settings)
@@ -202,7 +202,7 @@ def test_momentum_shows_clean_weights(tmp_path, accumulation):
 def test_momentum_returns_the_loss_of_moved_weights(tmp_path, accumulation):
     trainer, _, forwards, returned = watched(tmp_path, GNPTrainer, gradient_accumulation_steps=accumulation)
     trainer.train()
-    model, losses = Net(torch.nn.Tanh), []
+    model, losses = Net(), []
     batches = [batch for window in windows("net", 1)[: 4 * accumulation] for batch in window]
     for weights, batch in zip(forwards, batches, strict=True):
         torch.nn.utils.vector_to_parameters(weights.float(), model.parameters())
@@ -269,10 +269,10 @@ def test_momentum_of_an_optimizer_made_anew(tmp_path, accumulation):
     callback = NewOptimizer(3)
     data = make_data("net", 6 * accumulation * MICRO_BATCH)
     settings = {"gradient_accumulation_steps": accumulation, "gnp_r": 0.3, "callbacks": [callback], **MOMENTUM}
-    trainer = make_trainer(tmp_path, "net", model=Net(torch.nn.Tanh), data=data, **settings)
+    trainer = make_trainer(tmp_path, "net", data=data, **settings)
     callback.trainer = trainer
     trainer.train()
-    model, steps, losses = Net(torch.nn.Tanh), windows("net", accumulation, data), []
+    model, steps, losses = Net(), windows("net", accumulation, data), []
     start = flat_weights(model)
     for part in (steps[:3], steps[3:]):
         optimizer = torch.optim.AdamW(model.parameters(), lr=BASE["learning_rate"], weight_decay=0.0)

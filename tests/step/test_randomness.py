@@ -112,7 +112,7 @@ class Draws:
 
 class DrawingNet(Net):
     def __init__(self, draws):
-        super().__init__(nn.Tanh)
+        super().__init__()
         self.draws = draws
 
     def forward(self, x, labels):
@@ -127,7 +127,7 @@ def test_generator_of_the_model(tmp_path, name):
 @pytest.mark.parametrize("name", DRAWS)
 def test_generator_of_the_loss(tmp_path, name):
     assert_unmoved_is_plain(
-        lambda cls: make_unmoved(tmp_path, cls, model=UnlabelledNet(nn.Tanh), compute_loss_func=Draws(name))
+        lambda cls: make_unmoved(tmp_path, cls, model=UnlabelledNet(), compute_loss_func=Draws(name))
     )
 
 
@@ -147,7 +147,7 @@ def test_generator_of_the_collator(tmp_path):
         return Noisy
 
     def make(cls):
-        trainer = make_unmoved(tmp_path, with_noise(cls), model=Net(nn.Tanh))
+        trainer = make_unmoved(tmp_path, with_noise(cls))
         trainer.data_collator = Collator()
         return trainer
 
