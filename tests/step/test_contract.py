@@ -448,14 +448,6 @@ def test_generator(tmp_path, where, name):
     assert_refused(tmp_path, lambda *_: draw(source()), REFUSED_BY_THE_PROBE)
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_generator_in_an_attribute(tmp_path, name):
-    def setup(trainer):
-        trainer.own = random.Random(3) if name == "python" else torch.Generator().manual_seed(3)
-
-    assert_unmoved_is_plain(lambda cls: make_scaled(tmp_path, cls, lambda own, *_: draw(own.own), setup=setup))
-
-
 @row("an iterator or a file that `compute_loss` reads", "the probe stops the run")
 @pytest.mark.parametrize("kind", ["iterator", "file"])
 def test_read_by_the_loss(tmp_path, kind):

@@ -3,14 +3,8 @@
 import pytest
 import torch
 from runs import MICRO_BATCH, assert_matches_reference, reference_run, trained, window_loss, windows
-from tiny import KINDS, Net, UnlabelledNet, make_data, make_model
-from torch import nn
+from tiny import KINDS, UnlabelledNet, make_data
 from torch.nn.functional import cross_entropy
-
-
-def make(kind: str) -> nn.Module:
-    """A plain module too."""
-    return Net() if kind == "net" else make_model(kind)
 
 
 @pytest.mark.parametrize("alpha", [0.8, 1.0, 0.1])
@@ -18,10 +12,11 @@ def make(kind: str) -> nn.Module:
 @pytest.mark.parametrize("kind", [*KINDS, "net"])
 def test_matches_the_reference(tmp_path, kind, accumulation, alpha):
     """Tied weights stay tied, and count once."""
-    model, settings = make(kind), {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha, "gnp_r": 0.05}
-    trainer = trained(tmp_path, kind, model=model, **settings)
-    assert kind != "llama" or model.lm_head.weight is model.model.embed_tokens.weight
-    assert_matches_reference(trainer, reference_run(kind, accumulation, alpha=alpha, model=make(kind)))
+    settings = {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha, "gnp_r": 0.05}
+    trainer = trained(tmp_path, kind, **settings)
+    if kind == "llama":
+        assert trainer.model.lm_head.weight is trainer.model.model.embed_tokens.weight
+    assert_matches_reference(trainer, reference_run(kind, accumulation, alpha=alpha))
 
 
 # The last micro-batch is smaller, and the last window has fewer micro-batches: 11 full ones and one of 2 samples.
@@ -32,10 +27,10 @@ RAGGED_SIZE = 11 * MICRO_BATCH + 2
 @pytest.mark.parametrize("kind", [*KINDS, "net"])
 def test_incomplete_last_window(tmp_path, kind, accumulation):
     data = make_data(kind, RAGGED_SIZE)
-    trainer = trained(tmp_path, kind, model=make(kind), data=data, gradient_accumulation_steps=accumulation)
+    trainer = trained(tmp_path, kind, data=data, gradient_accumulation_steps=accumulation)
     steps = windows(kind, accumulation, data)
     assert len(steps[-1]) < accumulation
-    assert_matches_reference(trainer, reference_run(kind, accumulation, model=make(kind), steps=steps))
+    assert_matches_reference(trainer, reference_run(kind, accumulation, steps=steps))
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -8,6 +8,7 @@ import reference
 import torch
 from runs import (
     COSINE_TOLERANCE,
+    LOG_TOLERANCE,
     WEIGHTS_TOLERANCE,
     assert_matches_reference,
     by_scope,
@@ -85,11 +86,13 @@ def test_metric_and_cosine_match_float64(tmp_path, kind_of_metric, name, alpha, 
         direction=DIRECTIONS[kind_of_metric],
     )
     distance = relative_distance(flat_weights(model), expected, start)
-    cosines = logs_of(trainer, "gnp_cosine")["gnp_cosine"]
-    penalised = list(zip(cosines, logs, strict=True))
+    found = logs_of(trainer, "loss", "gnp_grad_norm", "gnp_cosine")
     if name == "llama-lora-of-0" and kind_of_metric == "layer":  # A has no gradient, B no weights: a plain step
-        assert penalised.pop(0)[0] is None
-    difference = max(abs(a - log["gnp_cosine"]) for a, log in penalised)
+        assert found["gnp_cosine"][0] is None
+        found, logs = {log: values[1:] for log, values in found.items()}, logs[1:]
+    for log in ("loss", "gnp_grad_norm"):
+        assert found[log] == pytest.approx([step[log] for step in logs], rel=LOG_TOLERANCE), log
+    difference = max(abs(a - step["gnp_cosine"]) for a, step in zip(found["gnp_cosine"], logs, strict=True))
     print(f"{distance:.1e} of the distance travelled, {difference:.1e} from the cosine")
     # The weights, whose norm is a hundred times the distance travelled, are stored in fp32.
     assert distance < 3 * WEIGHTS_TOLERANCE
