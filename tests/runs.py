@@ -31,6 +31,7 @@ TRAINER_OPTIONS = (
     "callbacks",
     "compute_loss_func",
     "compute_metrics",
+    "data_collator",
     "eval_dataset",
     "optimizer_cls_and_kwargs",
     "optimizers",
@@ -74,14 +75,26 @@ def make_args(output_dir: Any, cls: type[TrainingArguments] = GNPTrainingArgumen
     return cls(output_dir=str(output_dir), **{**BASE, **penalty, **kwargs})
 
 
-def make_trainer(output_dir: Any, kind: str, cls: type[Trainer] = GNPTrainer, model=None, data=None, **kwargs: Any):
-    """`kwargs` are the training arguments, and those of the trainer that `TRAINER_OPTIONS` names."""
-    options = {name: kwargs.pop(name) for name in TRAINER_OPTIONS if name in kwargs}
-    args_cls = GNPTrainingArguments if issubclass(cls, GNPMixin) else TrainingArguments
-    args = make_args(output_dir, args_cls, **kwargs)
+def make_trainer(
+    output_dir: Any, kind: str, cls: type[Trainer] = GNPTrainer, model=None, data=None, setup=None, **kwargs: Any
+):
+    """
+    `kwargs` are the training arguments, and those of the trainer that `TRAINER_OPTIONS` names. A trainer without the
+    penalty gets none of the gnp arguments. `setup` is called with the trainer.
+    """
+    options = {"data_collator": collate}
+    options |= {name: kwargs.pop(name) for name in TRAINER_OPTIONS if name in kwargs}
+    if issubclass(cls, GNPMixin):
+        args = make_args(output_dir, **kwargs)
+    else:
+        plain = {name: value for name, value in kwargs.items() if not name.startswith("gnp_")}
+        args = make_args(output_dir, TrainingArguments, **plain)
     model = make_model(kind) if model is None else model
     data = make_data(kind) if data is None else data
-    return cls(model=model, args=args, train_dataset=data, data_collator=collate, **options)
+    trainer = cls(model=model, args=args, train_dataset=data, **options)
+    if setup is not None:
+        setup(trainer)
+    return trainer
 
 
 def trained(*args: Any, **kwargs: Any):
@@ -91,14 +104,27 @@ def trained(*args: Any, **kwargs: Any):
     return trainer
 
 
-class SkippingTrainer(GNPTrainer):
-    """Skips a batch that runs out of memory, as people do."""
+def skipping(cls: type[Trainer]) -> type[Trainer]:
+    """Return the class, which skips a batch that runs out of memory, as people do."""
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError:
-            return torch.zeros(())
+    class Skipping(cls):
+        def training_step(self, *args, **kwargs):
+            try:
+                return super().training_step(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                return torch.zeros(())
+
+    return Skipping
+
+
+def with_loss(cls: type[Trainer], loss: Callable[..., torch.Tensor]) -> type[Trainer]:
+    """Return the class, whose `compute_loss` is `loss(trainer, model, inputs)`."""
+
+    class WithLoss(cls):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return loss(self, model, inputs)
+
+    return WithLoss
 
 
 def run(trainer: Trainer, **kwargs: Any) -> dict[str, Any]:
@@ -155,9 +181,7 @@ class WeightsAtSaves(TrainerCallback):
 
 def make_unmoved(output_dir: Any, cls: type[Trainer], kind: str = "net", **kwargs: Any) -> Trainer:
     """A trainer of a few windows of two micro-batches. A penalised one perturbs its weights by nothing."""
-    settings = {"gradient_accumulation_steps": 2, "max_steps": 3, **kwargs}
-    if issubclass(cls, GNPMixin):
-        settings = UNMOVED | settings
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 3, **UNMOVED, **kwargs}
     return make_trainer(output_dir, kind, cls, **settings)
 
 

@@ -34,8 +34,10 @@ def make_model(kind: str, dropout: float = 0.0, loaded_from: Any = None, adapter
     A model with seeded weights, or one that `from_pretrained` loads. The sizes divide by neither 2 nor 3, so that
     shards come out uneven. "llama" has tied embeddings, "llama-untied" has not, "llama-lora" and "llama-dora" have an
     adapter, "llama-qlora" has one on layers of 4 bit and "llama-8bit" on layers of 8. "mixtral" has five experts, and
-    "vit-deep" so many layers that a batch is small beside them.
+    "vit-deep" so many layers that a batch is small beside them. "net" is a plain module.
     """
+    if kind == "net":
+        return Net()
     torch.manual_seed(0)
     model_class, config = _model_config(kind, dropout)
     model = model_class(config) if loaded_from is None else model_class.from_pretrained(loaded_from, **kwargs)
@@ -84,6 +86,7 @@ class Net(nn.Module):
     def __init__(self, *layers: Callable[[], nn.Module]):
         super().__init__()
         torch.manual_seed(0)
+        layers = layers or (nn.Tanh,)
         self.layers = nn.Sequential(nn.Linear(5, 7), *(make() for make in layers), nn.Linear(7, LABELS))
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:

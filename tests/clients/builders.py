@@ -1,5 +1,6 @@
 """The trainers that users have, each over a tiny model and data made on the spot: `CLIENTS`."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ CHAT_TEMPLATE = (
 DROPOUT = 0.1
 SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
 SAMPLES = 32
+PAIRED = {"max_length": 24, "disable_dropout": False}
+GENERATING = {"num_generations": 4, "max_completion_length": 6}
 # Two micro-batches a step, and dropout: what a replay must get right shows on every client.
 BASE = {
     **QUIET,
@@ -155,29 +158,20 @@ def distinct_words(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(completion.split()))) for completion in completions]
 
 
-def sft(folder: Path, **args: Any) -> Built:
-    from trl import SFTConfig, SFTTrainer
-
-    options = {"model": llama(folder), "processing_class": tokenizer(), "train_dataset": dataset(text=sentences(1))}
-    return Built(SFTTrainer, SFTConfig, {"max_length": 16, **args}, options)
-
-
-def sft_packed(folder: Path) -> Built:
-    return sft(folder, packing=True, packing_strategy="wrapped")
+def of_trl(name: str, folder: Path, data: Any, args: dict[str, Any], where: str = "trl", **options: Any) -> Built:
+    """A trainer of TRL and its config, by the name that both begin with."""
+    module = importlib.import_module(where)
+    trainer_class, args_class = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
+    options = {"model": llama(folder), "processing_class": tokenizer(), "train_dataset": data, **options}
+    return Built(trainer_class, args_class, args, options)
 
 
-def sft_completion_only(folder: Path) -> Built:
-    built = sft(folder, completion_only_loss=True)
-    data = dataset(prompt=sentences(1), completion=[f" {text}" for text in sentences(2)])
-    return built._replace(options={**built.options, "train_dataset": data})
+def prompts():
+    return dataset(prompt=sentences(1))
 
 
-def sft_lora(folder: Path) -> Built:
-    from peft import LoraConfig
-
-    built = sft(folder)
-    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=DROPOUT, task_type="CAUSAL_LM")
-    return built._replace(options={**built.options, "peft_config": adapter})
+def answers():
+    return dataset(prompt=sentences(1), completion=[f" {text}" for text in sentences(2)])
 
 
 def preferences():
@@ -186,36 +180,37 @@ def preferences():
     )
 
 
-def dpo(folder: Path) -> Built:
-    from trl import DPOConfig, DPOTrainer
+def sft_packed(folder: Path) -> Built:
+    args = {"max_length": 16, "packing": True, "packing_strategy": "wrapped"}
+    return of_trl("SFT", folder, dataset(text=sentences(1)), args)
 
-    options = {"model": llama(folder), "processing_class": tokenizer(), "train_dataset": preferences()}
-    return Built(DPOTrainer, DPOConfig, {"max_length": 24, "disable_dropout": False}, options)
+
+def sft_completion_only(folder: Path) -> Built:
+    return of_trl("SFT", folder, answers(), {"max_length": 16, "completion_only_loss": True})
+
+
+def sft_lora(folder: Path) -> Built:
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=DROPOUT, task_type="CAUSAL_LM")
+    return of_trl("SFT", folder, dataset(text=sentences(1)), {"max_length": 16}, peft_config=adapter)
+
+
+def dpo(folder: Path) -> Built:
+    return of_trl("DPO", folder, preferences(), PAIRED)
 
 
 def reward(folder: Path) -> Built:
-    from trl import RewardConfig, RewardTrainer
-
-    model = llama(folder, LlamaForSequenceClassification)
-    options = {"model": model, "processing_class": tokenizer(), "train_dataset": preferences()}
-    return Built(RewardTrainer, RewardConfig, {"max_length": 24, "disable_dropout": False}, options)
+    return of_trl("Reward", folder, preferences(), PAIRED, model=llama(folder, LlamaForSequenceClassification))
 
 
 def kto(folder: Path) -> Built:
-    from trl import KTOConfig, KTOTrainer
-
     labels = [index % 3 != 0 for index in range(SAMPLES)]
-    data = dataset(prompt=sentences(1), completion=[f" {text}" for text in sentences(2)], label=labels)
-    options = {"model": llama(folder), "processing_class": tokenizer(), "train_dataset": data}
-    return Built(KTOTrainer, KTOConfig, {"max_length": 24, "disable_dropout": False}, options)
+    return of_trl("KTO", folder, answers().add_column("label", labels), PAIRED)
 
 
 def grpo(folder: Path, **args: Any) -> Built:
-    from trl import GRPOConfig, GRPOTrainer
-
-    options = {"model": llama(folder), "processing_class": tokenizer(), "train_dataset": dataset(prompt=sentences(1))}
-    args = {"num_generations": 4, "max_completion_length": 6, **args}
-    return Built(GRPOTrainer, GRPOConfig, args, {**options, "reward_funcs": distinct_words})
+    return of_trl("GRPO", folder, prompts(), {**GENERATING, **args}, reward_funcs=distinct_words)
 
 
 def grpo_iterations(folder: Path) -> Built:
@@ -227,31 +222,22 @@ def grpo_steps_per_generation(folder: Path) -> Built:
 
 
 def rloo(folder: Path) -> Built:
-    from trl import RLOOConfig, RLOOTrainer
-
-    options = {"model": llama(folder), "processing_class": tokenizer(), "train_dataset": dataset(prompt=sentences(1))}
-    args = {"num_generations": 4, "max_completion_length": 6}
-    return Built(RLOOTrainer, RLOOConfig, args, {**options, "reward_funcs": distinct_words})
+    return of_trl("RLOO", folder, prompts(), GENERATING, reward_funcs=distinct_words)
 
 
 def gkd_on_policy(folder: Path) -> Built:
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-
     turns = zip(sentences(1), sentences(2), strict=True)
     messages = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in turns]
     torch.manual_seed(7)
     teacher = LlamaForCausalLM(llama(folder).config)  # other weights than the student's: a loss of 0 has no gradient
-    options = {"model": llama(folder), "teacher_model": teacher, "processing_class": tokenizer()}
     args = {"lmbda": 1.0, "max_new_tokens": 6, "max_length": 32, "disable_dropout": False}
-    return Built(GKDTrainer, GKDConfig, args, {**options, "train_dataset": dataset(messages=messages)})
+    where = "trl.experimental.gkd"
+    return of_trl("GKD", folder, dataset(messages=messages), args, where, teacher_model=teacher)
 
 
 def online_dpo(folder: Path) -> Built:
-    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-
-    options = {"model": llama(folder), "processing_class": tokenizer(), "train_dataset": dataset(prompt=sentences(1))}
-    args = {"max_new_tokens": 6, "max_length": 32}
-    return Built(OnlineDPOTrainer, OnlineDPOConfig, args, {**options, "reward_funcs": distinct_words})
+    args, where = {"max_new_tokens": 6, "max_length": 32}, "trl.experimental.online_dpo"
+    return of_trl("OnlineDPO", folder, prompts(), args, where, reward_funcs=distinct_words)
 
 
 def sentence_transformer(folder: Path, cached: bool = False) -> Built:

@@ -99,7 +99,11 @@ def distance_from_reference(result: dict[str, Any], case: dict[str, Any], weight
 
 
 def assert_matches_reference(result: dict[str, Any], case: dict[str, Any], ranks: int = RANKS, **variant: Any) -> None:
-    start, expected, reference_logs = reference_of(case, ranks, **variant)
+    assert_matches(result, reference_of(case, ranks, **variant))
+
+
+def assert_matches(result: dict[str, Any], reference_result: Any) -> None:
+    start, expected, reference_logs = reference_result
     distance = relative_distance(result["weights"], expected, start)
     print(f"{distance:.1e} of the distance travelled")  # pytest -rP shows it
     assert distance < WEIGHTS_TOLERANCE

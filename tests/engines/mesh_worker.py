@@ -24,13 +24,10 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-    Trainer,
     TrainingArguments,
 )
 from transformers.distributed import DistributedConfig
-from worker import RANK_TIMEOUT, FaultyGNPTrainer, ForwardFirst, run_all, trained
-
-from hf_gnp import GNPTrainer
+from worker import RANK_TIMEOUT, FaultyLoss, ForwardFirst, run_all, trained, trainer_class
 
 
 # Of sizes that four divides: tensor parallelism shards heads.
@@ -95,7 +92,7 @@ def differs(model: torch.nn.Module) -> list[str]:
     return names
 
 
-class ComparingTrainer(GNPTrainer):
+class ComparesRanks:
     """Notes which parameters differ between ranks at each forward, the moved ones of the second pass too."""
 
     seen: SimpleNamespace  # out of reach of the replay, which puts a trainer's own lists back
@@ -105,11 +102,13 @@ class ComparingTrainer(GNPTrainer):
         return super().compute_loss(*args, **kwargs)
 
 
+SPECIAL = {"faults": FaultyLoss, "compare_ranks": ComparesRanks, "forward_first": ForwardFirst}
+
+
 def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     stock, faults = case.get("stock", False), case.get("faults")
     args = make_args(folder / name, *([TrainingArguments] if stock else []), ddp_backend="gloo", **case["args"])
-    special = {"faults": FaultyGNPTrainer, "compare_ranks": ComparingTrainer, "forward_first": ForwardFirst}
-    cls = next((cls for key, cls in special.items() if case.get(key)), GNPTrainer)
+    cls = trainer_class(case, SPECIAL)
     data = make_data("llama", case.get("size", 48))
     model = load_decoder(case, folder)
     options: dict[str, Any] = {"eval_dataset": data[:8]} if "eval_strategy" in case["args"] else {}
@@ -118,7 +117,7 @@ def run_case(case: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
             torch.optim.SGD,
             {"lr": args.learning_rate, "momentum": case["momentum"]},
         )
-    trainer = (Trainer if stock else cls)(model=model, args=args, train_dataset=data, data_collator=collate, **options)
+    trainer = cls(model=model, args=args, train_dataset=data, data_collator=collate, **options)
     trainer.seen, trainer.faults = SimpleNamespace(calls={}, differs=[]), faults
     return trained(trainer, case, folder) | {"differs": trainer.seen.differs}
 

@@ -106,7 +106,7 @@ def _raise(*_: Any) -> None:
     raise RuntimeError("injected in the forward")
 
 
-class ForwardFirst(GNPTrainer):
+class ForwardFirst:
     """Runs the model where trainers generate, or compute log-probabilities: before the loss, without a backward."""
 
     def _prepare_inputs(self, inputs):
@@ -145,7 +145,7 @@ class StopsWithin(TrainerCallback):
         self.evaluated = full_weights(model)
 
 
-class LoggingTrainer(GNPTrainer):
+class LoggingLoss:
     """Logs parts of its loss on the main process only, as people do, under the names of `Trainer`'s own logs."""
 
     def compute_loss(self, *args, **kwargs):
@@ -155,7 +155,7 @@ class LoggingTrainer(GNPTrainer):
         return loss
 
 
-class AdversarialTrainer(GNPTrainer):
+class AdversarialLoss:
     """Differentiates its loss by the inputs, in `compute_loss`."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -186,15 +186,7 @@ class AuxiliaryLoss:
         return loss
 
 
-class AuxiliaryTrainer(AuxiliaryLoss, Trainer):
-    pass
-
-
-class AuxiliaryGNPTrainer(AuxiliaryLoss, GNPTrainer):
-    pass
-
-
-class SkippingTrainer(FaultyLoss, GNPTrainer):
+class SkipsFaults(FaultyLoss):
     """Goes on after an error, as trainers do that run out of memory on a long batch."""
 
     def training_step(self, *args, **kwargs):
@@ -206,7 +198,7 @@ class SkippingTrainer(FaultyLoss, GNPTrainer):
             return torch.zeros(())
 
 
-class HookedTrainer(GNPTrainer):
+class Hooked:
     """Registers a communication hook of DDP, as users do: `Trainer` has no argument for it."""
 
     comm_hook: str | None
@@ -220,12 +212,25 @@ class HookedTrainer(GNPTrainer):
         return super().training_step(model, *args, **kwargs)
 
 
-class FaultyTrainer(FaultyLoss, Trainer):
-    pass
+# What a trainer is besides, by the key of its case.
+SPECIAL: dict[str, type] = {
+    "auxiliary": AuxiliaryLoss,
+    "skips": SkipsFaults,
+    "skips_last": SkipsLast,
+    "forward_first": ForwardFirst,
+    "logs_in_loss": LoggingLoss,
+    "is_adversarial": AdversarialLoss,
+    "comm_hook": Hooked,
+    "faults": FaultyLoss,
+}
 
 
-class FaultyGNPTrainer(FaultyLoss, GNPTrainer):
-    pass
+def trainer_class(case: dict[str, Any], special: dict[str, type] = SPECIAL) -> type[Trainer]:
+    base = Trainer if case.get("stock", False) else GNPTrainer
+    own = next((own for key, own in special.items() if key in case), None)
+    if own is None or issubclass(own, Trainer):
+        return own or base
+    return type(f"{own.__name__}Trainer", (own, base), {})
 
 
 def parameters_whole(parameters: list[torch.nn.Parameter]) -> Iterator[torch.Tensor]:
@@ -278,30 +283,16 @@ def make_trainer(case: dict[str, Any], folder: Path, name: str) -> Trainer:
         from deepspeed.utils import set_z3_leaf_modules
 
         set_z3_leaf_modules(model, [case["leaf"]])
-    classes = (FaultyTrainer, FaultyGNPTrainer) if "faults" in case else (Trainer, GNPTrainer)
-    auxiliary = (AuxiliaryTrainer, AuxiliaryGNPTrainer)[not stock]
-    special = {
-        "auxiliary": auxiliary,
-        "skips": SkippingTrainer,
-        "skips_last": SkipsLast,
-        "forward_first": ForwardFirst,
-        "logs_in_loss": LoggingTrainer,
-        "is_adversarial": AdversarialTrainer,
-        "comm_hook": HookedTrainer,
-    }
-    cls = next((cls for key, cls in special.items() if key in case), classes[not stock])
+    cls = trainer_class(case)
     data = make_data(case["kind"], case.get("size", 48))
     held_out = data[:8] if "eval_strategy" in args else None
     trainer = cls(model=model, args=training_args, train_dataset=data, eval_dataset=held_out, data_collator=collate)
     if "faults" in case:
         trainer.faults, trainer.seen = case["faults"], SimpleNamespace(calls={})
         trainer.compares_ranks = case.get("compare_ranks", False)
-    if case.get("generates"):
-        trainer.add_callback(Generates())
-    if case.get("stops_within"):
-        trainer.add_callback(StopsWithin())
-    if case.get("count"):
-        trainer.add_callback(CountCollectives())
+    for key, callback in {"generates": Generates, "stops_within": StopsWithin, "count": CountCollectives}.items():
+        if case.get(key):
+            trainer.add_callback(callback())
     if "auxiliary" in case:
         trainer.where = case["auxiliary"]
     if "comm_hook" in case:

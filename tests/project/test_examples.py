@@ -46,7 +46,7 @@ def test_text_classification_learns_the_docstrings(tmp_path):
 
 
 def test_demo_compares_and_draws(tmp_path):
-    flags = ["--seeds", 2, "--epochs", 1, "--output_dir", tmp_path]
+    flags = ["--seeds", 2, "--epochs", 1, "--processes", 1, "--output_dir", tmp_path]
     printed = fork_script("examples/demo.py", *flags, timeout=TIMEOUT)
     row = r"^(plain|plain, twice the epochs|penalised) +([\d.]+) +([\d.]+) ± [\d.]+ .* ([\d.]+) ± "
     passes = {method: float(count) for method, count, *_ in re.findall(row, printed, re.MULTILINE)}

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
 from runs import assert_identical, make_trainer, run
 from test_sharpness import in_double, interrupt_everywhere
@@ -40,17 +41,19 @@ def reference_steps(data, accumulation, count):
     return steps[:count]
 
 
-def perturbation(thetas, gradients, metric):
-    """The perturbation of radius 1, for each tensor."""
-    pairs = list(zip(thetas, gradients, strict=True))
-    if metric == "l2":
-        norm = math.sqrt(sum(g.square().sum() for g in gradients))
-        return [g / norm for g in gradients]
-    if metric == "element":
-        norm = math.sqrt(sum((t * g).square().sum() for t, g in pairs))
-        return [t * t * g / norm for t, g in pairs]
-    norm = math.sqrt(sum(t.square().sum() for t, g in pairs if g.any()))
-    return [t.norm() / norm * g / g.norm() if g.any() else torch.zeros_like(g) for t, g in pairs]
+DIRECTIONS = {
+    "l2": reference.along_the_gradient,
+    "layer": reference.in_proportion_to_each_tensor,
+    "element": reference.scale_invariant,
+}
+
+
+def loss_of(model, step):
+    loss = 0.0
+    for number, samples in step:
+        set_seed(SEED + number)
+        loss = loss + model(**collate(in_double(samples)))["loss"] / len(step)
+    return loss
 
 
 class Reference:
@@ -62,23 +65,13 @@ class Reference:
         self.targets = targets or self.named
 
     def gradients(self, step, moves=None):
-        kept = [p.detach().clone() for p in self.named.values()]
-        with torch.no_grad():
-            for parameter, move in zip(self.named.values(), moves or [], strict=bool(moves)):
-                parameter.add_(move)
-        loss = 0.0
-        for number, samples in step:
-            set_seed(SEED + number)
-            loss = loss + self.model(**collate(in_double(samples)))["loss"] / len(step)
-        gradients = torch.autograd.grad(loss, list(self.named.values()))
-        with torch.no_grad():
-            for parameter, theta in zip(self.named.values(), kept, strict=True):
-                parameter.copy_(theta)
-        return loss.item(), list(gradients)
+        moves = moves or [torch.zeros_like(p) for p in self.named.values()]
+        loss, gradients = reference.gradient_at(self.model, moves, loss_of, step)
+        return loss.item(), gradients
 
     def moves(self, gradients, metric, r):
         chosen = [g if name in self.targets else 0 * g for name, g in zip(self.named, gradients, strict=True)]
-        return [r * e for e in perturbation([p.detach() for p in self.named.values()], chosen, metric)]
+        return [r * e for e in DIRECTIONS[metric]([p.detach() for p in self.named.values()], chosen)]
 
     def find_r(self, steps, batches, metric):
         firsts = [self.gradients(step) for step in steps]
@@ -155,8 +148,8 @@ def test_only_target_modules_are_perturbed(tmp_path):
     model = Net(lambda: nn.LayerNorm(7), nn.Tanh)
     trainer = trainer_of(tmp_path, model, gnp_target_modules="norm")
     result = trainer.find_r(radii=RADII, batches=2, seed=SEED, metric="layer", log=False)
-    reference = Reference(model, targets=("layers.1.weight", "layers.1.bias"))
-    assert_matches(result, reference.find_r(reference_steps(trainer.train_dataset, 1, 16), 2, "layer"), 1e-4)
+    by_hand = Reference(model, targets=("layers.1.weight", "layers.1.bias"))
+    assert_matches(result, by_hand.find_r(reference_steps(trainer.train_dataset, 1, 16), 2, "layer"), 1e-4)
 
 
 def test_tensors_without_a_gradient_or_of_norm_0_stay(tmp_path):
@@ -195,7 +188,7 @@ def test_training_does_not_notice(tmp_path):
 
 
 def test_table_and_picture(tmp_path, capsys):
-    trainer = trainer_of(tmp_path, Net(nn.Tanh))
+    trainer = trainer_of(tmp_path, Net())
     result = trainer.find_r(path=tmp_path / "pictures" / "r.png", batches=2)
     printed = capsys.readouterr().out
     assert f"suggestion: gnp_r={result['suggestion']:.2g}" in printed
@@ -203,7 +196,7 @@ def test_table_and_picture(tmp_path, capsys):
     assert result["radii"] == pytest.approx(np.logspace(-3, 0, 10))
     assert result["metric"] == "l2"
     assert_is_picture(tmp_path / "pictures" / "r.png", 500)
-    stock = make_trainer(tmp_path, "net", cls=Trainer, model=Net(nn.Tanh), data=learnable())
+    stock = make_trainer(tmp_path, "net", cls=Trainer, model=Net(), data=learnable())
     assert find_r(stock, batches=2, log=False) == result
     trainer.find_r(batches=2, log=False)
     assert not capsys.readouterr().out
@@ -245,7 +238,7 @@ def test_suggestion(columns, expected):
 
 
 def test_refusals_say_what_to_do(tmp_path):
-    trainer = trainer_of(tmp_path, Net(nn.Tanh))
+    trainer = trainer_of(tmp_path, Net())
     with pytest.raises(ValueError, match="metric must be"):
         trainer.find_r(metric="l1")
     with pytest.raises(ValueError, match="radii must be positive"):
@@ -261,7 +254,7 @@ def test_refusals_say_what_to_do(tmp_path):
     trainer.model.layers[-1].requires_grad_(False)
     with pytest.raises(ValueError, match="no direction"):
         trainer.find_r()
-    trainer = trainer_of(tmp_path, Net(nn.Tanh))
+    trainer = trainer_of(tmp_path, Net())
     nn.init.zeros_(trainer.model.layers[0].bias)
     trainer.gnp_args.gnp_target_modules = ["layers.0.bias"]
     for metric in ("layer", "element"):

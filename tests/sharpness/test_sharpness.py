@@ -86,7 +86,7 @@ def assert_matches(result, exact, k, eigenvalues=None):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_spectrum_trace_and_ascent_are_those_of_the_whole_hessian(tmp_path, method, dtype):
     data = make_data("net", size=SAMPLES)
-    model = Net(nn.Tanh).to(dtype)
+    model = Net().to(dtype)
     trainer = trainer_of(tmp_path, model, data=in_double(data) if dtype == torch.float64 else data)
     exact = Exact(model, data)
     hessian = exact.hessian()
@@ -107,7 +107,7 @@ def test_spectrum_trace_and_ascent_are_those_of_the_whole_hessian(tmp_path, meth
 
 
 def test_restarts_find_the_same_as_one_long_basis(tmp_path):
-    trainer = trainer_of(tmp_path, Net(nn.Tanh).double(), data=in_double(make_data("net", size=SAMPLES)))
+    trainer = trainer_of(tmp_path, Net().double(), data=in_double(make_data("net", size=SAMPLES)))
     options = {"method": "exact", "tolerance": 1e-8, "max_products": 500, "probes": 0, "log": False}
     short = trainer.measure_sharpness(k=2, basis=5, **options)
     long = trainer.measure_sharpness(k=2, basis=60, **options)
@@ -162,14 +162,14 @@ def test_very_noisy_products_do_not_accept_the_random_start(tmp_path, monkeypatc
 
 
 def test_one_product_is_enough_for_a_result(tmp_path):
-    result = trainer_of(tmp_path, Net(nn.Tanh)).measure_sharpness(max_products=1, probes=0, log=False)
+    result = trainer_of(tmp_path, Net()).measure_sharpness(max_products=1, probes=0, log=False)
     assert np.isfinite(result["top_eigenvalues"][0]) and result["residuals"][0] > 0
 
 
 @pytest.mark.parametrize("basis", [3, 8])
 def test_few_vectors_are_held(tmp_path, monkeypatch, basis):
     """θ's copy, the gradient, the basis, and four more: what docs/sharpness.md says a model needs."""
-    model, held = Net(nn.Tanh), []
+    model, held = Net(), []
     size = sum(p.numel() for p in model.parameters())
     add_gradient = SampleLoss.add_gradient_
 
@@ -211,9 +211,9 @@ def test_a_loss_function_of_the_users(tmp_path):
     def loss_function(outputs, labels, num_items_in_batch=None):
         return nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
 
-    model, data = Net(nn.Tanh), make_data("net", size=SAMPLES)
+    model, data = Net(), make_data("net", size=SAMPLES)
 
-    own = UnlabelledNet(nn.Tanh)
+    own = UnlabelledNet()
     trainer = trainer_of(tmp_path, own, compute_loss_func=loss_function, per_device_eval_batch_size=3)
     assert_matches(trainer.measure_sharpness(probes=0), Exact(model, data), 1)
 
@@ -224,9 +224,7 @@ def test_the_gradient_of_a_parameter_of_the_users_stays(tmp_path):
             outputs = model(**inputs)
             return outputs["loss"] + self.multiplier * outputs["logits"].pow(2).mean()
 
-    trainer = make_trainer(
-        tmp_path, "net", Constrained, model=Net(nn.Tanh), eval_dataset=make_data("net", size=SAMPLES)
-    )
+    trainer = make_trainer(tmp_path, "net", Constrained, model=Net(), eval_dataset=make_data("net", size=SAMPLES))
     trainer.multiplier = nn.Parameter(torch.tensor(0.5))
     trainer.multiplier.grad = gradient = torch.tensor(3.0)
     trainer.measure_sharpness(samples=SAMPLES, probes=1)
@@ -235,7 +233,7 @@ def test_the_gradient_of_a_parameter_of_the_users_stays(tmp_path):
 
 
 def test_a_sample_is_drawn_by_the_seed(tmp_path):
-    model, data = Net(nn.Tanh), make_data("net", size=48)
+    model, data = Net(), make_data("net", size=48)
     trainer = trainer_of(tmp_path, model, data=data)
     options = {"samples": SAMPLES, "k": 0, "probes": 2}
     results = [trainer.measure_sharpness(seed=seed, **options) for seed in (3, 3, 4)]
@@ -251,9 +249,9 @@ def test_stock_trainers_and_iterable_data(tmp_path):
             yield from make_data("net", size=48)
 
     options = {"k": 1, "probes": 0, "log": False}
-    stock = make_trainer(tmp_path, "net", cls=Trainer, model=Net(nn.Tanh), per_device_eval_batch_size=SAMPLES)
+    stock = make_trainer(tmp_path, "net", cls=Trainer, model=Net(), per_device_eval_batch_size=SAMPLES)
     first = make_data("net", size=48)[:SAMPLES]
-    expected = trainer_of(tmp_path, Net(nn.Tanh)).measure_sharpness(first, **options)
+    expected = trainer_of(tmp_path, Net()).measure_sharpness(first, **options)
     assert measure_sharpness(stock, Stream(), samples=SAMPLES, **options) == expected
     assert expected["samples"] == SAMPLES
 
@@ -263,7 +261,7 @@ def test_random_transforms_draw_by_the_seed_and_leave_the_generators(tmp_path):
         batch = collate(samples)
         return {**batch, "x": batch["x"] + torch.randn_like(batch["x"]) * random.random() * np.random.rand()}
 
-    trainer = trainer_of(tmp_path, Net(nn.Tanh), per_device_eval_batch_size=5)
+    trainer = trainer_of(tmp_path, Net(), per_device_eval_batch_size=5)
     trainer.data_collator = noisy
     before = generators()
     first = trainer.measure_sharpness(k=0, probes=0)
@@ -313,7 +311,7 @@ def test_training_after_a_measurement_is_the_same(tmp_path, name, args):
     results = []
     for is_measured in (True, False):
         data = Augmented()
-        trainer = trainer_of(tmp_path, Net(nn.Tanh), data=data, max_steps=2, **args)
+        trainer = trainer_of(tmp_path, Net(), data=data, max_steps=2, **args)
         trainer.data_collator = NoisyCollator()
         if is_measured:
             MEASUREMENTS[name](trainer, tmp_path)
@@ -324,7 +322,7 @@ def test_training_after_a_measurement_is_the_same(tmp_path, name, args):
 
 @pytest.mark.parametrize("is_trained", [True, False])
 def test_model_set_by_the_user_is_measured(tmp_path, is_trained):
-    trainer = trainer_of(tmp_path, Net(nn.Tanh), bf16=True, max_steps=1, torch_compile_backend="eager")
+    trainer = trainer_of(tmp_path, Net(), bf16=True, max_steps=1, torch_compile_backend="eager")
     if is_trained:
         trainer.train()
     trainer.measure_sharpness(k=0, probes=0)
@@ -347,9 +345,9 @@ def test_loss_that_counts_its_items(tmp_path, is_counted):
 
     options = {"k": 0, "probes": 0, "samples": SAMPLES, "log": False}
     data = make_data("net", size=SAMPLES)
-    trainer = make_trainer(tmp_path, "net", cls=Counting, model=Net(nn.Tanh), data=data, eval_dataset=data)
+    trainer = make_trainer(tmp_path, "net", cls=Counting, model=Net(), data=data, eval_dataset=data)
     trainer.model_accepts_loss_kwargs = is_counted
-    expected = trainer_of(tmp_path, Net(nn.Tanh)).measure_sharpness(**options)
+    expected = trainer_of(tmp_path, Net()).measure_sharpness(**options)
     assert trainer.measure_sharpness(**options)["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert trainer.state.log_history == []
 
@@ -370,7 +368,7 @@ def test_metrics_of_training_stay_in_its_log(tmp_path):
 
     data = make_data("net", size=SAMPLES)
     options = {"eval_dataset": data, "callbacks": [SharpnessCallback(every=1, k=0, probes=0)], "max_steps": 2}
-    trainer = make_trainer(tmp_path, "net", cls=Merging, model=Net(nn.Tanh), data=data, logging_steps=1, **options)
+    trainer = make_trainer(tmp_path, "net", cls=Merging, model=Net(), data=data, logging_steps=1, **options)
     trainer.train()
     assert ["own" in entry for entry in trainer.state.log_history if "loss" in entry] == [True, True]
     assert not any("own" in entry for entry in trainer.state.log_history if "sharpness_loss" in entry)
@@ -439,11 +437,11 @@ def test_the_curves_are_logged_and_training_does_not_notice(tmp_path):
 
 def test_bf16_autocast_and_bf16_weights_come_near(tmp_path):
     data = make_data("net", size=SAMPLES)
-    exact = Exact(Net(nn.Tanh), data).top(1)[0]
-    autocast = trainer_of(tmp_path, Net(nn.Tanh), bf16=True).measure_sharpness()
+    exact = Exact(Net(), data).top(1)[0]
+    autocast = trainer_of(tmp_path, Net(), bf16=True).measure_sharpness()
     rounded = trainer_of(
         tmp_path,
-        Net(nn.Tanh).bfloat16(),
+        Net().bfloat16(),
         data=[{"x": sample["x"].bfloat16(), "labels": sample["labels"]} for sample in data],
     ).measure_sharpness()
     # 8 bits: a product is a difference of gradients that are each off by 1e-2.
@@ -455,10 +453,10 @@ def test_bf16_autocast_and_bf16_weights_come_near(tmp_path):
 def test_refusals_say_what_to_do(tmp_path):
     data = make_data("net", size=SAMPLES)
     with pytest.raises(ValueError, match=r"fp16.*fp32 or bf16"):
-        trainer_of(tmp_path, Net(nn.Tanh).half()).measure_sharpness()
+        trainer_of(tmp_path, Net().half()).measure_sharpness()
     with pytest.raises(ValueError, match="trainer an eval_dataset"):
         make_trainer(tmp_path, "net", model=Net(), data=data).measure_sharpness()
-    trainer = trainer_of(tmp_path, Net(nn.Tanh))
+    trainer = trainer_of(tmp_path, Net())
     with pytest.raises(ValueError, match="method"):
         trainer.measure_sharpness(method="magic")
     with pytest.raises(ValueError, match="k must be"):

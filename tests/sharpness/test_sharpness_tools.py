@@ -40,17 +40,17 @@ def assert_is_picture(path, least_width):
 
 def test_line_between_two_checkpoints(tmp_path):
     data = make_data("net", size=SAMPLES)
-    folders = [saved(tmp_path / "one", Net(nn.Tanh)), saved(tmp_path / "two", shifted(Net(nn.Tanh), 0.1))]
-    trainer = trainer_of(tmp_path, shifted(Net(nn.Tanh), -0.3))
+    folders = [saved(tmp_path / "one", Net()), saved(tmp_path / "two", shifted(Net(), 0.1))]
+    trainer = trainer_of(tmp_path, shifted(Net(), -0.3))
     before = snapshot(trainer.model)
     result = plot_loss_surface(trainer, tmp_path / "line.png", folders, directions="line", points=7)
     assert_identical(snapshot(trainer.model), before)
     # From -1/4 to 5/4 in 7 points: the second is 0 and the last but one 1.
     (line,) = result["slices"]
     for share, value in zip(result["axes"][0], line["losses"], strict=True):
-        expected = mean_loss(shifted(Net(nn.Tanh), 0.1 * share), data).item()
+        expected = mean_loss(shifted(Net(), 0.1 * share), data).item()
         assert value == pytest.approx(expected, rel=1e-5)  # fp32
-    assert line["distance"] == pytest.approx(0.1 * sum(p.numel() for p in Net(nn.Tanh).parameters()) ** 0.5, rel=1e-5)
+    assert line["distance"] == pytest.approx(0.1 * sum(p.numel() for p in Net().parameters()) ** 0.5, rel=1e-5)
     assert json.loads((tmp_path / "line.json").read_text()) == result
     assert_is_picture(tmp_path / "line.png", 500)
 
@@ -59,11 +59,11 @@ def test_line_between_two_checkpoints(tmp_path):
 @pytest.mark.parametrize("directions", ["filters", "eigenvectors"])
 def test_slices_around_checkpoints(tmp_path, directions, dimensions):
     data = make_data("net", size=SAMPLES)
-    models = [Net(nn.Tanh), shifted(Net(nn.Tanh), 0.1)]
+    models = [Net(), shifted(Net(), 0.1)]
     folders = [saved(tmp_path / str(i), model) for i, model in enumerate(models)]
     # With seed 0 Lanczos meets the third eigenvalue before the second, to within the tolerance of pictures.
     options = {"directions": directions, "dimensions": dimensions, "points": 5, "distance": 0.02, "seed": 1}
-    result = plot_loss_surface(trainer_of(tmp_path, Net(nn.Tanh)), tmp_path / "s.png", folders, **options)
+    result = plot_loss_surface(trainer_of(tmp_path, Net()), tmp_path / "s.png", folders, **options)
     for item, model in zip(result["slices"], models, strict=True):
         losses = np.array(item["losses"])
         assert losses.shape == (5,) * dimensions
@@ -94,7 +94,7 @@ def test_filters_are_as_long_as_those_of_the_weights(tmp_path):
 
 
 def test_pictures_refuse_what_they_cannot_draw(tmp_path):
-    trainer = trainer_of(tmp_path, Net(nn.Tanh))
+    trainer = trainer_of(tmp_path, Net())
     for options, message in (
         ({"directions": "up"}, "directions"),
         ({"dimensions": 3}, "dimensions"),

@@ -60,10 +60,10 @@ def test_autocast_around_the_step(tmp_path, place, alpha, accumulation):
     """As with bf16=True."""
     settings = {"gnp_alpha": alpha, "gnp_r": 0.5, "gnp_warmup_type": "none", "max_steps": 6}
     settings |= {"gradient_accumulation_steps": accumulation, "num_train_epochs": 3}
-    start = flat_weights(Net(nn.Tanh))
+    start = flat_weights(Net())
     trainers = []
     for cls, more in ((GNPTrainer, {"bf16": True}), (PLACES[place](bfloat16), {})):
-        trainers.append(make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), **settings, **more))
+        trainers.append(make_trainer(tmp_path, "net", cls, **settings, **more))
         trainers[-1].train()
     expected, result = (flat_weights(trainer.model) for trainer in trainers)
     assert relative_distance(result, expected, start) < BF16_TOLERANCE
@@ -77,9 +77,7 @@ def test_autocast_around_the_step(tmp_path, place, alpha, accumulation):
 def test_autocast_around_the_step_at_nothing(tmp_path, place):
     """Without a move the step is that of stock `Trainer` within the same context."""
     around = in_loss(bfloat16) if place == "loss" else within(bfloat16)
-    plain, gnp = (
-        run(make_unmoved(tmp_path, cls, model=Net(nn.Tanh))) for cls in (around(Trainer), PLACES[place](bfloat16))
-    )
+    plain, gnp = (run(make_unmoved(tmp_path, cls)) for cls in (around(Trainer), PLACES[place](bfloat16)))
     gnp["logs"] = without_gnp(gnp["logs"])
     assert_identical(gnp, plain)
 
@@ -92,7 +90,7 @@ class Scaled(nn.Module):
 
 
 def parametrised() -> Net:
-    model = Net(nn.Tanh)
+    model = Net()
     for layer in (model.layers[0], model.layers[-1]):
         parametrize.register_parametrization(layer, "weight", Scaled())
     return model
@@ -170,9 +168,9 @@ def test_same_losses_of_both_passes_are_right(tmp_path, loss, r):
             outputs = super().forward(x, labels)
             return outputs if loss is None else {**outputs, "loss": loss(outputs["logits"])}
 
-    trainer = trained(tmp_path, "net", model=Own(nn.Tanh), gnp_r=r, gnp_warmup_type="none", max_steps=3)
+    trainer = trained(tmp_path, "net", model=Own(), gnp_r=r, gnp_warmup_type="none", max_steps=3)
     assert trainer.state.global_step == 3
-    plain = trained(tmp_path, "net", Trainer, model=Own(nn.Tanh), max_steps=3)
+    plain = trained(tmp_path, "net", Trainer, model=Own(), max_steps=3)
     ends = [snapshot(each.model) for each in (trainer, plain)]
     if loss is surrogate:
         assert not torch.equal(ends[0]["layers.0.weight"], ends[1]["layers.0.weight"])

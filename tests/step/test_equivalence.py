@@ -3,14 +3,8 @@
 import pytest
 import torch
 from runs import MICRO_BATCH, assert_matches_reference, reference_run, trained, window_loss, windows
-from tiny import KINDS, Net, UnlabelledNet, make_data, make_model
-from torch import nn
+from tiny import KINDS, UnlabelledNet, make_data
 from torch.nn.functional import cross_entropy
-
-
-def make(kind: str) -> nn.Module:
-    """A plain module too."""
-    return Net(nn.Tanh) if kind == "net" else make_model(kind)
 
 
 @pytest.mark.parametrize("alpha", [0.8, 1.0, 0.1])
@@ -18,10 +12,11 @@ def make(kind: str) -> nn.Module:
 @pytest.mark.parametrize("kind", [*KINDS, "net"])
 def test_matches_the_reference(tmp_path, kind, accumulation, alpha):
     """Tied weights stay tied, and count once."""
-    model, settings = make(kind), {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha, "gnp_r": 0.05}
-    trainer = trained(tmp_path, kind, model=model, **settings)
-    assert kind != "llama" or model.lm_head.weight is model.model.embed_tokens.weight
-    assert_matches_reference(trainer, reference_run(kind, accumulation, alpha=alpha, model=make(kind)))
+    settings = {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha, "gnp_r": 0.05}
+    trainer = trained(tmp_path, kind, **settings)
+    if kind == "llama":
+        assert trainer.model.lm_head.weight is trainer.model.model.embed_tokens.weight
+    assert_matches_reference(trainer, reference_run(kind, accumulation, alpha=alpha))
 
 
 # The last micro-batch is smaller, and the last window has fewer micro-batches: 11 full ones and one of 2 samples.
@@ -32,10 +27,10 @@ RAGGED_SIZE = 11 * MICRO_BATCH + 2
 @pytest.mark.parametrize("kind", [*KINDS, "net"])
 def test_incomplete_last_window(tmp_path, kind, accumulation):
     data = make_data(kind, RAGGED_SIZE)
-    trainer = trained(tmp_path, kind, model=make(kind), data=data, gradient_accumulation_steps=accumulation)
+    trainer = trained(tmp_path, kind, data=data, gradient_accumulation_steps=accumulation)
     steps = windows(kind, accumulation, data)
     assert len(steps[-1]) < accumulation
-    assert_matches_reference(trainer, reference_run(kind, accumulation, model=make(kind), steps=steps))
+    assert_matches_reference(trainer, reference_run(kind, accumulation, steps=steps))
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -57,14 +52,14 @@ def test_micro_batches_left_over_by_a_stream(tmp_path):
     """`Trainer` does not step on them: their gradient stays, and is part of the next epoch's first step."""
     data = make_data("net", 10 * MICRO_BATCH)
     settings = {"max_steps": 4, "gradient_accumulation_steps": 4}
-    trainer = trained(tmp_path, "net", model=Net(nn.Tanh), data=Stream(data), **settings)
+    trainer = trained(tmp_path, "net", data=Stream(data), **settings)
     first, second, leftover = windows("net", 4, data)
     steps = [[first], [second], [leftover, first], [second]]
 
     def loss(model, parts):
         return sum(window_loss(model, part) for part in parts)
 
-    assert_matches_reference(trainer, reference_run("net", 4, model=Net(nn.Tanh), steps=steps, loss=loss))
+    assert_matches_reference(trainer, reference_run("net", 4, steps=steps, loss=loss))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -90,12 +85,12 @@ def test_loss_function_with_number_of_items(tmp_path, accumulation):
         return cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
 
     settings = {"compute_loss_func": sum_over_items, "gradient_accumulation_steps": accumulation}
-    trainer = trained(tmp_path, "net", model=UnlabelledNet(nn.Tanh), data=data, **settings)
+    trainer = trained(tmp_path, "net", model=UnlabelledNet(), data=data, **settings)
 
     def loss(model, window):
         items = sum((batch["labels"] != -100).sum() for batch in window)
         return sum(sum_over_items(model(batch["x"]), batch["labels"], items) for batch in window)
 
     steps = windows("net", accumulation, data)
-    expected = reference_run("net", accumulation, model=UnlabelledNet(nn.Tanh), steps=steps, loss=loss)
+    expected = reference_run("net", accumulation, model=UnlabelledNet(), steps=steps, loss=loss)
     assert_matches_reference(trainer, expected)

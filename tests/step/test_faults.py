@@ -19,7 +19,9 @@ from runs import (
     make_trainer,
     reference_run,
     run,
+    trained,
     windows,
+    with_loss,
     without_gnp,
 )
 from safetensors.torch import load_file
@@ -50,33 +52,20 @@ class Fault(NamedTuple):
     change: Callable[[torch.Tensor], torch.Tensor]
 
 
-class FaultyMixin:
-    """Its losses go through `faults`; `calls` counts the forwards of each step and pass."""
-
-    faults: tuple[Fault, ...] = ()
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        place = self.state.global_step, SECOND if is_perturbed(self) else FIRST
-        micro_batch = self.count(place)
-        for fault in self.faults:
-            if fault[:3] == (*place, micro_batch):
-                loss = fault.change(loss)
-        return loss
+def faulty_loss(trainer, model, inputs):
+    loss = model(**inputs)["loss"]
+    place = trainer.state.global_step, SECOND if is_perturbed(trainer) else FIRST
+    micro_batch = trainer.count(place)
+    for fault in trainer.faults:
+        if fault[:3] == (*place, micro_batch):
+            loss = fault.change(loss)
+    return loss
 
 
-def forwards(trainer: FaultyMixin, step: int) -> int:
+def forwards(trainer: Trainer, step: int) -> int:
     """Those of the step, without the probe of a run's first penalised one."""
     first, second = (trainer.calls.get((step, pass_), 0) for pass_ in (FIRST, SECOND))
     return min(first, trainer.args.gradient_accumulation_steps) + second
-
-
-class FaultyTrainer(FaultyMixin, GNPTrainer):
-    pass
-
-
-class FaultyPlainTrainer(FaultyMixin, Trainer):
-    pass
 
 
 class StepStarts(TrainerCallback):
@@ -89,10 +78,11 @@ class StepStarts(TrainerCallback):
         self.weights.append(flat_weights(model))
 
 
-def make_faulty(tmp_path, *faults: Fault, cls=FaultyTrainer, **kwargs):
-    kwargs = {"model": Net(nn.Tanh), "gradient_accumulation_steps": ACCUMULATION, **kwargs}
+def make_faulty(tmp_path, *faults: Fault, cls=GNPTrainer, **kwargs):
+    """Its losses go through `faults`; `calls` counts the forwards of each step and pass."""
+    kwargs = {"gradient_accumulation_steps": ACCUMULATION, **kwargs}
     starts = StepStarts()
-    trainer = make_trainer(tmp_path, "net", cls, callbacks=[starts], **kwargs)
+    trainer = make_trainer(tmp_path, "net", with_loss(cls, faulty_loss), callbacks=[starts], **kwargs)
     trainer.faults, trainer.starts = faults, starts
     calls = Counter()  # out of reach of the replay, which puts a trainer's own counters back
 
@@ -220,7 +210,7 @@ def test_auto_find_batch_size(tmp_path, optim, step):
     assert found < MICRO_BATCH
     assert sizes == [MICRO_BATCH] * before + [found] * (len(sizes) - before)
 
-    model = Net(nn.Tanh)
+    model = Net()
     torch.nn.utils.vector_to_parameters(trainer.starts.weights[step].float(), model.parameters())
     expected = run(make_trainer(tmp_path, "net", model=model, per_device_train_batch_size=found, **settings))
     assert len(expected["logs"]) == 48 // (2 * found)
@@ -247,7 +237,7 @@ def test_gradient_that_is_not_finite(tmp_path, factor, pass_, optim, alpha):
 
     [first, _, *others] = windows("net", ACCUMULATION)
     variant = {"alpha": alpha, "optimizer": OPTIMIZERS[optim]}
-    expected = reference_run("net", ACCUMULATION, model=Net(nn.Tanh), steps=[first, *others], **variant)
+    expected = reference_run("net", ACCUMULATION, steps=[first, *others], **variant)
     assert_ends_at(trainer.model, expected)
 
 
@@ -315,7 +305,7 @@ def test_skip_flag_is_on_the_device_of_the_weights():
 def test_log_of_a_loss_that_is_not_finite(tmp_path, logging_nan_inf_filter):
     settings = {"max_steps": 1, "logging_nan_inf_filter": logging_nan_inf_filter}
     logged = []
-    for cls in (FaultyTrainer, FaultyPlainTrainer):
+    for cls in (GNPTrainer, Trainer):
         trainer = make_faulty(tmp_path, Fault(0, FIRST, 1, lambda loss: loss * math.nan), cls=cls, **settings)
         trainer.train()
         logged += logs_of(trainer, "loss")["loss"]
@@ -330,7 +320,7 @@ def test_zero_gradient_makes_a_plain_step(tmp_path, alpha):
     settings = {"optim": "adamw_torch", "weight_decay": 0.1}
     gnp = make_faulty(tmp_path, *faults, gnp_alpha=alpha, **settings)
     result = run(gnp)
-    expected = run(make_faulty(tmp_path, *faults, cls=FaultyPlainTrainer, **settings))
+    expected = run(make_faulty(tmp_path, *faults, cls=Trainer, **settings))
     assert dict(gnp.calls) == {(step, FIRST): ACCUMULATION for step in range(4)}
     assert not torch.equal(gnp.starts.weights[0], gnp.starts.weights[1])  # the weight decay of a plain step
     result["logs"] = without_gnp(result["logs"])
@@ -352,20 +342,17 @@ def test_constant_loss_makes_a_plain_step(tmp_path, settings):
     """A constant, as of a batch without pairs: of the first and the third window, and of half of the second."""
     constant = {batch["x"][0, 0].item() for (batch,) in (windows("net", 1)[index] for index in (0, 1, 3, 4, 5))}
 
-    def train(cls, **kwargs):
-        class Sparse(cls):
-            def compute_loss(self, model, inputs, *args, **kwargs):
-                if inputs["x"][0, 0].item() in constant:
-                    return torch.zeros((), requires_grad=True)
-                return super().compute_loss(model, inputs, *args, **kwargs)
+    def sparse(trainer, model, inputs):
+        if inputs["x"][0, 0].item() in constant:
+            return torch.zeros((), requires_grad=True)
+        return model(**inputs)["loss"]
 
+    def train(cls):
         optim = {"optim": "sgd", "optim_args": "momentum=0.9", "gradient_accumulation_steps": 2}
-        trainer = make_trainer(tmp_path, "net", Sparse, model=Net(nn.Tanh), **optim, **kwargs)
-        trainer.train()
-        return flat_weights(trainer.model)
+        return flat_weights(trained(tmp_path, "net", with_loss(cls, sparse), gnp_r=1e-30, **optim, **settings).model)
 
     # The moves change nothing; the parts of a window are summed in another order.
-    assert torch.allclose(train(GNPTrainer, gnp_r=1e-30, **settings), train(Trainer), rtol=1e-6, atol=1e-8)
+    assert torch.allclose(train(GNPTrainer), train(Trainer), rtol=1e-6, atol=1e-8)
 
 
 # --- fp16 ---
@@ -402,7 +389,7 @@ def test_loss_scaler(tmp_path, pass_, alpha, max_grad_norm):
     settings = {"max_grad_norm": max_grad_norm}
     gnp, history = make_fp16(tmp_path, Fault(1, pass_, 1, overflow), gnp_alpha=alpha, **settings)
     gnp.train()
-    plain, expected = make_fp16(tmp_path, Fault(1, FIRST, 1, overflow), cls=FaultyPlainTrainer, **settings)
+    plain, expected = make_fp16(tmp_path, Fault(1, FIRST, 1, overflow), cls=Trainer, **settings)
     plain.train()
     assert [skipped for _, skipped, _ in expected.steps] == [False, True, False, False]
     assert history.steps == expected.steps

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from runs import MICRO_BATCH, make_trainer, make_unmoved, trained
+from runs import MICRO_BATCH, make_trainer, make_unmoved, trained, with_loss
 from tiny import Net, collate, make_data
-from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPMixin, GNPTrainer
@@ -56,7 +55,7 @@ class SeesInCallbacks(TrainerCallback):
 def test_in_second_pass(tmp_path, cls):
     callback = SeesInCallbacks()
     options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": make_data("net", 4), "callbacks": [callback]}
-    trainer = make_unmoved(tmp_path, cls, model=Net(nn.Tanh), max_steps=2, **options)
+    trainer = make_unmoved(tmp_path, cls, max_steps=2, **options)
     callback.trainer = trainer
     trainer.train()
     evaluated = [False]  # after each step
@@ -70,13 +69,13 @@ def test_in_second_pass(tmp_path, cls):
 
 @pytest.mark.parametrize("options", [{"gnp_alpha": 0.0}, {"gnp_direction": "momentum", "optim": "adamw_torch"}])
 def test_in_second_pass_where_there_is_none(tmp_path, options):
-    trainer = trained(tmp_path, "net", SeesLast, model=Net(nn.Tanh), max_steps=3, **options)
+    trainer = trained(tmp_path, "net", SeesLast, max_steps=3, **options)
     assert SEEN["loss"] == [False] * 3 and not trainer.in_second_pass
 
 
 @pytest.mark.parametrize("cls", [SeesFirst, SeesLast])
 def test_in_second_pass_outside_of_train(tmp_path, cls):
-    trainer = make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh))
+    trainer = make_trainer(tmp_path, "net", cls)
     trainer.current_gradient_accumulation_steps = 1
     trainer.training_step(trainer.model, collate(make_data("net", MICRO_BATCH)))
     trainer.evaluate(make_data("net", 4))
@@ -91,24 +90,17 @@ def test_in_second_pass_after_a_swallowed_exception(tmp_path, order, pass_):
     flags = []
 
     def fail(gradient=None):
-        flags.append(trainer.in_second_pass)
-        if len(flags) == fail_at:
-            raise torch.OutOfMemoryError("injected")
+        raise torch.OutOfMemoryError("injected")
 
     class Failing(Net):
         def forward(self, x, labels):
             outputs = super().forward(x, labels)
-            if pass_ == "backward" and self.training:
-                flags.append(trainer.in_second_pass)
-                if len(flags) == fail_at:
-                    outputs["logits"].register_hook(raise_)
-                    outputs["loss"] = outputs["loss"] + 0 * outputs["logits"].sum()
-            else:
+            flags.append(trainer.in_second_pass)
+            if len(flags) == fail_at and pass_ == "backward":
+                outputs["logits"].register_hook(fail)
+            elif len(flags) == fail_at:
                 fail()
             return outputs
-
-    def raise_(gradient):
-        raise torch.OutOfMemoryError("injected")
 
     def swallowing(cls):
         class Swallows(cls):
@@ -128,7 +120,7 @@ def test_in_second_pass_after_a_swallowed_exception(tmp_path, order, pass_):
         cls = type("Mixed", (GNPMixin, swallowing(Trainer)), {})
         if pass_ != "first":  # such a trainer sees the first pass alone
             cls = swallowing(cls)
-    trainer = make_trainer(tmp_path, "net", cls, model=Failing(nn.Tanh), max_steps=3)
+    trainer = make_trainer(tmp_path, "net", cls, model=Failing(), max_steps=3)
     trainer.train()
     assert swallowed == [False] and not trainer.in_second_pass
     # The failed step ends there. The probe is made once, unless it failed with its step.
@@ -146,13 +138,12 @@ COUNT = {"guarded": 0, "all": 0}  # in a global, which is not put back
 
 @pytest.mark.parametrize("base", [lambda cls: cls, lambda cls: type("Mixed", (GNPMixin, cls), {})])
 def test_guarded_counter_counts_once(tmp_path, base):
-    class Counting(Trainer):
-        def compute_loss(self, *args, **kwargs):
-            COUNT["all"] += 1
-            COUNT["guarded"] += not getattr(self, "in_second_pass", False)
-            return super().compute_loss(*args, **kwargs)
+    def counting(trainer, model, inputs):
+        COUNT["all"] += 1
+        COUNT["guarded"] += not getattr(trainer, "in_second_pass", False)
+        return model(**inputs)["loss"]
 
     COUNT.update(guarded=0, all=0)
-    make_unmoved(tmp_path, base(Counting), model=Net(nn.Tanh)).train()
-    penalised = issubclass(base(Counting), GNPMixin)
-    assert list(COUNT.values()) == [6, 13 if penalised else 6]
+    cls = base(with_loss(Trainer, counting))
+    make_unmoved(tmp_path, cls).train()
+    assert list(COUNT.values()) == [6, 13 if issubclass(cls, GNPMixin) else 6]

@@ -7,53 +7,34 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from runs import BOTH, UNMOVED, assert_identical, assert_unmoved_is_plain, make_args, make_trainer, make_unmoved, run
+import transformers
+from runs import (
+    BOTH,
+    assert_identical,
+    assert_unmoved_is_plain,
+    make_trainer,
+    make_unmoved,
+    run,
+    with_loss,
+)
 from tiny import Net, collate, make_data
 from torch import nn
-from transformers import (
-    CanineConfig,
-    CanineForQuestionAnswering,
-    FSMTConfig,
-    FSMTForConditionalGeneration,
-    LukeConfig,
-    LukeForQuestionAnswering,
-    MarkupLMConfig,
-    MarkupLMForQuestionAnswering,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-    default_data_collator,
-)
+from transformers import PreTrainedModel, default_data_collator
 
-from hf_gnp import GNPTrainer, GNPTrainingArguments
+from hf_gnp import GNPTrainer
 
 
-class MaskingTrainer(GNPTrainer):
-    """Masks and mixes its inputs in place, as masked language modelling and mixup do; `clones` makes copies first."""
+def masking(clones: bool):
+    """A loss that masks and mixes its inputs, as masked language modelling and mixup do, or copies of them."""
 
-    clones = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x = inputs["x"].clone() if self.clones else inputs["x"]
+    def loss(trainer, model, inputs):
+        x = inputs["x"].clone() if clones else inputs["x"]
         share = random.random()
         x.masked_fill_(torch.rand_like(x) < 0.3, 0.0)
         x.mul_(share).add_((1 - share) * x.flip(0))
-        return super().compute_loss(model, {**inputs, "x": x}, num_items_in_batch=num_items_in_batch)
+        return model(**{**inputs, "x": x})["loss"]
 
-
-class CloningTrainer(MaskingTrainer):
-    clones = True
-
-
-def test_loss_writes_into_its_inputs(tmp_path):
-    settings = {"max_steps": 3, "gradient_accumulation_steps": 2}
-    in_place, cloned = (
-        run(make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), **settings))
-        for cls in (MaskingTrainer, CloningTrainer)
-    )
-    assert_identical(in_place, cloned)
+    return loss
 
 
 class InPlaceNet(Net):
@@ -67,12 +48,15 @@ class CloningNet(Net):
 
 
 @pytest.mark.parametrize("alpha", [0.8, 1.0])
-def test_model_writes_into_its_inputs(tmp_path, alpha):
+@pytest.mark.parametrize("where", ["loss", "model"])
+def test_inputs_written_in_place(tmp_path, where, alpha):
+    """They train as copies that are written."""
+    if where == "loss":
+        runs = [{"cls": with_loss(GNPTrainer, masking(clones))} for clones in (False, True)]
+    else:
+        runs = [{"model": InPlaceNet()}, {"model": CloningNet()}]
     settings = {"gnp_alpha": alpha, "gradient_accumulation_steps": 2}
-    in_place, cloned = (
-        run(make_trainer(tmp_path, "net", model=cls(nn.Tanh), **settings)) for cls in (InPlaceNet, CloningNet)
-    )
-    assert_identical(in_place, cloned)
+    assert_identical(*(run(make_trainer(tmp_path, "net", **each, **settings)) for each in runs))
 
 
 def test_samples_are_left_alone(tmp_path):
@@ -81,10 +65,8 @@ def test_samples_are_left_alone(tmp_path):
     def train(cls):
         data = make_data("net", 6)
         batches = [{key: value[None] for key, value in sample.items()} for sample in data]  # views of the samples
-        settings = {"per_device_train_batch_size": 1, "model": InPlaceNet(nn.Tanh), "data": batches}
-        trainer = make_unmoved(tmp_path, cls, **settings)
-        trainer.data_collator = lambda samples: samples[0]
-        trainer.train()
+        settings = {"per_device_train_batch_size": 1, "model": InPlaceNet(), "data": batches}
+        make_unmoved(tmp_path, cls, data_collator=lambda samples: samples[0], **settings).train()
         return data
 
     assert_identical(*map(train, BOTH))
@@ -103,11 +85,10 @@ def test_inputs_lose_and_gain_keys(tmp_path):
         batch = collate(samples)
         return {"wrapped": batch["x"], "labels": batch["labels"], "nested": {"factor": torch.tensor(2.0)}}
 
-    popping = make_trainer(tmp_path, "net", PoppingTrainer, model=Net(nn.Tanh), remove_unused_columns=False)
-    popping.data_collator = collate_wrapped
-    result = run(popping)
+    settings = {"remove_unused_columns": False, "data_collator": collate_wrapped}
+    result = run(make_trainer(tmp_path, "net", PoppingTrainer, **settings))
     doubled = [{"x": 2 * sample["x"], "labels": sample["labels"]} for sample in make_data("net")]
-    assert_identical(result, run(make_trainer(tmp_path, "net", model=Net(nn.Tanh), data=doubled)))
+    assert_identical(result, run(make_trainer(tmp_path, "net", data=doubled)))
 
 
 class Batch(MutableMapping):
@@ -141,7 +122,7 @@ class EditsInputs(Net):
     """Writes into whatever it is given."""
 
     def __init__(self):
-        super().__init__(nn.Tanh)
+        super().__init__()
 
     def forward(self, x, labels):
         if isinstance(x, Sample):
@@ -180,7 +161,7 @@ def test_inputs_are_copied(tmp_path, kind, wrap):
 
 class Prompted(Net):
     def __init__(self):
-        super().__init__(nn.Tanh)
+        super().__init__()
         self.prompt = nn.Parameter(torch.zeros(5))
 
     def forward(self, x, labels, prompt):
@@ -249,22 +230,19 @@ def test_objects_in_the_inputs_are_passed_on(tmp_path, kind, place):
     unwrap = {"": lambda value: value, "list": lambda value: value[0], "dict": lambda value: value["it"]}[place]
     made, seen = [], []
 
+    def uses(trainer, model, inputs):
+        item = unwrap(inputs.pop("item"))
+        seen.append(item)
+        return model(**inputs)["loss"] * item.factor()
+
+    def collate_with(samples):
+        made.append(OBJECTS[kind](tmp_path / "factor.txt"))
+        return {**collate(samples), "item": wrap(made[-1])}
+
     def make(cls):
-        class Uses(cls):
-            def compute_loss(self, model, inputs, *args, **kwargs):
-                item = unwrap(inputs.pop("item"))
-                seen.append(item)
-                return model(**inputs)["loss"] * item.factor()
-
-        def collate_with(samples):
-            made.append(OBJECTS[kind](tmp_path / "factor.txt"))
-            return {**collate(samples), "item": wrap(made[-1])}
-
         made.clear()
         seen.clear()
-        trainer = make_unmoved(tmp_path, Uses, model=Net(nn.Tanh))
-        trainer.data_collator = collate_with
-        return trainer
+        return make_unmoved(tmp_path, with_loss(cls, uses), data_collator=collate_with)
 
     assert_unmoved_is_plain(make)
     places = [next(number for number, item in enumerate(made) if item is each) for each in seen]
@@ -301,28 +279,31 @@ def whisper() -> PreTrainedModel:
     sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 50, "num_mel_bins": 8}
     ids = {"decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     masks = {"apply_spec_augment": True, "mask_time_prob": 0.5, "mask_time_length": 2, "mask_feature_prob": 0.3}
-    config = WhisperConfig(**layers, **sizes, **ids, **masks, mask_feature_length=2, max_source_positions=20)
-    return WhisperForConditionalGeneration(config)
+    config = transformers.WhisperConfig(
+        **layers, **sizes, **ids, **masks, mask_feature_length=2, max_source_positions=20
+    )
+    return transformers.WhisperForConditionalGeneration(config)
 
 
 def fsmt() -> PreTrainedModel:
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 3, "decoder_attention_heads": 3}
     sizes = {"d_model": 24, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "src_vocab_size": 50, "tgt_vocab_size": 50}
-    return FSMTForConditionalGeneration(FSMTConfig(langs=["a", "b"], **layers, **sizes))
+    return transformers.FSMTForConditionalGeneration(transformers.FSMTConfig(langs=["a", "b"], **layers, **sizes))
 
 
 def canine() -> PreTrainedModel:
     strides = {"num_hash_buckets": 64, "downsampling_rate": 2, "local_transformer_stride": 4}
-    return CanineForQuestionAnswering(CanineConfig(**strides, **SMALL))
+    return transformers.CanineForQuestionAnswering(transformers.CanineConfig(**strides, **SMALL))
 
 
 def luke() -> PreTrainedModel:
     entities = {"entity_vocab_size": 10, "entity_emb_size": 8}
-    return LukeForQuestionAnswering(LukeConfig(vocab_size=50, **entities, **SMALL))
+    return transformers.LukeForQuestionAnswering(transformers.LukeConfig(vocab_size=50, **entities, **SMALL))
 
 
 def markup() -> PreTrainedModel:
-    return MarkupLMForQuestionAnswering(MarkupLMConfig(vocab_size=50, xpath_unit_hidden_size=8, max_depth=4, **SMALL))
+    config = transformers.MarkupLMConfig(vocab_size=50, xpath_unit_hidden_size=8, max_depth=4, **SMALL)
+    return transformers.MarkupLMForQuestionAnswering(config)
 
 
 EDITING = {
@@ -339,10 +320,7 @@ def test_stock_model_that_edits_its_inputs(tmp_path, name):
     make_stock, data = EDITING[name]
 
     def make(cls):
-        args_cls = TrainingArguments if cls is Trainer else GNPTrainingArguments
-        unmoved = {} if cls is Trainer else UNMOVED
-        settings = {"gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 1e-3}
-        args = make_args(tmp_path, args_cls, **settings, **unmoved)
-        return cls(make_stock(), args, train_dataset=data(), data_collator=default_data_collator)
+        options = {"model": make_stock(), "data": data(), "data_collator": default_data_collator}
+        return make_unmoved(tmp_path, cls, learning_rate=1e-3, **options)
 
     assert_unmoved_is_plain(make)

@@ -1,18 +1,15 @@
 """The metrics in the logs, and the FLOPs in the state."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork import fork_script
 from runs import logs_of, make_trainer, run, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import KINDS, Net, make_data, make_model
-from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPArguments, GNPMixin, GNPTrainer
@@ -115,12 +112,10 @@ print(json.dumps({"logged": logged, "shown": shown, "config": {k: v for k, v in 
 
 def run_apart(script: str, folder: Path, **environment: str) -> dict[str, Any]:
     """In a process of its own: trackers take their folders from the environment, and keep threads."""
-    pythonpath = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": pythonpath, **environment}
-    command = [sys.executable, "-c", script, str(folder), *METRICS]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"logged"')))
+    path = folder.with_suffix(".py")
+    path.write_text(f"import os\nos.environ.update({environment!r})\n{script}")
+    printed = fork_script(path, folder, *METRICS, timeout=600)
+    return json.loads(next(line for line in printed.splitlines() if line.startswith('{"logged"')))
 
 
 def test_metrics_reach_trackio(tmp_path):
@@ -176,7 +171,7 @@ class OneBuffer(Whole):
 def test_losses_outlive_the_next_pass(tmp_path):
     logs = []
     for cls in (Whole, OneBuffer):
-        model = cls(nn.Tanh)
+        model = cls()
         settings = {"gradient_accumulation_steps": 2, "max_steps": 3, "average_tokens_across_devices": False}
         trainer = trained(tmp_path, "net", model=model, **settings)
         logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
@@ -237,7 +232,7 @@ def test_sharpness_where_a_subclass_scales_its_loss(tmp_path):
 
     class Penalised(GNPMixin, Scaled): ...
 
-    trainers = (trained(tmp_path, "net", cls, model=Net(nn.Tanh)) for cls in (Penalised, GNPTrainer))
+    trainers = (trained(tmp_path, "net", cls) for cls in (Penalised, GNPTrainer))
     scaled, plain = (logs_of(trainer, "loss", "gnp_sharpness") for trainer in trainers)
     assert scaled["gnp_sharpness"] == plain["gnp_sharpness"]
     assert scaled["loss"] == pytest.approx([2 * loss for loss in plain["loss"]])

@@ -8,6 +8,7 @@ import reference
 import torch
 from runs import (
     COSINE_TOLERANCE,
+    LOG_TOLERANCE,
     WEIGHTS_TOLERANCE,
     assert_matches_reference,
     by_scope,
@@ -17,8 +18,7 @@ from runs import (
     trained,
     windows,
 )
-from tiny import KINDS, Net, flat_weights, make_model, relative_distance
-from torch import nn
+from tiny import KINDS, flat_weights, make_model, relative_distance
 
 from hf_gnp import penalty
 from hf_gnp.move import Move
@@ -29,6 +29,7 @@ DIRECTIONS = {
     "layer": reference.in_proportion_to_each_tensor,
     "element": reference.scale_invariant,
 }
+STEPS = 4
 RADII = {"l2": 0.05, "layer": 0.05, "element": 0.5}
 
 
@@ -74,7 +75,7 @@ def test_metric_and_cosine_match_float64(tmp_path, kind_of_metric, name, alpha, 
     torch.manual_seed(3)
     model = make()
     twin, twin_of_l2 = copy.deepcopy(model).double(), copy.deepcopy(model)
-    settings = {"gnp_metric": kind_of_metric, "gnp_alpha": alpha, "gnp_r": RADII[kind_of_metric]}
+    settings = {"gnp_metric": kind_of_metric, "gnp_alpha": alpha, "gnp_r": RADII[kind_of_metric], "max_steps": STEPS}
     trainer = trained(tmp_path, kind, model=model, gradient_accumulation_steps=accumulation, **settings)
     start, expected, logs = reference_run(
         kind,
@@ -82,21 +83,24 @@ def test_metric_and_cosine_match_float64(tmp_path, kind_of_metric, name, alpha, 
         r=RADII[kind_of_metric],
         alpha=alpha,
         model=twin,
-        steps=in_float64(kind, accumulation),
+        steps=in_float64(kind, accumulation)[:STEPS],
         direction=DIRECTIONS[kind_of_metric],
     )
     distance = relative_distance(flat_weights(model), expected, start)
-    cosines = logs_of(trainer, "gnp_cosine")["gnp_cosine"]
-    penalised = list(zip(cosines, logs, strict=True))
+    found = logs_of(trainer, "loss", "gnp_grad_norm", "gnp_cosine")
     if name == "llama-lora-of-0" and kind_of_metric == "layer":  # A has no gradient, B no weights: a plain step
-        assert penalised.pop(0)[0] is None
-    difference = max(abs(a - log["gnp_cosine"]) for a, log in penalised)
+        assert found["gnp_cosine"][0] is None
+        found, logs = {log: values[1:] for log, values in found.items()}, logs[1:]
+    for log in ("loss", "gnp_grad_norm"):
+        assert found[log] == pytest.approx([step[log] for step in logs], rel=LOG_TOLERANCE), log
+    difference = max(abs(a - step["gnp_cosine"]) for a, step in zip(found["gnp_cosine"], logs, strict=True))
     print(f"{distance:.1e} of the distance travelled, {difference:.1e} from the cosine")
     # The weights, whose norm is a hundred times the distance travelled, are stored in fp32.
     assert distance < 3 * WEIGHTS_TOLERANCE
     assert difference < COSINE_TOLERANCE
-    _, of_l2, _ = reference_run(kind, accumulation, r=RADII["l2"], alpha=alpha, model=twin_of_l2)
     if kind_of_metric != "l2":  # else the test would not tell
+        steps = windows(kind, accumulation)[:STEPS]
+        _, of_l2, _ = reference_run(kind, accumulation, r=RADII["l2"], alpha=alpha, model=twin_of_l2, steps=steps)
         assert relative_distance(of_l2, expected, start) > 10 * WEIGHTS_TOLERANCE
 
 
@@ -197,6 +201,6 @@ def test_cosine_in_parts(tmp_path, monkeypatch):
     cosines = []
     for part in (7, 2**22):
         monkeypatch.setattr(penalty, "PART", part)
-        trainer = trained(tmp_path, "net", model=Net(nn.Tanh), max_steps=3)
+        trainer = trained(tmp_path, "net", max_steps=3)
         cosines.append(logs_of(trainer, "gnp_cosine")["gnp_cosine"])
     assert cosines[0] == pytest.approx(cosines[1], abs=1e-6)

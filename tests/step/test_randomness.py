@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from runs import assert_identical, assert_unmoved_is_plain, logs_of, make_trainer, make_unmoved, run
+from runs import assert_identical, assert_unmoved_is_plain, logs_of, make_trainer, make_unmoved, run, with_loss
 from tiny import KINDS, Net, UnlabelledNet, make_model
 from torch import nn
 from transformers import Trainer, default_data_collator
@@ -51,23 +51,17 @@ def test_dropout_masks(tmp_path, kind, accumulation):
     assert_identical(second, plain)
 
 
-class NoisyLoss:
+def noisy(cls):
     """Its loss draws from Python's and NumPy's generators, as an augmentation in the loss would."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        return loss * (1 + random.random() + np.random.rand() + torch.rand(()))
+    class Noisy(cls):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (1 + random.random() + np.random.rand() + torch.rand(()))
+
+    return Noisy
 
 
-class NoisyTrainer(NoisyLoss, GNPTrainer):
-    pass
-
-
-class NoisyPlainTrainer(NoisyLoss, Trainer):
-    pass
-
-
-@pytest.mark.parametrize("cls", [GNPTrainer, NoisyTrainer])
+@pytest.mark.parametrize("cls", [GNPTrainer, noisy(GNPTrainer)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_passes_draw_the_same_numbers(tmp_path, kind, cls):
     """Without a perturbation the second pass repeats the first bit for bit, masks in attention included."""
@@ -78,10 +72,9 @@ def test_both_passes_draw_the_same_numbers(tmp_path, kind, cls):
 
 def test_generators_end_as_in_plain_training(tmp_path):
     ends = []
-    for cls in (NoisyTrainer, NoisyPlainTrainer):
-        model = make_model("bert", dropout=0.5)
-        settings = {"gradient_accumulation_steps": 2, "train_sampling_strategy": "random"}
-        ends.append(run(make_trainer(tmp_path, "bert", cls, model=model, **settings))["generators"])
+    for cls in (noisy(GNPTrainer), noisy(Trainer)):
+        settings = {"model": make_model("bert", dropout=0.5), "train_sampling_strategy": "random"}
+        ends.append(run(make_trainer(tmp_path, "bert", cls, gradient_accumulation_steps=2, **settings))["generators"])
     assert_identical(*ends)
 
 
@@ -112,43 +105,42 @@ class Draws:
 
 class DrawingNet(Net):
     def __init__(self, draws):
-        super().__init__(nn.Tanh)
+        super().__init__()
         self.draws = draws
 
     def forward(self, x, labels):
         return super().forward(x * (1 + self.draws.draw()), labels)
 
 
-@pytest.mark.parametrize("name", DRAWS)
-def test_generator_of_the_model(tmp_path, name):
-    assert_unmoved_is_plain(lambda cls: make_unmoved(tmp_path, cls, model=DrawingNet(Draws(name))))
+class Collator:
+    def __init__(self, draws):
+        self.draws = draws
+
+    def __call__(self, samples):
+        return default_data_collator(samples)
+
+
+def own_generator(trainer, model, inputs):
+    return model(**inputs)["loss"] * (1 + trainer.own.draw())
+
+
+def generator_of_the_collator(trainer, model, inputs):
+    return model(**inputs)["loss"] * (1 + trainer.data_collator.draws.draw())
+
+
+OWNERS = {
+    "model": lambda cls, draws: (cls, {"model": DrawingNet(draws)}),
+    "loss": lambda cls, draws: (cls, {"model": UnlabelledNet(), "compute_loss_func": draws}),
+    "trainer": lambda cls, draws: (with_loss(cls, own_generator), {"setup": lambda own: setattr(own, "own", draws)}),
+    "collator": lambda cls, draws: (with_loss(cls, generator_of_the_collator), {"data_collator": Collator(draws)}),
+}
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_generator_of_the_loss(tmp_path, name):
-    assert_unmoved_is_plain(
-        lambda cls: make_unmoved(tmp_path, cls, model=UnlabelledNet(nn.Tanh), compute_loss_func=Draws(name))
-    )
-
-
-def test_generator_of_the_collator(tmp_path):
-    class Collator:
-        def __init__(self):
-            self.draws = Draws("torch")
-
-        def __call__(self, samples):
-            return default_data_collator(samples)
-
-    def with_noise(base):
-        class Noisy(base):
-            def compute_loss(self, *args, **kwargs):
-                return super().compute_loss(*args, **kwargs) * (1 + self.data_collator.draws.draw())
-
-        return Noisy
-
+@pytest.mark.parametrize("owner", OWNERS)
+def test_generator_of_the_users(tmp_path, owner, name):
     def make(cls):
-        trainer = make_unmoved(tmp_path, with_noise(cls), model=Net(nn.Tanh))
-        trainer.data_collator = Collator()
-        return trainer
+        trainer_cls, options = OWNERS[owner](cls, Draws(name))
+        return make_unmoved(tmp_path, trainer_cls, **options)
 
     assert_unmoved_is_plain(make)

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from runs import (
+    BOTH,
     WeightsAtSaves,
     assert_identical,
     assert_loads,
@@ -18,7 +19,7 @@ from runs import (
     snapshot,
 )
 from safetensors.torch import load_file
-from tiny import LABELS, VOCABULARY, Net, make_data, make_model, save_tokenizer
+from tiny import LABELS, VOCABULARY, make_data, make_model, save_tokenizer
 from torch import nn
 from transformers import (
     AutoModel,
@@ -227,25 +228,27 @@ def test_key_mapping(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "llama-lora", "net"])
 def test_own_names_are_left_to_stock(tmp_path, kind):
-    source = Net(nn.Tanh) if kind == "net" else make_model(kind)
+    source = make_model(kind)
     make_trainer(tmp_path, kind.partition("-")[0], Trainer, model=source).save_model(tmp_path)
-    model = randomized(Net(nn.Tanh) if kind == "net" else make_model(kind))
+    model = randomized(make_model(kind))
     before = snapshot(model)
     assert load_renamed(model, str(tmp_path)) is None
     assert_identical(snapshot(model), before)
 
 
+def save_without_head(source: PreTrainedModel, folder, **more: torch.Tensor) -> None:
+    weights = {name: value for name, value in source.state_dict().items() if not name.startswith("classifier")}
+    source.save_pretrained(folder, state_dict={**weights, **more})
+
+
 def test_missing_head_is_left_to_stock(tmp_path):
-    source = make_model("bert")
-    state_dict = {name: value for name, value in source.state_dict().items() if not name.startswith("classifier")}
-    source.save_pretrained(tmp_path, state_dict=state_dict)
+    save_without_head(make_model("bert"), tmp_path)
     assert load_renamed(randomized(make_model("bert")), str(tmp_path)) is None
 
 
 def test_missing_weights_are_logged(tmp_path, caplog):
     source, model = make_model("vit"), randomized(make_model("vit"))
-    state_dict = {name: value for name, value in source.state_dict().items() if not name.startswith("classifier")}
-    source.save_pretrained(tmp_path, state_dict={**state_dict, "stray": torch.ones(1)})
+    save_without_head(source, tmp_path, stray=torch.ones(1))
     trainer = make_trainer(tmp_path / "out", "vit", model=model)
     head = model.classifier.weight.clone()
     with caplog.at_level(logging.WARNING):
@@ -274,9 +277,9 @@ def test_base_model_is_loaded(tmp_path):
 def test_without_a_penalty_stock_loads(tmp_path, caplog, kind):
     make_model(kind).save_pretrained(tmp_path)
     results = []
-    for cls, alpha in ((Trainer, {}), (GNPTrainer, {"gnp_alpha": 0.0})):
+    for cls in BOTH:
         torch.manual_seed(5)
-        trainer = make_trainer(tmp_path / "out", kind, cls, model=randomized(make_model(kind)), **alpha)
+        trainer = make_trainer(tmp_path / "out", kind, cls, model=randomized(make_model(kind)), gnp_alpha=0.0)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             trainer._load_from_checkpoint(str(tmp_path))

@@ -9,8 +9,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from runs import WeightsAtSaves, assert_identical, assert_loads, make_trainer, randomized, run, snapshot
 from safetensors.torch import load_file
-from tiny import KINDS, Net, make_data, make_model
-from torch import nn
+from tiny import KINDS, make_data, make_model
 from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPTrainer
@@ -101,7 +100,7 @@ def test_checkpoint_in_another_precision(tmp_path, dtype):
 
 
 def make_small(output_dir, cls=GNPTrainer, **kwargs) -> Trainer:
-    return make_trainer(output_dir, "net", cls, model=Net(nn.Tanh), **{"save_strategy": "steps", **kwargs})
+    return make_trainer(output_dir, "net", cls, **{"save_strategy": "steps", **kwargs})
 
 
 def resume_warnings(caplog, output_dir, **kwargs) -> list[str]:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MICRO_BATCH, SkippingTrainer, is_perturbed, make_trainer
+from runs import MICRO_BATCH, is_perturbed, make_trainer, skipping
 from tiny import Net, collate, flat_weights, make_data
-from torch import nn
 from transformers import TrainerCallback
+
+from hf_gnp import GNPTrainer
 
 
 STEPS, ACCUMULATION, R, LEARNING_RATE = 2000, 2, 0.05, 0.01
@@ -68,7 +69,7 @@ class Watch(TrainerCallback):
 
 def reference_weights() -> list[torch.Tensor]:
     """SAM by hand, in the library's order of operations, the windows of which a batch failed left out."""
-    model = Net(nn.Tanh)
+    model = Net()
     parameters = list(model.parameters())
     weights = [flat_weights(model)]
 
@@ -128,11 +129,11 @@ def test_long_run_with_every_mishap(tmp_path):
     expected = reference_weights()
     watch, interrupted = Watch(), 0
     while True:
-        model = Unlucky(nn.Tanh)
+        model = Unlucky()
         trainer = make_trainer(
             tmp_path,
             "net",
-            SkippingTrainer,
+            skipping(GNPTrainer),
             model=model,
             data=DATA,
             callbacks=[watch],

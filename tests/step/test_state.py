@@ -10,7 +10,6 @@ import pytest
 import torch
 from runs import (
     BOTH,
-    UNMOVED,
     assert_identical,
     assert_matches_reference,
     assert_unmoved_is_plain,
@@ -20,15 +19,17 @@ from runs import (
     make_unmoved,
     reference_run,
     run,
+    skipping,
     snapshot,
     window_loss,
+    with_loss,
 )
 from tiny import Net, UnlabelledNet
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from hf_gnp import GNPMixin, GNPTrainer
+from hf_gnp import GNPTrainer
 
 
 # --- Attributes of the trainer, the loss and the model ---
@@ -42,29 +43,37 @@ def case(make):
     return make
 
 
-def trainer_of(tmp_path, cls, accumulation=1, model=None, setup=None, gnp=None, **options):
+def trainer_of(tmp_path, cls, accumulation=1, **options):
     settings = {"gradient_accumulation_steps": accumulation, "max_steps": 6, "learning_rate": 0.05, **options}
-    if issubclass(cls, GNPMixin):
-        settings |= gnp or {}
-    trainer = make_unmoved(tmp_path, cls, model=Net(nn.Tanh) if model is None else model, **settings)
-    if setup is not None:
-        setup(trainer)
-    return trainer
+    return make_unmoved(tmp_path, cls, **settings)
 
 
 def loss_case(setup=None, **options):
     """As `case`, of a function that is the trainer's `compute_loss`."""
 
     def register(loss):
-        def make(cls):
-            class WithLoss(cls):
-                def compute_loss(self, model, inputs, *args, **kwargs):
-                    return loss(self, model, inputs)
+        CASES[loss.__name__] = lambda cls: (with_loss(cls, loss), {"setup": setup, **options})
+        return loss
 
-            return WithLoss, {"setup": setup, **options}
+    return register
 
-        CASES[loss.__name__] = make
-        return make
+
+def model_case(**options):
+    """As `case`, of a class of models."""
+
+    def register(model_cls):
+        CASES[model_cls.__name__] = lambda cls: (cls, {"model": model_cls(), **options})
+        return model_cls
+
+    return register
+
+
+def layer_case(**options):
+    """As `case`, of a class of layers of the model."""
+
+    def register(layer_cls):
+        CASES[layer_cls.__name__] = lambda cls: (cls, {"model": Net(layer_cls), **options})
+        return layer_cls
 
     return register
 
@@ -80,19 +89,16 @@ def attributes(**values):
     return setup
 
 
-@case
-def hidden_state_with_its_graph(cls):
-    class Recurrent(Net):
-        def __init__(self):
-            super().__init__()
-            self.cell, self.head, self.hidden = nn.GRUCell(5, 7), nn.Linear(7, 3), None
+@model_case()
+class HiddenStateWithItsGraph(Net):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head, self.hidden = nn.GRUCell(5, 7), nn.Linear(7, 3), None
 
-        def forward(self, x, labels):
-            before = torch.zeros(len(x), 7) if self.hidden is None else self.hidden.detach()
-            self.hidden = self.cell(x, before)
-            return {"loss": cross_entropy(self.head(self.hidden), labels)}
-
-    return cls, {"model": Recurrent()}
+    def forward(self, x, labels):
+        before = torch.zeros(len(x), 7) if self.hidden is None else self.hidden.detach()
+        self.hidden = self.cell(x, before)
+        return {"loss": cross_entropy(self.head(self.hidden), labels)}
 
 
 @loss_case(attributes(last=lambda trainer: None))
@@ -128,10 +134,15 @@ def with_targets(place):
 CASES |= {f"targets_in_{place}": with_targets(place) for place in ("attribute", "dict", "array")}
 
 
+@torch.no_grad()
 def follow(teacher, model):
-    with torch.no_grad():
-        for slow, weight in zip(teacher.parameters(), model.parameters(), strict=True):
-            slow.lerp_(weight, 0.1)
+    for slow, weight in zip(teacher.parameters(), model.parameters(), strict=True):
+        slow.lerp_(weight, 0.1)
+
+
+@torch.no_grad()
+def target_of(teacher, inputs):
+    return teacher(**inputs)["logits"] + 0.1
 
 
 def frozen_copy(trainer):
@@ -148,30 +159,25 @@ class Kept:
 @loss_case(attributes(kept=lambda trainer: Kept(frozen_copy(trainer))))
 def teacher_in_an_object(self, model, inputs):
     outputs, teacher = model(**inputs), self.kept.teacher
-    with torch.no_grad():
-        target = teacher(**inputs)["logits"]
-    loss = outputs["loss"] + mse_loss(outputs["logits"], target + 0.1)
+    loss = outputs["loss"] + mse_loss(outputs["logits"], target_of(teacher, inputs))
     follow(teacher, model)
     return loss
 
 
 # contract? A module in a list of a module.
-@case
-def teacher_in_a_list_of_the_model(cls):
-    class Taught(Net):
-        def __init__(self):
-            super().__init__(nn.Tanh)
-            self.hidden = [copy.deepcopy(self.layers).requires_grad_(False)]  # not in the state dict
+@model_case()
+class TeacherInAListOfTheModel(Net):
+    def __init__(self):
+        super().__init__()
+        self.hidden = [copy.deepcopy(self.layers).requires_grad_(False)]  # not in the state dict
 
-        def forward(self, x, labels):
-            outputs = super().forward(x, labels)
-            with torch.no_grad():
-                target = self.hidden[0](x) + 0.1
-            outputs["loss"] = outputs["loss"] + mse_loss(outputs["logits"], target)
-            follow(self.hidden[0], self.layers)
-            return outputs
-
-    return cls, {"model": Taught()}
+    def forward(self, x, labels):
+        outputs = super().forward(x, labels)
+        with torch.no_grad():
+            target = self.hidden[0](x) + 0.1
+        outputs["loss"] = outputs["loss"] + mse_loss(outputs["logits"], target)
+        follow(self.hidden[0], self.layers)
+        return outputs
 
 
 @loss_case(
@@ -252,6 +258,13 @@ class Meter:
     value = 0.0
 
 
+class WithNames(Net):
+    """Its forward takes more arguments: `Trainer` counts the items of a batch for it, and can compile it."""
+
+    def forward(self, x, labels=None, **kwargs):
+        return super().forward(x, labels)
+
+
 @loss_case(accumulation=2)
 def meter_made_in_the_loss(self, model, inputs):
     if not hasattr(self, "meter"):
@@ -271,23 +284,20 @@ def next_factor(self):
     return 1 + 0.1 * self.index + 0.01 * len(self.buffer)
 
 
-def sampler(base=object):
-    made = of_a_library("Sampler", base, next_factor=next_factor, index=0)()
+def sampler():
+    made = of_a_library("Sampler", object, next_factor=next_factor)()
     made.buffer, made.index = [], 0
     return made
 
 
-@case
-def librarys_object_on_a_module(cls):
-    class Sampled(Net):
-        def __init__(self):
-            super().__init__(nn.Tanh)
-            self.sampler = sampler()
+@model_case(accumulation=2)
+class LibrarysObjectOnAModule(Net):
+    def __init__(self):
+        super().__init__()
+        self.sampler = sampler()
 
-        def forward(self, x, labels):
-            return super().forward(x * self.sampler.next_factor(), labels)
-
-    return cls, {"model": Sampled(), "accumulation": 2}
+    def forward(self, x, labels):
+        return super().forward(x * self.sampler.next_factor(), labels)
 
 
 @case
@@ -315,7 +325,7 @@ class RunningLoss:
 
 @case
 def bound_method_as_the_loss(cls):
-    return cls, {"compute_loss_func": RunningLoss().compute, "model": UnlabelledNet(nn.Tanh)}
+    return cls, {"compute_loss_func": RunningLoss().compute, "model": UnlabelledNet()}
 
 
 class LossModule(nn.Module):
@@ -336,22 +346,19 @@ class LossModule(nn.Module):
 
 @case
 def module_as_the_loss(cls):
-    return cls, {"compute_loss_func": LossModule(), "model": UnlabelledNet(nn.Tanh), "accumulation": 2}
+    return cls, {"compute_loss_func": LossModule(), "model": UnlabelledNet(), "accumulation": 2}
 
 
-@case
-def meters_in_a_dict_of_a_layer(cls):
-    class Metered(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.meters, self.calls = {"a": Meter()}, 0
+@layer_case()
+class MetersInADictOfALayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.meters, self.calls = {"a": Meter()}, 0
 
-        def forward(self, x):
-            self.meters["a"].value = 0.9 * self.meters["a"].value + 0.1 * x.abs().mean().item()
-            self.calls += 1
-            return x * (1 + (self.calls > 3) * self.meters["a"].value)
-
-    return cls, {"model": Net(Metered)}
+    def forward(self, x):
+        self.meters["a"].value = 0.9 * self.meters["a"].value + 0.1 * x.abs().mean().item()
+        self.calls += 1
+        return x * (1 + (self.calls > 3) * self.meters["a"].value)
 
 
 @case
@@ -365,37 +372,29 @@ def layer_of_a_compiled_model(cls):
             self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
             return x - self.mean
 
-    class WithNames(Net):
-        def forward(self, x, labels, **kwargs):
-            return super().forward(x, labels)
-
     model = torch.compile(WithNames(Centred), backend="eager")
     return cls, {"model": model, "remove_unused_columns": False}
 
 
 @case
 def evaluation_mode_left_by_the_loss(cls):
-    class Measuring(cls):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            loss = model(**inputs)["loss"]
-            model.eval()
-            with torch.no_grad():
-                self.accuracy = (model(**inputs)["logits"].argmax(-1) == inputs["labels"]).float().mean().item()
-            return loss
+    def loss(self, model, inputs):
+        value = model(**inputs)["loss"]
+        model.eval()
+        with torch.no_grad():
+            self.accuracy = (model(**inputs)["logits"].argmax(-1) == inputs["labels"]).float().mean().item()
+        return value
 
-    return Measuring, {"model": Net(lambda: nn.Dropout(0.5))}
+    return with_loss(cls, loss), {"model": Net(lambda: nn.Dropout(0.5))}
 
 
 def following_teacher(cls):
-    class Taught(cls):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            outputs = model(**inputs)
-            follow(self.teacher, model)
-            with torch.no_grad():
-                target = self.teacher(**inputs)["logits"] + 0.1
-            return outputs["loss"] + mse_loss(outputs["logits"], target)
+    def loss(self, model, inputs):
+        outputs = model(**inputs)
+        follow(self.teacher, model)
+        return outputs["loss"] + mse_loss(outputs["logits"], target_of(self.teacher, inputs))
 
-    return Taught, {"setup": attributes(teacher=frozen_copy)}
+    return with_loss(cls, loss), {"setup": attributes(teacher=frozen_copy)}
 
 
 @case
@@ -410,18 +409,18 @@ class WithTeacher(Net):
     """A copy that follows the weights, and that the loss is drawn to (BYOL, DINO, data2vec)."""
 
     def __init__(self, is_frozen=True):
-        super().__init__(nn.Tanh)
-        self.teacher = Net(nn.Tanh).layers.requires_grad_(not is_frozen)
+        super().__init__()
+        self.teacher = Net().layers.requires_grad_(not is_frozen)
         self.updates = 0
 
     @torch.no_grad()
-    def follow(self, share: float) -> None:
+    def follow(self) -> None:
         for theirs, ours in zip(self.teacher.parameters(), self.layers.parameters(), strict=True):
-            theirs.data.lerp_(ours.data, share)
+            theirs.data.lerp_(ours.data, 0.5 / (1 + self.updates))
         self.updates += 1
 
     def forward(self, x, labels):
-        self.follow(0.5 / (1 + self.updates))
+        self.follow()
         outputs = super().forward(x, labels)
         with torch.no_grad():
             target = self.teacher(x) + 0.1
@@ -434,41 +433,34 @@ def teacher_that_the_first_loss_makes(self, model, inputs):
         self.teacher, self.updates = frozen_copy(self), 0
     follow(self.teacher, model)
     self.updates += 1
-    with torch.no_grad():
-        target = self.teacher(**inputs)["logits"] + 0.1
+    target = target_of(self.teacher, inputs)
     outputs = model(**inputs)
     return outputs["loss"] + mse_loss(outputs["logits"], target)
 
 
-@case
-def attributes_named_as_a_librarys(cls):
-    class Supervised(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.ds_losses = self.log = self.control = 0
+@layer_case()
+class AttributesNamedAsALibrarys(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ds_losses = self.log = self.control = 0
 
-        def forward(self, x):
-            self.ds_losses, self.log, self.control = self.ds_losses + 1, self.log + 2, self.control + 3
-            return x * (1 + 0.01 * self.ds_losses + 0.02 * self.log + 0.03 * self.control)
-
-    return cls, {"model": Net(Supervised)}
+    def forward(self, x):
+        self.ds_losses, self.log, self.control = self.ds_losses + 1, self.log + 2, self.control + 3
+        return x * (1 + 0.01 * self.ds_losses + 0.02 * self.log + 0.03 * self.control)
 
 
 class ReachedTeacher(WithTeacher):
     """The loss reaches its teacher, which only `follow` changes."""
 
-    def __init__(self):
-        super().__init__(is_frozen=False)
-
     def forward(self, x, labels):
-        self.follow(0.5 / (1 + self.updates))
+        self.follow()
         outputs = Net.forward(self, x, labels)
         return {**outputs, "loss": outputs["loss"] + mse_loss(outputs["logits"], self.teacher(x) + 0.1)}
 
 
 @case
 def teacher_that_the_optimizer_has_not(cls):
-    model = ReachedTeacher()
+    model = ReachedTeacher(is_frozen=False)
     return cls, {"model": model, "optimizers": (torch.optim.SGD(model.layers.parameters(), lr=0.1), None)}
 
 
@@ -523,45 +515,49 @@ class StepsMultiplier(TrainerCallback):
         self.optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("where", ["attribute", "list", "module"])
+KEPT = {  # in which a trainer keeps the multiplier, and how it is found there
+    "attribute": (lambda: nn.Parameter(torch.full((1, 1), 0.5)), lambda kept: kept),
+    "list": (lambda: [nn.Parameter(torch.full((1, 1), 0.5))], lambda kept: kept[0]),
+    "module": (lambda: nn.Linear(1, 1, bias=False), lambda kept: kept.weight),
+}
+
+
+@pytest.mark.parametrize("where", KEPT)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_multiplier_has_the_gradient_of_one_pass(tmp_path, where, accumulation):
     """Its own optimizer steps on it: neither the model nor the trainer's optimizer has it."""
+    make_kept, parameter_of = KEPT[where]
+
+    def loss(self, model, inputs):
+        outputs = model(**inputs)
+        excess = outputs["logits"].pow(2).mean() - 0.1
+        value = outputs["loss"] + parameter_of(self.kept)[0, 0] * excess
+        return value / self.args.gradient_accumulation_steps
+
+    def setup(trainer):
+        torch.manual_seed(1)
+        trainer.kept = make_kept()
+        optimizer = torch.optim.SGD([parameter_of(trainer.kept)], lr=0.5, maximize=True)
+        trainer.add_callback(StepsMultiplier(optimizer))
 
     def trained(cls):
-        class Constrained(cls):
-            def compute_loss(self, model, inputs, *args, **kwargs):
-                outputs = model(**inputs)
-                loss = outputs["loss"] + parameter_of(self) * (outputs["logits"].pow(2).mean() - 0.1)
-                return loss / self.args.gradient_accumulation_steps
-
-        def parameter_of(trainer):
-            kept = trainer.kept
-            return kept if where == "attribute" else kept[0] if where == "list" else kept.weight[0, 0]
-
-        def setup(trainer):
-            torch.manual_seed(1)
-            parameter = nn.Parameter(torch.tensor(0.5))
-            trainer.kept = {"attribute": parameter, "list": [parameter], "module": nn.Linear(1, 1, bias=False)}[where]
-            own = trainer.kept.weight if where == "module" else parameter
-            trainer.add_callback(StepsMultiplier(torch.optim.SGD([own], lr=0.5, maximize=True)))
-
-        trainer = trainer_of(tmp_path, Constrained, setup=setup, accumulation=accumulation)
+        trainer = trainer_of(tmp_path, with_loss(cls, loss), setup=setup, accumulation=accumulation)
+        start = parameter_of(trainer.kept).item()
         trainer.train()
-        return parameter_of(trainer).item(), trainer.model.state_dict()
+        assert parameter_of(trainer.kept).item() != start
+        return parameter_of(trainer.kept).item(), trainer.model.state_dict()
 
-    expected, result = trained(Trainer), trained(GNPTrainer)
-    assert expected[0] != 0.5
+    expected, result = map(trained, BOTH)
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 def test_teacher_with_a_perturbation_for_each_micro_batch(tmp_path):
     """The first windows of a run are all of its first step, in which the teacher is a copy of the weights."""
     found = []
-    for cls in (Trainer, GNPTrainer):
+    for cls in BOTH:
         trainer_cls, options = following_teacher(cls)
         torch.manual_seed(0)
-        options |= {"accumulation": 2, "learning_rate": 0.5, "gnp": {"gnp_scope": "micro_batch"}}
+        options |= {"accumulation": 2, "learning_rate": 0.5, "gnp_scope": "micro_batch"}
         trainer = trainer_of(tmp_path, trainer_cls, **options)
         trainer.train()
         found.append(trainer.model.state_dict())
@@ -597,32 +593,6 @@ def test_teacher_follows_clean_weights(tmp_path, is_frozen, alpha):
     assert_matches_reference(trainer, reference_run("net", 1, alpha=alpha, model=model, loss=loss))
 
 
-def counting(base):
-    """Keeps what trainers keep: numbers, lists, dicts of lists, deques, sets, small tensors and arrays."""
-
-    class Counting(base):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            value = loss.item()
-            self.calls = getattr(self, "calls", 0) + 1
-            self._metrics["train"]["loss"].append(value)
-            self.recent.append(value)
-            self.seen.add(len(self.seen))
-            self.by_label.update(inputs["labels"].tolist())
-            self.total += loss.detach()
-            self.array += value
-            self.state.num_input_tokens_seen += inputs["x"].numel()
-            self.meter.count += 1
-            self.meter.values.append(value)
-            self.ds_count += 1  # a name as DeepSpeed's
-            # What is counted changes the loss, so that counting twice would show in the weights.
-            return loss * (
-                1 + 0.1 * len(self._metrics["train"]["loss"]) + 0.1 * self.meter.count + 0.1 * self.ds_count
-            )
-
-    return Counting
-
-
 class CountingMeter:
     """An object of the user's."""
 
@@ -631,23 +601,37 @@ class CountingMeter:
 
 
 def test_loss_counts_once(tmp_path):
-    classes = {cls: counting(cls) for cls in BOTH}
+    """In what trainers keep: numbers, lists, dicts of lists, deques, sets, small tensors and arrays."""
 
-    def make(cls):
-        trainer = make_unmoved(tmp_path, classes[cls], model=Net(nn.Tanh))
+    def loss(self, model, inputs):
+        value = model(**inputs)["loss"]
+        self.calls = getattr(self, "calls", 0) + 1
+        self._metrics["train"]["loss"].append(value.item())
+        self.recent.append(value.item())
+        self.seen.add(len(self.seen))
+        self.by_label.update(inputs["labels"].tolist())
+        self.total += value.detach()
+        self.array += value.item()
+        self.state.num_input_tokens_seen += inputs["x"].numel()
+        self.meter.count += 1
+        self.meter.values.append(value.item())
+        self.ds_count += 1  # a name as DeepSpeed's
+        # What is counted changes the loss, so that counting twice would show in the weights.
+        return value * (1 + 0.1 * len(self._metrics["train"]["loss"]) + 0.1 * self.meter.count + 0.1 * self.ds_count)
+
+    def setup(trainer):
         trainer._metrics = {"train": {"loss": []}, "eval": {}}
         trainer.recent, trainer.seen, trainer.by_label = deque(maxlen=3), set(), Counter()
         trainer.total, trainer.array = torch.zeros(()), np.zeros(3)
         trainer.meter, trainer.ds_count = CountingMeter(), 0
-        return trainer
 
     def counted(trainer):
-        names = ("calls", "_metrics", "recent", "seen", "by_label", "total", "array")
+        names = ("calls", "_metrics", "seen", "by_label", "total", "array", "ds_count")
         meter = (trainer.meter.count, trainer.meter.values)
-        values = [list(v) if isinstance(v, deque) else v for v in (getattr(trainer, name) for name in names)]
-        return [*values, *meter, trainer.state.num_input_tokens_seen]
+        values = [getattr(trainer, name) for name in names]
+        return [*values, *meter, list(trainer.recent), trainer.state.num_input_tokens_seen]
 
-    plain, gnp = assert_unmoved_is_plain(make)
+    plain, gnp = assert_unmoved_is_plain(lambda cls: make_unmoved(tmp_path, with_loss(cls, loss), setup=setup))
     assert plain.calls == 3 * 2
     assert_identical(counted(gnp), counted(plain))
 
@@ -668,12 +652,9 @@ class Centred(nn.Module):
 @pytest.mark.parametrize("make", [WithTeacher, lambda: Net(Centred)], ids=["teacher", "buffer"])
 def test_state_when_the_penalty_begins(tmp_path, make, schedule):
     """After so many plain steps that nothing would be learnt if they counted."""
-    trainers = []
-    for cls in BOTH:
-        own = schedule if cls is GNPTrainer else {}
-        trainers.append(make_unmoved(tmp_path, cls, model=make(), max_steps=6, **own))
-        trainers[-1].train()
-    plain, gnp = trainers
+    plain, gnp = (make_unmoved(tmp_path, cls, model=make(), max_steps=6, **schedule) for cls in BOTH)
+    plain.train()
+    gnp.train()
     assert [log["gnp_on"] for log in gnp.state.log_history[:6]] == [0, 0, 0, 1, 1, 1]
     assert_identical(gnp.model.state_dict(), plain.model.state_dict())
 
@@ -682,32 +663,18 @@ def test_state_when_the_penalty_begins(tmp_path, make, schedule):
 def test_state_after_a_micro_batch_that_failed(tmp_path, make):
     """What the first micro-batch of a window changed before it failed, the others find in both passes."""
 
-    def base(parent):
-        class Skipping(parent):
-            def compute_loss(self, model, inputs, *args, **kwargs):
-                loss = model(**inputs)["loss"]
-                if not self.accelerator.sync_gradients:
-                    raise torch.OutOfMemoryError
-                return loss
+    def loss(self, model, inputs):
+        value = model(**inputs)["loss"]
+        if not self.accelerator.sync_gradients:
+            raise torch.OutOfMemoryError
+        return value
 
-            def training_step(self, *args, **kwargs):
-                try:
-                    return super().training_step(*args, **kwargs)
-                except torch.OutOfMemoryError:
-                    return torch.zeros(())
+    def make_skipping(cls):
+        own = inner(cls, lambda parent: skipping(with_loss(parent, loss)))
+        return trainer_of(tmp_path, own, model=make(), accumulation=2, max_steps=4)
 
-        return Skipping
-
-    def train(cls):
-        return trainer_of(tmp_path, inner(cls, base), model=make(), accumulation=2, max_steps=4)
-
-    _, gnp = assert_unmoved_is_plain(train)
+    _, gnp = assert_unmoved_is_plain(make_skipping)
     assert logs_of(gnp, "gnp_sharpness")["gnp_sharpness"] == [0.0] * 4
-
-
-class Counting(Net):
-    def forward(self, x, labels=None, **kwargs):  # so `Trainer` counts the items of a batch
-        return super().forward(x, labels)
 
 
 @pytest.mark.parametrize("first_step", [0, 1])  # the probe sees step 0
@@ -719,22 +686,19 @@ def test_number_of_items_changed_in_place(tmp_path, accumulation, scope, first_s
                 if self.state.global_step >= first_step:
                     num_items_in_batch.add_(4)
                 logits = model(**inputs)["logits"]
-                return nn.functional.cross_entropy(logits, inputs["labels"], reduction="sum") / num_items_in_batch
+                return cross_entropy(logits, inputs["labels"], reduction="sum") / num_items_in_batch
 
         return Smoothing
 
-    def train(cls):
-        gnp = {"gnp_scope": scope}
-        return trainer_of(tmp_path, inner(cls, base), model=Counting(nn.Tanh), accumulation=accumulation, gnp=gnp)
-
-    assert_unmoved_is_plain(train)
+    options = {"accumulation": accumulation, "gnp_scope": scope}
+    assert_unmoved_is_plain(lambda cls: trainer_of(tmp_path, inner(cls, base), model=WithNames(), **options))
 
 
 class KeepsWeights(Net):
     """Its attributes are views of its weights, as those of `torch.nn.utils.spectral_norm` are before a forward."""
 
     def __init__(self):
-        super().__init__(nn.Tanh)
+        super().__init__()
         self.first = self.layers[0].weight.data
         self.all = [parameter.data for parameter in self.parameters()]
         self.register_buffer("last", self.layers[-1].weight.data, persistent=False)
@@ -774,8 +738,8 @@ def test_attributes_end_as_the_first_pass_left_them(tmp_path, alpha):
             self.values.append([trainer.last.item(), trainer.parts["loss"].item(), trainer.large[0].item()])
 
     seen = Seen()
-    trainer = make_trainer(tmp_path, "net", Looks, model=Net(nn.Tanh), gnp_alpha=alpha, max_steps=3, callbacks=[seen])
-    trainer.parts = {}
+    setup = attributes(parts=lambda trainer: {})
+    trainer = make_trainer(tmp_path, "net", Looks, gnp_alpha=alpha, max_steps=3, callbacks=[seen], setup=setup)
     trainer.train()
     assert seen.values == [[loss] * 3 for loss in logs_of(trainer, "loss")["loss"]]
 
@@ -822,49 +786,42 @@ def test_queue_of_the_model(tmp_path, monkeypatch, caplog, layer, budget):
 # contract? An attribute of 32,768 elements that is written in place (False).
 @pytest.mark.parametrize("is_replaced", [False, True])
 def test_queue_of_the_trainer(tmp_path, is_replaced):
-    class Banked:
-        bank = None
+    def loss(self, model, inputs):
+        if not hasattr(self, "bank"):
+            self.bank = torch.zeros(2**15)
+        outputs = model(**inputs)
+        mean = outputs["logits"].mean()
+        value = outputs["loss"] + (mean - self.bank.sum()) ** 2
+        bank = self.bank.clone() if is_replaced else self.bank
+        bank[self.state.global_step] = mean.detach()
+        self.bank = bank
+        return value
 
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            if self.bank is None:
-                self.bank = torch.zeros(2**15)
-            loss, outputs = super().compute_loss(model, inputs, *args, **kwargs, return_outputs=True)
-            mean = outputs["logits"].mean()
-            loss = loss + (mean - self.bank.sum()) ** 2
-            bank = self.bank.clone() if is_replaced else self.bank
-            bank[self.state.global_step] = mean.detach()
-            self.bank = bank
-            return loss
-
-    assert_unmoved_is_plain(lambda cls: make_unmoved(tmp_path, type("Banking", (Banked, cls), {}), model=Net(nn.Tanh)))
+    assert_unmoved_is_plain(lambda cls: make_unmoved(tmp_path, with_loss(cls, loss)))
 
 
-class KeepsOutputs(Trainer):
+def loss_that_keeps_outputs(self, model, inputs):
     """A ModelOutput refuses the methods of a dict. transformers makes hooks for hidden states in the first forward."""
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        self.outputs = model(**inputs, output_hidden_states=True)
-        return self.outputs.loss + 0.1 * sum(states.pow(2).mean() for states in self.outputs.hidden_states)
-
-
-class PenalisedKeepsOutputs(GNPMixin, KeepsOutputs): ...
+    self.outputs = model(**inputs, output_hidden_states=True)
+    return self.outputs.loss + 0.1 * sum(states.pow(2).mean() for states in self.outputs.hidden_states)
 
 
 # contract? Hooks that transformers registers in a forward, and the state of a layer of bitsandbytes.
 @pytest.mark.parametrize(
-    "kind, classes", [("bert", (PenalisedKeepsOutputs, KeepsOutputs)), ("llama-8bit", (GNPTrainer, Trainer))]
+    "kind, base",
+    [("bert", lambda cls: with_loss(cls, loss_that_keeps_outputs)), ("llama-8bit", lambda cls: cls)],
+    ids=["bert", "llama-8bit"],
 )
-def test_model_that_changes_in_its_first_forward(tmp_path, kind, classes):
+def test_model_that_changes_in_its_first_forward(tmp_path, kind, base):
     """It registers hooks; a layer of 8 bit takes over what its weight brought along."""
 
     def train(cls):
-        unmoved = UNMOVED if issubclass(cls, GNPMixin) else {}
-        trainer = make_trainer(tmp_path, kind, cls, max_steps=4, **unmoved)
+        trainer = make_unmoved(tmp_path, inner(cls, base), kind, max_steps=4, gradient_accumulation_steps=1)
         result = run(trainer)
         hooks = [len(module._forward_hooks) for module in trainer.model.modules()]
         return result["weights"], hooks
 
-    torch.testing.assert_close(train(classes[0]), train(classes[1]), rtol=0, atol=0)
+    torch.testing.assert_close(*map(train, BOTH), rtol=0, atol=0)
 
 
 # --- The probe ---
@@ -881,7 +838,7 @@ class Hiding(GNPTrainer):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_hidden_state_stops_the_run(tmp_path, accumulation):
     settings = {"gradient_accumulation_steps": accumulation, "gnp_interval": 3}
-    trainer = make_trainer(tmp_path, "net", Hiding, model=Net(nn.Tanh), **settings)
+    trainer = make_trainer(tmp_path, "net", Hiding, **settings)
     weights = []
     trainer.model.register_forward_pre_hook(lambda model, _: weights.append(snapshot(model)))
     with pytest.raises(RuntimeError, match=r"the same weights.*something else.*Hiding\.compute_loss.*gnp_alpha=0"):

@@ -1,6 +1,7 @@
 """The set of trainable parameters changes within a window: what had a gradient in any micro-batch belongs to it."""
 
 import pytest
+import reference
 import torch
 from runs import (
     Gradients,
@@ -83,22 +84,16 @@ def test_gradient_of_heads_switched_in_a_window(tmp_path, r, alpha):
     result = gradient(GNPTrainer, Heads(True), gnp_alpha=alpha, gnp_r=r, gnp_warmup_type="none")
     plain = gradient(Trainer, Heads(True))
     model = Heads(False)
-    named = dict(model.named_parameters())
-    [window] = windows("net", 2, tasks([0, 1]))[:1]
-    differentiate = lambda: torch.autograd.grad(window_loss(model, window), named.values(), allow_unused=True)  # noqa: E731
-    first = differentiate()
-    norm = torch.cat([g.flatten() for g in first if g is not None]).norm()
-    with torch.no_grad():
-        for parameter, g in zip(named.values(), first, strict=True):
-            if g is not None:
-                parameter.add_(g, alpha=r / norm.item())
-    second = differentiate()
-    for name, g1, g2 in zip(named, first, second, strict=True):
-        if g1 is None:
-            assert name.startswith("heads.2") and result[name] is None and plain[name] is None
+    window = windows("net", 2, tasks([0, 1]))[0]
+    first = reference.gradient(model, window_loss(model, window))
+    _, second = reference.gradient_at(model, [r * g for g in reference.unit(first)], window_loss, window)
+    mixed = reference.paper_mix(first, second, alpha)
+    for (name, _), expected in zip(model.named_parameters(), mixed, strict=True):
+        if name.startswith("heads.2"):
+            assert result[name] is None and plain[name] is None
             continue
         # Both sides add micro-batches in fp32, in another order.
-        torch.testing.assert_close(result[name], (1 - alpha) * g1 + alpha * g2, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(result[name], expected.float(), rtol=1e-5, atol=1e-7)
         if r < 1e-20:
             torch.testing.assert_close(result[name], plain[name], rtol=1e-6, atol=1e-8)
 
@@ -143,7 +138,7 @@ def test_weights_that_the_optimizer_has_not_stay(tmp_path, metric, alpha):
     """They have a gradient, and neither move nor count in the norm: as if they were frozen, and as under ZeRO."""
     ends = []
     for is_frozen in (False, True):
-        model = Net(nn.Tanh)
+        model = Net()
         model.layers[0].requires_grad_(not is_frozen)
         settings = {"gnp_metric": metric, "gnp_alpha": alpha, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
         optimizer = torch.optim.SGD(model.layers[2].parameters(), lr=0.1)
@@ -174,7 +169,7 @@ class OfCopies(torch.optim.SGD):
 def test_optimizer_of_copies(tmp_path):
     results = []
     for make in (OfCopies, lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr)):
-        model = Net(nn.Tanh)
+        model = Net()
         trainer = trained(tmp_path, "net", model=model, optimizers=(make(model, 0.1), None), max_grad_norm=0.0)
         results.append((flat_weights(model), logs_of(trainer, "gnp_grad_norm", "gnp_sharpness")))
     assert torch.equal(results[0][0], results[1][0])
@@ -182,7 +177,7 @@ def test_optimizer_of_copies(tmp_path):
 
 
 def head_alone(tmp_path, **settings):
-    model = Net(nn.Tanh)
+    model = Net()
     optimizer = torch.optim.SGD(model.layers[2].parameters(), lr=0.1)
     return make_trainer(tmp_path, "net", model=model, optimizers=(optimizer, None), **settings)
 
@@ -193,6 +188,6 @@ def test_targets_that_the_optimizer_has_not(tmp_path):
 
 
 def test_sharpness_is_that_of_all_trainable_weights(tmp_path):
-    alone, whole = head_alone(tmp_path), make_trainer(tmp_path, "net", model=Net(nn.Tanh))
+    alone, whole = head_alone(tmp_path), make_trainer(tmp_path, "net")
     norms = [trainer.measure_sharpness(make_data("net"), k=0, probes=0)["grad_norm"] for trainer in (alone, whole)]
     assert norms[0] == norms[1]

@@ -3,11 +3,11 @@
 import collections
 
 import pytest
+import reference
 import torch
 from runs import (
     UNMOVED,
     Gradients,
-    SkippingTrainer,
     assert_ends_at,
     assert_identical,
     assert_matches_reference,
@@ -16,9 +16,11 @@ from runs import (
     make_unmoved,
     reference_run,
     run,
+    skipping,
     snapshot,
     trained,
     windows,
+    with_loss,
 )
 from tiny import Net, collate, make_data
 from torch import nn
@@ -29,7 +31,7 @@ from hf_gnp import GNPTrainer
 
 def gradients(tmp_path, cls, **kwargs) -> list[dict[str, torch.Tensor]]:
     seen = Gradients()
-    settings = {"model": Net(nn.Tanh), "max_steps": 2, "max_grad_norm": 0, "callbacks": [seen], **kwargs}
+    settings = {"max_steps": 2, "max_grad_norm": 0, "callbacks": [seen], **kwargs}
     make_trainer(tmp_path, "net", cls, **settings).train()
     return seen.steps
 
@@ -112,7 +114,7 @@ def test_own_backward_is_not_penalised(tmp_path, where, accumulation, alpha):
     penalised = {"gnp_alpha": alpha, "gnp_r": 0.3}
     [alone] = gradients(tmp_path, GNPTrainer, **settings, **penalised)
     [both] = gradients(tmp_path, calling_backward(GNPTrainer, where, True), **settings, **penalised)
-    for name, parameter in Net(nn.Tanh).named_parameters():
+    for name, parameter in Net().named_parameters():
         torch.testing.assert_close(
             both[name], alone[name] + 2 * accumulation * parameter.detach(), rtol=1e-5, atol=1e-6
         )
@@ -133,22 +135,18 @@ def test_loss_that_zeroes_the_gradient(tmp_path, alpha):
         trainer.model.zero_grad()
         return x.grad
 
-    class Adversarial(GNPTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return at_adversarial_inputs(model, inputs, by_backward)
-
     def loss(model, window):
         return at_adversarial_inputs(model, window[0], lambda loss, x: torch.autograd.grad(loss, x)[0])
 
-    trainer = make_trainer(tmp_path, "net", Adversarial, model=Net(nn.Tanh), gnp_alpha=alpha)
+    adversarial = with_loss(GNPTrainer, lambda trainer, *args: at_adversarial_inputs(*args, by_backward))
+    trainer = make_trainer(tmp_path, "net", adversarial, gnp_alpha=alpha)
     trainer.train()
-    expected = reference_run("net", 1, alpha=alpha, model=Net(nn.Tanh), loss=loss)
-    assert_matches_reference(trainer, expected)
+    assert_matches_reference(trainer, reference_run("net", 1, alpha=alpha, loss=loss))
 
 
 def test_own_backward_between_micro_batches_is_refused(tmp_path):
     cls = calling_backward(GNPTrainer, "before", False)
-    trainer = make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), gradient_accumulation_steps=3)
+    trainer = make_trainer(tmp_path, "net", cls, gradient_accumulation_steps=3)
     start = snapshot(trainer.model)
     with pytest.raises(RuntimeError, match=r"between the micro-batches.*accelerator\.backward.*gnp_alpha=0"):
         trainer.train()
@@ -158,7 +156,7 @@ def test_own_backward_between_micro_batches_is_refused(tmp_path):
 @pytest.mark.parametrize("make, name", [(adversarial, "Adversarial"), (lambda cls: inner(cls, adversarial), "Own")])
 def test_step_made_twice_within_a_window_is_refused(tmp_path, make, name):
     """What the subclass changed between the two calls would be gone in the second pass."""
-    trainer = make_trainer(tmp_path, "net", make(GNPTrainer), model=Net(nn.Tanh), gradient_accumulation_steps=2)
+    trainer = make_trainer(tmp_path, "net", make(GNPTrainer), gradient_accumulation_steps=2)
     with pytest.raises(NotImplementedError, match=rf"{name} calls training_step twice.*gnp_alpha=0"):
         trainer.train()
 
@@ -181,8 +179,8 @@ def test_loader_that_repeats_one_batch(tmp_path, steps):
         return Repeats
 
     settings = {"gradient_accumulation_steps": 3, "max_steps": 4}
-    expected = run(make_trainer(tmp_path, "net", base(Trainer), model=Net(nn.Tanh), **settings))
-    result = run(make_trainer(tmp_path, "net", base(GNPTrainer), model=Net(nn.Tanh), **settings, **UNMOVED))
+    expected = run(make_trainer(tmp_path, "net", base(Trainer), **settings))
+    result = run(make_trainer(tmp_path, "net", base(GNPTrainer), **settings, **UNMOVED))
     assert_identical(result["weights"], expected["weights"])
 
 
@@ -208,12 +206,12 @@ class OwnLoss(GNPTrainer):
 @pytest.mark.parametrize("max_grad_norm", [0, 0.5])
 @pytest.mark.parametrize("cls", [OwnStep, OwnLoss])
 def test_step_that_never_reaches_trainers_is_refused(tmp_path, cls, max_grad_norm):
-    trainer = make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), max_grad_norm=max_grad_norm)
+    trainer = make_trainer(tmp_path, "net", cls, max_grad_norm=max_grad_norm)
     start = snapshot(trainer.model)
     with pytest.raises(NotImplementedError, match=rf"{cls.__name__}\.training_step never reaches.*gnp_alpha=0"):
         trainer.train()
     assert_identical(snapshot(trainer.model), start)
-    make_trainer(tmp_path, "net", cls, model=Net(nn.Tanh), gnp_alpha=0.0, max_steps=1).train()
+    make_trainer(tmp_path, "net", cls, gnp_alpha=0.0, max_steps=1).train()
 
 
 class SkippingUnseen(GNPTrainer):
@@ -226,9 +224,9 @@ class SkippingUnseen(GNPTrainer):
 
 
 def test_step_that_is_skipped_whole(tmp_path):
-    trainer = trained(tmp_path, "net", SkippingUnseen, model=Net(nn.Tanh), max_steps=5)
+    trainer = trained(tmp_path, "net", SkippingUnseen, max_steps=5)
     steps = [window for step, window in enumerate(windows("net", 1)[:5]) if step % 3]
-    assert_ends_at(trainer.model, reference_run("net", 1, model=Net(nn.Tanh), steps=steps))
+    assert_ends_at(trainer.model, reference_run("net", 1, steps=steps))
 
 
 class SkippingLast(GNPTrainer):
@@ -278,17 +276,17 @@ class Failing(Net):
 def test_skipped_batch_leaves_no_trace(tmp_path, pass_, accumulation, alpha):
     """Weights are those of the reference without that window, and no forward runs on its batches again."""
     FORWARDS.clear()
-    model = Failing(nn.Tanh)
+    model = Failing()
     first_step = 2 * accumulation + 1  # and the probe
     model.fail_at = first_step + pass_ * accumulation + accumulation  # the last micro-batch of either pass
     settings = {"gradient_accumulation_steps": accumulation, "gnp_alpha": alpha, "max_steps": 4}
-    trainer = trained(tmp_path, "net", SkippingTrainer, model=model, **settings)
+    trainer = trained(tmp_path, "net", skipping(GNPTrainer), model=model, **settings)
     assert trainer.state.global_step == 4
     batches = [[b["x"][0, 0].item() for b in window] for window in windows("net", accumulation)[:4]]
     after = FORWARDS[model.fail_at :]
     assert after == [x for window in batches[2:] for x in 2 * window]
     steps = windows("net", accumulation)[:4]
-    expected = reference_run("net", accumulation, alpha=alpha, model=Net(nn.Tanh), steps=[steps[0], *steps[2:]])
+    expected = reference_run("net", accumulation, alpha=alpha, steps=[steps[0], *steps[2:]])
     assert_ends_at(model, expected)
 
 
@@ -316,10 +314,9 @@ def test_layers_unfrozen_during_training(tmp_path, where, alpha):
             return super().compute_loss(*args, **kwargs)
 
     settings = {"max_steps": 4, "gnp_alpha": alpha, "callbacks": [Callback()], "max_grad_norm": 0.5}
-    trainer = make_trainer(tmp_path, "net", Unfreezing, model=Net(nn.Tanh), **settings)
+    trainer = make_trainer(tmp_path, "net", Unfreezing, **settings)
     trainer.train()
-
-    model, steps = Net(nn.Tanh), windows("net", 1)[:4]
+    model, steps = Net(), windows("net", 1)[:4]
     model.layers[0].requires_grad_(False)
     reference_run("net", 1, alpha=alpha, model=model, steps=steps[:2])
     model.layers[0].requires_grad_(True)
@@ -336,7 +333,7 @@ def test_target_modules_are_looked_up_anew(tmp_path):
                 model.layers[-1].weight = nn.Parameter(model.layers[-1].weight.detach() + 0.0)
                 optimizer.param_groups[0]["params"].append(model.layers[-1].weight)
 
-    model = Net(nn.Tanh)
+    model = Net()
     names = ["layers.2"]
     trainer = make_trainer(
         tmp_path, "net", model=model, max_steps=2, gnp_target_modules=names, callbacks=[NewHead()], gnp_r=0.3
@@ -352,7 +349,7 @@ def test_target_modules_are_looked_up_anew(tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_parameters_of_the_loss(tmp_path, accumulation, alpha):
     """ArcFace centres, uncertainty weights are in the optimizer, not in the model: mixed, and not perturbed."""
-    data, seen = make_data("net"), []
+    seen = []
 
     def make_loss():
         torch.manual_seed(3)
@@ -361,49 +358,34 @@ def test_parameters_of_the_loss(tmp_path, accumulation, alpha):
     def loss_of(model, centres, batch):
         return nn.functional.cross_entropy(centres(model.layers(batch["x"])), batch["labels"])
 
-    class WithCentres(GNPTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            seen.append(self.centres.weight.detach().clone())
-            return loss_of(model, self.centres, inputs)
+    def loss(trainer, model, inputs):
+        seen.append(trainer.centres.weight.detach().clone())
+        return loss_of(model, trainer.centres, inputs)
 
-    model, centres = Net(nn.Tanh), make_loss()
-    got = Gradients()
-    optimizer = torch.optim.SGD([*model.parameters(), *centres.parameters()], lr=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    model, centres = Net(), make_loss()
+    parameters = [*model.parameters(), *centres.parameters()]
+    start = [p.detach().clone() for p in parameters]
+    optimizers = torch.optim.SGD(parameters, lr=1.0), None
     settings = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0, "gnp_alpha": alpha, "gnp_r": 0.1}
     trainer = make_trainer(
-        tmp_path, "net", WithCentres, model=model, optimizers=(optimizer, scheduler), max_steps=1, **settings
+        tmp_path, "net", with_loss(GNPTrainer, loss), model=model, optimizers=optimizers, max_steps=1, **settings
     )
     trainer.centres = centres
-    trainer.add_callback(got)
-    kept = {}
-
-    class KeepsCentres(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            kept.update({name: p.grad.clone() for name, p in centres.named_parameters()})
-
-    trainer.add_callback(KeepsCentres())
     trainer.train()
     assert all(torch.equal(weight, seen[0]) for weight in seen)
 
-    reference, centres = Net(nn.Tanh), make_loss()
-    batches = [collate(data[i : i + 4]) for i in range(0, 4 * accumulation, 4)]
+    twin, centres = Net(), make_loss()
+    twin_parameters = [*twin.parameters(), *centres.parameters()]
 
     def differentiate():
-        loss = sum(loss_of(reference, centres, batch) for batch in batches) / accumulation
-        return torch.autograd.grad(loss, [*reference.parameters(), *centres.parameters()])
+        value = sum(loss_of(twin, centres, batch) for batch in windows("net", accumulation)[0]) / accumulation
+        return torch.autograd.grad(value, twin_parameters)
 
     g1 = differentiate()
-    inside = len(list(reference.parameters()))
-    norm = torch.cat([g.flatten() for g in g1[:inside]]).norm()
-    with torch.no_grad():
-        for parameter, gradient in zip(reference.parameters(), g1, strict=False):
-            parameter.add_(0.1 * gradient / norm)
-    g2 = differentiate()
-    expected = [(1 - alpha) * a + alpha * b for a, b in zip(g1, g2, strict=True)]
-    result = [*got.steps[0].values(), *kept.values()]
-    for value, right in zip(result, expected, strict=True):
-        assert torch.allclose(value, right, rtol=1e-4, atol=1e-6)
+    inside = g1[: len(list(twin.parameters()))]
+    reference.add_(list(twin.parameters()), [0.1 * g for g in reference.unit(inside)])
+    for before, end, right in zip(start, parameters, reference.paper_mix(g1, differentiate(), alpha), strict=True):
+        assert torch.allclose(before - end, right, rtol=1e-4, atol=1e-6)
 
 
 def test_code_around_the_step_runs_once(tmp_path):
@@ -429,12 +411,11 @@ def test_code_around_the_step_runs_once(tmp_path):
 def test_sync_gradients_in_the_second_pass(tmp_path, scope, expected):
     seen = []
 
-    class Asks(GNPTrainer):
-        def compute_loss(self, *args, **kwargs):
-            seen.append(int(self.accelerator.sync_gradients))
-            return super().compute_loss(*args, **kwargs)
+    def asking(trainer, model, inputs):
+        seen.append(int(trainer.accelerator.sync_gradients))
+        return model(**inputs)["loss"]
 
-    make_unmoved(tmp_path, Asks, model=Net(nn.Tanh), gnp_scope=scope, max_steps=2).train()
+    make_unmoved(tmp_path, with_loss(GNPTrainer, asking), gnp_scope=scope, max_steps=2).train()
     assert seen[-4:] == expected
 
 
@@ -456,14 +437,11 @@ def test_inner_trainer_that_skips_a_batch(tmp_path, when):
                     calls["steps"] += 1
                     if when == "before" and calls["steps"] in (1, 4):
                         return torch.zeros(())
-                    try:
-                        return super().training_step(*args, **kwargs)
-                    except torch.OutOfMemoryError:
-                        return torch.zeros(())
+                    return super().training_step(*args, **kwargs)
 
-            return Own
+            return skipping(Own)
 
-        trainer = make_unmoved(tmp_path, inner(cls, base), model=Failing(nn.Tanh), max_steps=6)
+        trainer = make_unmoved(tmp_path, inner(cls, base), model=Failing(), max_steps=6)
         trainer.train()
         return trainer.model.state_dict()
 

@@ -85,15 +85,15 @@ def test_probability():
     ],
 )
 def test_counted_cost(tmp_path, arguments, passes):
-    def flops(cls, **kwargs) -> tuple[int, float]:
+    def flops(cls) -> tuple[int, float]:
         """Those of a run, and the share of its steps that were penalised."""
-        trainer = make_trainer(tmp_path, "vit", cls, **kwargs)
+        trainer = make_trainer(tmp_path, "vit", cls, **arguments)
         with FlopCounterMode(display=False) as counter:
             trainer.train()
         return counter.get_total_flops(), sum(on or 0 for on in logs_of(trainer, "gnp_on")["gnp_on"]) / STEPS
 
     plain, _ = flops(Trainer)
-    penalised, share = flops(GNPTrainer, **arguments)
+    penalised, share = flops(GNPTrainer)
     assert 0 < share < 1 if passes is None else 1 + share == pytest.approx(passes)
     probe = probe_flops("vit") if share > 0 else 0  # at the first penalised step, if there is one
     assert penalised - probe == pytest.approx((1 + share) * plain)

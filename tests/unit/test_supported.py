@@ -110,7 +110,7 @@ class WithLists(Quantised):
 
 
 def test_weights_of_other_types_are_refused(tmp_path):
-    model = Net(nn.Tanh)
+    model = Net()
     linear = model.layers[0]
     linear.weight = nn.Parameter(Quantised(linear.weight.detach()))
     with pytest.raises(NotImplementedError, match=r"weights of type Quantised \(layers\.0\.weight\).*gnp_alpha=0"):
