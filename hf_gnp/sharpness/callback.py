@@ -40,8 +40,8 @@ class SharpnessCallback(TrainerCallback):
     def _known_trainer(self) -> Any:
         if self._trainer is None:
             raise RuntimeError(
-                "SharpnessCallback needs a trainer with GNPMixin, such as GNPTrainer (gnp_alpha=0 too), and must be "
-                "added before train."
+                "SharpnessCallback needs a trainer with GNPMixin: use GNPTrainer (gnp_alpha=0 too), and add the "
+                "callback before train."
             )
         return self._trainer
 

@@ -56,7 +56,7 @@ def find_r(
 
     Args:
         trainer: A [`GNPTrainer`], or any [`~transformers.Trainer`].
-        dataset: The data. Default: the `train_dataset`.
+        dataset: The data, which `data_collator` makes into batches. Default: the `train_dataset`.
         radii: Values of r. Default: ten from 0.001 to 1, or from 0.01 to 10 in the metrics "layer" and "element".
         batches: The number of batches that are measured. G is the mean over up to eight times as many.
         seed: The seed of the samples and of the dropout masks.

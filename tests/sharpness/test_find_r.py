@@ -237,6 +237,19 @@ def test_suggestion(columns, expected):
     assert limit == expected[1]
 
 
+class StopsWithin(TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_after_a_run_that_was_interrupted_within_a_window(tmp_path):
+    trainer = make_trainer(tmp_path, "net", data=learnable(), gradient_accumulation_steps=2, callbacks=[StopsWithin()])
+    expected = trainer.find_r(radii=RADII, batches=2, log=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.find_r(radii=RADII, batches=2, log=False) == expected
+
+
 def test_refusals_say_what_to_do(tmp_path):
     trainer = trainer_of(tmp_path, Net())
     with pytest.raises(ValueError, match="metric must be"):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_gnp import GNPTrainer, SharpnessCallback, plot_loss_surface
 from hf_gnp.sharpness import measure_sharpness
@@ -450,6 +450,11 @@ def test_bf16_autocast_and_bf16_weights_come_near(tmp_path):
         assert 1e-4 < result["product_error"] < 0.5
 
 
+class AddsSharpness(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.add_callback(SharpnessCallback(every=1))
+
+
 def test_refusals_say_what_to_do(tmp_path):
     data = make_data("net", size=SAMPLES)
     with pytest.raises(ValueError, match=r"fp16.*fp32 or bf16"):
@@ -472,6 +477,10 @@ def test_refusals_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="trainer an eval_dataset"):
         blind.train()
     assert blind.state.global_step == 0
+    adds = AddsSharpness()
+    adds.trainer = late = make_trainer(tmp_path, "net", eval_dataset=data, callbacks=[adds])
+    with pytest.raises(RuntimeError, match="add the callback before train"):
+        late.train()
     trainer.data_collator = list  # as that of GRPO
     with pytest.raises(NotImplementedError, match="not mappings of tensors but list"):
         trainer.measure_sharpness()

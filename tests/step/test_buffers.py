@@ -271,6 +271,28 @@ def test_quantised_weights_in_buffers_are_not_copied(tmp_path, monkeypatch):
         del trainer, model
 
 
+class TableOnFrozen(Net):
+    """Frozen layers, and a table of targets that the loss writes, as in ELR (arXiv 2007.00151)."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.ModuleList([nn.Linear(130, 130, bias=False) for _ in range(4)]).requires_grad_(False)
+        self.register_buffer("targets", torch.zeros(200, 130))
+
+    def forward(self, x, labels):
+        outputs = super().forward(x, labels)
+        self.targets[labels] = 0.7 * self.targets[labels] + 0.3
+        outputs["loss"] = outputs["loss"] * (1 + self.targets[labels].mean())
+        return outputs
+
+
+def test_frozen_weights_come_last_in_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_gnp.second_pass.running_tensors.BUDGET", 2**17)
+    plain, gnp = assert_unmoved_is_plain(lambda cls: make_unmoved(tmp_path, cls, model=TableOnFrozen()))
+    assert torch.equal(plain.model.targets, gnp.model.targets)
+    assert logs_of(gnp, "gnp_on")["gnp_on"] == [1.0] * 3
+
+
 # contract? A test of one class, which knows two of its limits.
 @pytest.mark.parametrize("learning", [0, 2])
 def test_large_tensor_that_begins_to_change(monkeypatch, learning):

@@ -1,6 +1,7 @@
 """The table "Not put back" of docs/second_pass.md: each row does what the table says, and its remedy is right."""
 
 import functools
+import itertools
 import random
 import threading
 from collections import deque
@@ -389,6 +390,69 @@ class Heads(nn.Module):
     def forward(self, x, labels):
         logits = sum(head(self.body(x).tanh()) for head in self.heads)
         return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+@row(
+    "a buffer, a frozen weight or a large tensor that `training_step` writes through `.data` between micro-batches",
+    "its first value counts",
+)
+@pytest.mark.parametrize("where", ["training_step", "_prepare_inputs"])
+@pytest.mark.parametrize(
+    "kind, how",
+    [
+        *itertools.product(("small buffer", "buffer", "attribute"), ("written", "through .data", "replaced")),
+        *itertools.product(("frozen weight",), ("written", "through .data")),
+    ],
+)
+def test_values_set_for_each_micro_batch(tmp_path, kind, how, where):
+    """Such as weights of classes, or a teacher: the second pass sees those of its micro-batch."""
+    numel = 4 if kind == "small buffer" else 2**14 + 1
+
+    def base(cls):
+        class Setting(cls):
+            def owner_and_name(self):
+                return (self, "factor") if kind == "attribute" else (self.model, "factor")
+
+            def set(self):
+                owner, name = self.owner_and_name()
+                value = torch.full((numel,), 1.0 + self.number % 3)
+                if how == "replaced":
+                    setattr(owner, name, value)
+                else:
+                    tensor = getattr(owner, name)
+                    (tensor.data if how == "through .data" else tensor).copy_(value)
+                self.number += 1
+
+            def training_step(self, *args, **kwargs):
+                if where == "training_step":
+                    self.set()
+                return super().training_step(*args, **kwargs)
+
+            def _prepare_inputs(self, inputs):
+                if where == "_prepare_inputs":
+                    self.set()
+                return super()._prepare_inputs(inputs)
+
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                owner, name = self.owner_and_name()
+                return model(**inputs)["loss"] * getattr(owner, name)[0]
+
+        return Setting
+
+    def setup(trainer):
+        trainer.number, value = 0, torch.ones(numel)
+        if kind == "frozen weight":
+            trainer.model.factor = nn.Parameter(value, requires_grad=False)
+        elif kind == "attribute":
+            trainer.factor = value
+        else:
+            trainer.model.register_buffer("factor", value)
+
+    ends = [snapshot(trained(tmp_path, base(cls), setup=setup).model) for cls in BOTH]
+    if how == "through .data":
+        assert not torch.equal(ends[0]["layers.0.weight"], ends[1]["layers.0.weight"])
+    else:
+        assert_identical(*ends)
 
 
 @row("layers or adapters switched in `training_step` between micro-batches", "the last choice counts")

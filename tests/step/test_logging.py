@@ -48,6 +48,20 @@ def test_metrics_are_in_training_logs_only(tmp_path, strategy):
     assert names == {"loss": 2, "eval_loss": 4 * epochs, "train_loss": 1}
 
 
+@pytest.mark.parametrize("change", [lambda name: f"train/{name}", lambda name: None if name == "loss" else name])
+def test_metrics_where_a_subclass_renames_or_drops_entries(tmp_path, change):
+    class Renaming(GNPTrainer):
+        def log(self, logs, *args, **kwargs):
+            super().log({change(name): value for name, value in logs.items() if change(name)}, *args, **kwargs)
+
+    trainer = trained(tmp_path, "net", Renaming, max_steps=2)
+    expected = trained(tmp_path, "net", max_steps=2)
+    names = ("gnp_grad_norm", "gnp_perturbed_loss", "gnp_on")
+    assert len(expected.state.log_history) == len(trainer.state.log_history) == 3
+    for entry, log in zip(trainer.state.log_history[:2], expected.state.log_history, strict=False):
+        assert {name: entry[name] for name in names} == {name: log[name] for name in names}
+
+
 def test_plain_training_logs_no_metrics(tmp_path):
     end = run(make_trainer(tmp_path, "vit", gnp_alpha=0.0, max_steps=2))
     assert [key for entry in end["logs"] for key in entry if key.startswith("gnp_")] == []
