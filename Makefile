@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up .venv themselves; PYTHON=python3.12 chooses another Python for it.
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 STAMP := .venv/.installed
