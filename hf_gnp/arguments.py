@@ -1,11 +1,13 @@
 """The `gnp_*` arguments, as a dataclass to mix into any `TrainingArguments`."""
 
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from transformers import TrainingArguments
 
-from .argument_checks import DIRECTIONS, METRICS, SCOPES, WARMUP_TYPES, check_pairs, check_values
+from .argument_checks import CHOICES, check_pairs, check_values
 
 
 UNNAMED = {"gnp_metric": "l2"}  # the paper's: what it means that `gnp_values` has no metric
@@ -27,12 +29,12 @@ class GNPArguments:
 
     Args: Strength
         gnp_r (`float`, *optional*, defaults to 0.05 with `gnp_metric="layer"`):
-            r, the radius: how far the weights move along the normalised gradient for the second pass. An r that is
-            given has `gnp_metric="l2"`, unless that is given too. Published settings for it: 0.1 for CIFAR, 0.05 for
-            ImageNet.
+            r, the radius: how far the weights move along the normalised gradient for the second pass. Left out, it is
+            0.05 with `gnp_metric="layer"`. An r that is given has `gnp_metric="l2"`, unless that is given too.
+            Published settings for it: 0.1 for CIFAR, 0.05 for ImageNet.
         gnp_alpha (`float`, *optional*, defaults to 0.8):
-            α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM).
-            `gnp_direction="momentum"` has one gradient, and α = 1.
+            α, the share of the second gradient, from 0 (plain training, one pass) to 1 (SAM). The default is 0.8.
+            With `gnp_direction="momentum"`, which has one gradient, it is 1.
 
     Args: Schedule
         gnp_warmup_type (`str`, *optional*, defaults to `"auto"`):
@@ -75,8 +77,8 @@ class GNPArguments:
 
     Args: Precision
         gnp_stochastic_rounding (`str` or `bool`, *optional*, defaults to `"auto"`):
-            Round moved 16-bit weights stochastically, so that rounding keeps a small move on average. `"auto"`: where
-            there is no fp32 master.
+            Round moved 16-bit weights stochastically, so that rounding keeps a small move on average: `True`, `False`,
+            or `"auto"`, which is `True` where there is no fp32 master.
 
     Raises:
         ValueError: naming the argument, for a value outside its range or for arguments that exclude each other.
@@ -87,67 +89,23 @@ class GNPArguments:
     """
 
     # Strength
-    gnp_r: float | None = field(
-        default=None,
-        metadata={
-            "help": "r, the distance of the move. Left out: 0.05 with gnp_metric=layer. Given alone: it has "
-            "gnp_metric=l2."
-        },
-    )
-    gnp_alpha: float | None = field(
-        default=None, metadata={"help": "α, the share of the second gradient, 0 (plain) to 1 (SAM). Default: 0.8."}
-    )
+    gnp_r: float | None = None
+    gnp_alpha: float | None = None
     # Schedule
-    gnp_warmup_type: str = field(
-        default="auto",
-        metadata={
-            "help": "How the penalty starts: r or lambda (α) rises, zero has no penalty in the warm-up, none no "
-            "warm-up. auto: zero with an adaptive optimizer and a learning-rate warm-up, else none.",
-            "choices": WARMUP_TYPES,
-        },
-    )
-    gnp_warmup_steps: float | None = field(
-        default=None,
-        metadata={
-            "help": "The warm-up of the penalty: steps, or a fraction of the run if below 1. Default: that of the "
-            "learning rate."
-        },
-    )
-    gnp_start: float = field(default=0.0, metadata={"help": "Penalise from this fraction of the run on."})
-    gnp_end: float = field(default=1.0, metadata={"help": "Penalise up to this fraction of the run."})
-    gnp_interval: int = field(default=1, metadata={"help": "k: penalise every k-th optimizer step."})
-    gnp_probability: float = field(default=1.0, metadata={"help": "p: penalise a step with this probability."})
+    gnp_warmup_type: str = "auto"
+    gnp_warmup_steps: float | None = None
+    gnp_start: float = 0.0
+    gnp_end: float = 1.0
+    gnp_interval: int = 1
+    gnp_probability: float = 1.0
     # Perturbation
-    gnp_scope: str = field(
-        default="step",
-        metadata={
-            "help": "The examples that share one perturbation. Fewer often gain more. Of a rank: one process, DDP.",
-            "choices": SCOPES,
-        },
-    )
-    gnp_direction: str = field(
-        default="gradient",
-        metadata={"help": "Move along the gradient, or along the momentum in one pass (MSAM).", "choices": DIRECTIONS},
-    )
-    gnp_normalize_gradient: bool = field(default=False, metadata={"help": "Step with (1-α) g₁/‖g₁‖ + α g₂."})
-    gnp_metric: str | None = field(
-        default=None,
-        metadata={
-            "help": "How tensors share the move: l2 (paper), layer, or element (ASAM). Default: layer without gnp_r, "
-            "l2 with it.",
-            "choices": METRICS,
-        },
-    )
-    gnp_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Move only these parameters: a pattern, name endings, or norm (SAM-ON)."}
-    )
+    gnp_scope: str = "step"
+    gnp_direction: str = "gradient"
+    gnp_normalize_gradient: bool = False
+    gnp_metric: str | None = None
+    gnp_target_modules: list[str] | None = None
     # Precision
-    gnp_stochastic_rounding: str = field(  # argparse has no bool that may be a word too
-        default="auto",
-        metadata={
-            "help": "Round moved 16-bit weights stochastically: true, false, or auto (where no fp32 master is)."
-        },
-    )
+    gnp_stochastic_rounding: str = "auto"  # argparse has no bool that may be a word too
 
     def __post_init__(self) -> None:
         post_init = getattr(super(), "__post_init__", None)
@@ -181,6 +139,19 @@ class GNPArguments:
         """Return r, α, and the `gnp_*` arguments that are not at their defaults, or not the paper's metric."""
         defaults = {f.name: f.default for f in fields(GNPArguments)} | UNNAMED  # r and α have none
         return {n: getattr(self, n) for n, default in defaults.items() if getattr(self, n) != default}
+
+
+def _add_help(cls: type[GNPArguments]) -> None:
+    """Give each field its text in the docstring as help, and its choices, for `HfArgumentParser`."""
+    texts = dict(re.findall(r"^ {8}(gnp_\w+) .*\n((?: {12}.*\n)+)", cls.__doc__ or "", re.MULTILINE))
+    for field in fields(cls):
+        metadata: dict[str, Any] = {"help": " ".join(texts.get(field.name, "").split())}
+        if field.name in CHOICES:
+            metadata["choices"] = CHOICES[field.name]
+        field.metadata = MappingProxyType(metadata)
+
+
+_add_help(GNPArguments)
 
 
 @dataclass

@@ -150,10 +150,10 @@ def test_arguments_are_in_groups():
 
 
 def test_help_on_the_command_line():
-    text = " ".join(HfArgumentParser(GNPTrainingArguments).format_help().split())
+    text = "".join(HfArgumentParser(GNPTrainingArguments).format_help().split())
     for field in GNP_FIELDS:
-        assert f"--{field.name} " in text
-        assert " ".join(field.metadata["help"].split()) in text
+        assert f"--{field.name}" in text
+        assert field.metadata["help"].replace(" ", "") in text  # lines are broken at hyphens too
 
 
 GIVEN = {"gnp_r": 0.1, "gnp_alpha": 0.5, "learning_rate": 0.25}
