@@ -106,7 +106,8 @@ def _unsupported_engine(accelerator: Accelerator) -> Iterator[str]:
     kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
     if is_sagemaker_mp_enabled():
         yield "SageMaker model parallelism: use FSDP2 or DeepSpeed ZeRO"
-    if kind.value not in ("NO", "FSDP", "DEEPSPEED") and not kind.value.startswith("MULTI_"):
+    known = (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if kind not in known and not kind.value.startswith("MULTI_"):
         yield f"{kind.value}: use DDP, FSDP2 or DeepSpeed ZeRO"
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         yield "FSDP version 1: set fsdp_version to 2"

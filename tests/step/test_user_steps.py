@@ -246,9 +246,9 @@ class PlainSecondStep(TrainerCallback):
 def test_step_whose_last_micro_batch_is_skipped(tmp_path, caplog):
     """The step is a plain one, as no second pass follows, and a warning says so."""
     settings = {"gradient_accumulation_steps": 2, "max_steps": 4}
-    trainer = trained(tmp_path, "net", SkippingLast, model=Net(nn.Tanh), **settings)
+    trainer = trained(tmp_path, "net", SkippingLast, **settings)
     assert "Step 1 was not penalised: SkippingLast.training_step skipped" in caplog.text
-    plain = trained(tmp_path, "net", SkippingLast, model=Net(nn.Tanh), callbacks=[PlainSecondStep()], **settings)
+    plain = trained(tmp_path, "net", SkippingLast, callbacks=[PlainSecondStep()], **settings)
     assert_identical(snapshot(trainer.model), snapshot(plain.model))
 
 
