@@ -221,8 +221,10 @@ class GNPMixin(_Base):
         if self.control.should_log and self._gnp_run is not None:
             self._gnp_tell_dropped()
             self._gnp_logs = self._gnp_run.logs.drain(self.accelerator)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._gnp_logs = None
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._gnp_logs = None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._gnp_logs and (run := self._gnp_run) is not None:
